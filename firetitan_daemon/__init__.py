@@ -1,0 +1,1 @@
+"""firetitand: the daemon that owns order, state and workers; it never imports torch."""

@@ -1,0 +1,1 @@
+"""Domain rules: standard library only, no I/O, no gRPC, no torch."""

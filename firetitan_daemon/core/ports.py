@@ -1,0 +1,328 @@
+"""What the daemon's rules need from outside: a ledger, a spool, folders, workers, a clock.
+
+Knows: records and dataclasses of core. Must not know: any implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from firetitan_daemon.core.records import (
+    Checkpoint,
+    Deployment,
+    ErrorRecord,
+    Lane,
+    ModelInfo,
+    Operation,
+    Session,
+    Snapshot,
+    SpoolRef,
+    Trainer,
+    WorkerSpec,
+)
+
+
+class Clock(Protocol):
+    """Time; injected so that tests can turn it."""
+
+    def now(self) -> float:
+        """Unix seconds, for display and expiry."""
+
+    def monotonic(self) -> float:
+        """Seconds that never jump, for timeouts."""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Everything the store holds that a daemon needs at start."""
+
+    trainers: Sequence[Trainer] = ()
+    sessions: Sequence[Session] = ()
+    lanes: Sequence[Lane] = ()
+    open_operations: Sequence[Operation] = ()
+    """Not done, by (target, commit_seq, client_id, seq)."""
+    deployments: Sequence[Deployment] = ()
+    workers: Sequence[WorkerSpec] = ()
+    pins: Sequence[tuple[str, str, str]] = ()
+    """(deployment id, snapshot id, holder)."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Rows written in one transaction: each record replaces the one of its key."""
+
+    trainers: Sequence[Trainer] = ()
+    sessions: Sequence[Session] = ()
+    lanes: Sequence[Lane] = ()
+    operations: Sequence[Operation] = ()
+    checkpoints: Sequence[Checkpoint] = ()
+    snapshots: Sequence[Snapshot] = ()
+    deployments: Sequence[Deployment] = ()
+    workers: Sequence[WorkerSpec] = ()
+    pins: Sequence[tuple[str, str, str]] = ()
+    deleted_trainers: Sequence[str] = ()
+    deleted_deployments: Sequence[str] = ()
+    deleted_workers: Sequence[str] = ()
+    deleted_pins: Sequence[tuple[str, str, str]] = ()
+    durable: bool = False
+    """Wait for the disk (survives power loss), as checkpoints, snapshots and deletions must."""
+
+
+class Store(Protocol):
+    """The ledger. One owner; calls may come concurrently and take effect in call order."""
+
+    async def load(self) -> Ledger:
+        """What a daemon needs at start."""
+
+    async def write(self, change: Change) -> None:
+        """Apply a change as one transaction.
+
+        Raises:
+            FiretitanError: STATE_DISK_FULL; SEQ_REUSED or REQUEST_ID_REUSED where a uniqueness
+                rule (target, client_id, seq), (target, request_id) or (target, commit_seq) breaks.
+        """
+
+    async def operation(self, operation_id: str) -> Operation | None:
+        """One operation."""
+
+    async def operation_by_request(self, target: str, request_id: str) -> Operation | None:
+        """The operation a request id made on a target."""
+
+    async def operation_by_seq(self, target: str, client_id: str, seq: int) -> Operation | None:
+        """The operation at a place in a lane."""
+
+    async def lane_operations(
+        self, session: str, client_id: str, after_seq: int
+    ) -> Sequence[Operation]:
+        """Done operations of a lane with a higher seq, by seq."""
+
+    async def operations(
+        self, target: str, *, pending_only: bool, after_id: str, limit: int
+    ) -> Sequence[Operation]:
+        """Operations of a session in order of acceptance, a page at a time."""
+
+    async def checkpoints(self, trainer_id: str) -> Sequence[Checkpoint]:
+        """Checkpoints of a trainer's sessions, deleted trainers too."""
+
+    async def checkpoint(self, name: str) -> Checkpoint | None:
+        """One checkpoint by full name."""
+
+    async def snapshots(self, trainer_id: str | None) -> Sequence[Snapshot]:
+        """Snapshots of a trainer, or all, oldest first."""
+
+    async def snapshot(self, snapshot_id: str) -> Snapshot | None:
+        """One snapshot by id."""
+
+    async def acknowledge(self, session: str, client_id: str, through_seq: int) -> list[SpoolRef]:
+        """Forget results of a lane up to a seq; returns the spool files to remove."""
+
+    async def close(self) -> None:
+        """Finish what is queued and close the file."""
+
+
+class Spool(Protocol):
+    """Request and result bytes, one file each; survives a process death."""
+
+    async def write(self, data: bytes) -> SpoolRef:
+        """Publish bytes. Raises FiretitanError STATE_DISK_FULL with nothing left behind."""
+
+    async def read(self, ref: SpoolRef) -> bytes:
+        """Bytes, verified. Raises FiretitanError CHECKSUM_MISMATCH."""
+
+    async def remove(self, refs: Sequence[SpoolRef]) -> None:
+        """Remove files; those gone already are fine."""
+
+    async def sweep(self, keep: Sequence[SpoolRef]) -> int:
+        """At start: remove every file not in `keep`; returns how many."""
+
+
+class Folders(Protocol):
+    """Published checkpoint and snapshot folders."""
+
+    def staging(self) -> Path:
+        """A new empty folder, on the same file system as the published ones."""
+
+    async def publish(self, staging: Path, kind: str, name: str) -> Path:
+        """Give a sealed staging folder a final, never used name; returns it.
+
+        Args:
+            staging: Made by `staging()`, sealed by a worker.
+            kind: `checkpoints` or `snapshots`.
+            name: Readable part of the final name.
+        """
+
+    async def discard(self, folder: Path) -> None:
+        """Remove a staging or a published folder."""
+
+    async def sweep(self, keep: Sequence[str]) -> int:
+        """At start: remove staging folders and published ones that no row names."""
+
+
+@dataclass(frozen=True)
+class WorkerSession:
+    """A session as its worker holds it."""
+
+    session: str
+    applied_commit_seq: int
+    step: int
+    pending_backwards: int
+    forward_passes: int
+    last_snapshot: str
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """A worker's answer to `Describe`."""
+
+    worker_id: str
+    incarnation: str
+    pid: int
+    model: ModelInfo | None
+    sessions: Sequence[WorkerSession] = ()
+    loaded_snapshots: Sequence[str] = ()
+    active_snapshot: str = ""
+    capabilities: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class SaveTarget:
+    """Where a save goes."""
+
+    staging: Path
+    name: str
+    kind: str = ""
+    parent: str = ""
+
+
+@dataclass(frozen=True)
+class LoadSource:
+    """What a load reads."""
+
+    folder: Path
+    digest: str
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command for a trainer worker."""
+
+    session: str
+    commit_seq: int
+    request_id: str
+    method: str
+    payload: SpoolRef
+    save: SaveTarget | None = None
+    load: LoadSource | None = None
+    settled_through: int = 0
+
+
+@dataclass(frozen=True)
+class SavedFiles:
+    """What a save left in its staging folder."""
+
+    digest: str
+    size_bytes: int
+    result_digest: str = ""
+    kind: str = ""
+    format: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a command: exactly one of result, error and saved is set."""
+
+    commit_seq: int
+    session: WorkerSession
+    result: bytes | None = None
+    """A serialized firetitan.v1.Operation with only its result set."""
+    error: ErrorRecord | None = None
+    saved: SavedFiles | None = None
+
+
+@dataclass(frozen=True)
+class SnapshotLayer:
+    """One published snapshot on the way to the weights to serve."""
+
+    name: str
+    kind: str
+    format: str
+    path: str
+    digest: str
+    result_digest: str
+
+
+class Worker(Protocol):
+    """A worker process, seen from the daemon.
+
+    Every call raises FiretitanError WORKER_UNAVAILABLE once the process is gone, never sooner:
+    a slow worker is waited for.
+    """
+
+    @property
+    def spec(self) -> WorkerSpec:
+        """What it was started for."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    async def describe(self) -> WorkerStatus:
+        """Who it is and where it stands; within 5 s or WORKER_UNAVAILABLE."""
+
+    async def load_model(self) -> ModelInfo:
+        """Load the base model of its specification; again is fine.
+
+        Raises:
+            FiretitanError: MODEL_NOT_FOUND, UNSUPPORTED, DEVICE_OUT_OF_MEMORY.
+        """
+
+    async def open_session(self, session: Session) -> WorkerSession:
+        """Open the training session; the same one again is fine."""
+
+    async def execute(self, command: Command) -> Outcome:
+        """Run a command once; a repeat waits for or returns the first outcome."""
+
+    async def fetch_result(self, session: str, commit_seq: int) -> Outcome | None:
+        """The stored outcome of a command."""
+
+    async def apply(
+        self, layers: Sequence[SnapshotLayer], keep: Sequence[str]
+    ) -> Sequence[str]:
+        """Serve the last layer's weights; returns what is loaded."""
+
+    async def generate(self, request: bytes) -> bytes:
+        """A serialized SampleRequest in, a SampleResponse out; cancelling frees its place."""
+
+    async def exited(self) -> str:
+        """Waits until the process is gone; says how it ended."""
+
+    async def shutdown(self) -> None:
+        """Ask it to end, then make it; returns once the process is gone."""
+
+
+class WorkerLauncher(Protocol):
+    """Starts workers and finds those a former daemon left."""
+
+    async def launch(self, spec: WorkerSpec) -> Worker:
+        """Start a worker and wait until it serves (not until its model is loaded)."""
+
+    async def adopt(self, spec: WorkerSpec) -> Worker | None:
+        """The live worker of a specification, or None; its identity is checked."""
+
+    async def discard(self, spec: WorkerSpec) -> None:
+        """Remove what is left of a dead worker but its log."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest things the daemon accepts."""
+
+    max_message_bytes: int = 64 * 1024 * 1024
+    max_session_operations: int = 64
+    max_operations: int = 1024
+    max_queued_bytes: int = 256 * 1024 * 1024
+    gap_timeout_s: float = 60.0
+    """How long a command may wait for an earlier seq of its lane."""

@@ -1,0 +1,277 @@
+"""What the daemon knows of each resource: frozen records, replaced as a whole.
+
+Knows: names, states, plain values. Must not know: how they are stored or sent. Times are Unix
+seconds (float), for display and expiry only; order comes from commit_seq.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What was loaded; goes into every checkpoint, snapshot and `Describe`."""
+
+    path: str
+    """Local folder the weights and the tokenizer came from."""
+    source: str
+    """Where that folder came from, in words, e.g. `hub`, `folder`, `gguf (dequantised Q4_1)`."""
+    fingerprint: str
+    """BLAKE3 over the weight files, hex."""
+    architecture: str
+    dtype: str
+    device: str
+    vocab_size: int
+    max_context_length: int
+    num_parameters: int
+    packed: bool
+    """False where the packed attention disagreed with the model's own: the padded path is used."""
+    num_threads: int
+    notes: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """`torch`, `transformers`, `cpu_capability`: what replay must find unchanged."""
+
+
+class ResourceState(StrEnum):
+    """Life of a trainer or a deployment."""
+
+    CREATING = "creating"
+    ACTIVE = "active"
+    RECOVERING = "recovering"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    DELETING = "deleting"
+
+
+class SessionState(StrEnum):
+    """Life of a session."""
+
+    ACTIVE = "active"
+    RECOVERING = "recovering"
+    LOST = "lost"
+    CLOSED = "closed"
+
+
+class OperationState(StrEnum):
+    """Life of an operation; DONE, FAILED, CANCELLED and LOST are final."""
+
+    ACCEPTED = "accepted"
+    DISPATCHED = "dispatched"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    LOST = "lost"
+
+
+@dataclass(frozen=True)
+class ErrorRecord:
+    """A failure as it is kept: reason by name, text for people, facts."""
+
+    reason: str
+    message: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A base model in a worker, ready to be trained."""
+
+    id: str
+    base_model: str
+    lora_rank: int
+    max_context_length: int
+    dtype: str
+    state: ResourceState
+    create_time: float
+    model: ModelInfo | None = None
+    error: ErrorRecord | None = None
+    worker_id: str | None = None
+
+    @property
+    def name(self) -> str:
+        """`trainers/{trainer}`."""
+        return f"trainers/{self.id}"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """A session's adapter; rank 0 trains every parameter."""
+
+    rank: int
+    alpha: float = 32.0
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+
+@dataclass(frozen=True)
+class Session:
+    """Weights being trained."""
+
+    name: str
+    trainer_id: str
+    base_model: str
+    lora: LoraSettings
+    seed: int
+    suffix: str
+    """Eight hexadecimal digits, unique in the daemon, appended to snapshot names."""
+    state: SessionState
+    create_time: float
+    epoch: int = 1
+    step: int = 0
+    commit_seq: int = 0
+    """Highest commit_seq given out."""
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+    chain_head: str | None = None
+    """Last snapshot a delta may build on; None makes the next full-parameter save a base."""
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One client's own order within a session."""
+
+    session: str
+    client_id: str
+    next_seq: int = 1
+    """The seq that has not been admitted yet."""
+    acked_through: int = 0
+    broken: bool = False
+
+
+@dataclass(frozen=True)
+class SpoolRef:
+    """A file of the spool."""
+
+    path: str
+    size_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Something accepted. Session commands have a lane; creations and hotloads have none."""
+
+    id: str
+    method: str
+    target: str
+    """The session, trainer or deployment it works on."""
+    request_id: str
+    payload_digest: str
+    state: OperationState
+    create_time: float
+    client_id: str = ""
+    seq: int = 0
+    commit_seq: int = 0
+    epoch: int = 0
+    seen_failure: int = 0
+    payload: SpoolRef | None = None
+    """The request's bytes, until they are no longer needed."""
+    result: SpoolRef | None = None
+    """A serialized Operation with only its result set; None once it was acknowledged."""
+    error: ErrorRecord | None = None
+    finish_time: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """`operations/{operation}`."""
+        return f"operations/{self.id}"
+
+    @property
+    def done(self) -> bool:
+        """Whether it ended."""
+        return self.state not in (OperationState.ACCEPTED, OperationState.DISPATCHED)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights and optimizer to resume from."""
+
+    name: str
+    """`trainers/{trainer}/sessions/{session}/checkpoints/{checkpoint}`."""
+    session: str
+    base_model: str
+    lora_rank: int
+    step: int
+    commit_seq: int
+    folder: str
+    digest: str
+    size_bytes: int
+    create_time: float
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Weights to serve."""
+
+    id: str
+    session: str
+    base_model: str
+    lora_rank: int
+    kind: str
+    """`base` or `delta`."""
+    format: str
+    """`peft_adapter`, `hf_full` or `xor_zstd`."""
+    parent: str | None
+    step: int
+    commit_seq: int
+    folder: str
+    digest: str
+    result_digest: str
+    size_bytes: int
+    create_time: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`snapshots/{snapshot}`."""
+        return f"snapshots/{self.id}"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A base model served for sampling."""
+
+    id: str
+    base_model: str
+    max_context_length: int
+    dtype: str
+    state: ResourceState
+    create_time: float
+    trainer_id: str = ""
+    active_snapshot: str = ""
+    """Id of the snapshot served now; empty for the base model."""
+    etag: str = ""
+    model: ModelInfo | None = None
+    error: ErrorRecord | None = None
+    worker_id: str | None = None
+
+    @property
+    def name(self) -> str:
+        """`deployments/{deployment}`."""
+        return f"deployments/{self.id}"
+
+
+class WorkerKind(StrEnum):
+    """What a worker computes."""
+
+    TRAINER = "trainer"
+    SAMPLER = "sampler"
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What to start a worker for."""
+
+    worker_id: str
+    kind: WorkerKind
+    target: str
+    """`trainers/{trainer}` or `deployments/{deployment}`."""
+    base_model: str
+    dtype: str
+    max_context_length: int
+    num_threads: int = 0
+    """0: as many as there are cores."""

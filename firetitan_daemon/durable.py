@@ -1,0 +1,145 @@
+"""The one way a file becomes durable: write beside, hash, fsync, rename, fsync the folder.
+
+Knows: files, BLAKE3. Must not know: what the files mean. Every layer that publishes files uses this
+module; nothing else in the project may write a file that must survive.
+
+A published folder holds `manifest.json`, written last, with the size and BLAKE3 of every other file;
+its own hash is the folder's digest. A folder without a manifest is an unfinished one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from firetitan_daemon.core.errors import FiretitanError, Reason
+
+MANIFEST = "manifest.json"
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def hash_file(path: Path) -> str:
+    """BLAKE3 of a file, hex."""
+    return blake3().update_mmap(path).hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish_file(path: Path, data: bytes, *, fsync: bool = True) -> None:
+    """Write `data` so that `path` is either as before or complete.
+
+    Args:
+        path: Final name; its folder exists.
+        data: Whole content.
+        fsync: False where surviving a process death is enough and power loss is not promised.
+
+    Raises:
+        OSError: Nothing was published; the temporary file is gone.
+    """
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            if fsync:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    if fsync:
+        fsync_path(path.parent)
+
+
+def seal_folder(folder: Path, about: dict[str, Any]) -> tuple[str, int]:
+    """Hash and fsync every file of a staging folder and write its manifest last.
+
+    Args:
+        folder: Holds the payload files, no subfolders, no manifest yet.
+        about: JSON facts stored in the manifest beside the file table.
+
+    Returns:
+        The digest (BLAKE3 of the manifest, hex) and the payload's size in bytes.
+    """
+    files = {}
+    for path in sorted(folder.iterdir()):
+        fsync_path(path)
+        files[path.name] = {"size_bytes": path.stat().st_size, "blake3": hash_file(path)}
+    manifest = json.dumps({**about, "files": files}, indent=1, sort_keys=True).encode()
+    publish_file(folder / MANIFEST, manifest)
+    size_bytes: int = sum(entry["size_bytes"] for entry in files.values())
+    return blake3(manifest).hexdigest(), size_bytes
+
+
+def publish_folder(staging: Path, final: Path) -> None:
+    """Give a sealed staging folder its final name, atomically."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    staging.rename(final)
+    fsync_path(final.parent)
+    if staging.parent != final.parent:
+        fsync_path(staging.parent)
+
+
+def verify_folder(folder: Path, digest: str | None = None) -> dict[str, Any]:
+    """Check every file of a published folder against its manifest.
+
+    Args:
+        folder: A folder made by `seal_folder`.
+        digest: What the manifest itself must hash to.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        FiretitanError: CHECKSUM_MISMATCH naming the file, the expected and the found hash.
+    """
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise _mismatch(path, "a readable manifest", str(error)) from error
+    found = blake3(raw).hexdigest()
+    if digest is not None and found != digest:
+        raise _mismatch(path, digest, found)
+    manifest: dict[str, Any] = json.loads(raw)
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != entry["size_bytes"]:
+            size = file.stat().st_size if file.is_file() else "no file"
+            raise _mismatch(file, f"{entry['size_bytes']} bytes", str(size))
+        found = hash_file(file)
+        if found != entry["blake3"]:
+            raise _mismatch(file, entry["blake3"], found)
+    return manifest
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; one that is not there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _mismatch(path: Path, expected: str, found: str) -> FiretitanError:
+    return FiretitanError(
+        Reason.CHECKSUM_MISMATCH,
+        f"{path.parent.name}/{path.name} is damaged: expected {expected}, found {found}; "
+        "nothing was loaded from it",
+        file=f"{path.parent.name}/{path.name}",
+        expected=expected,
+        found=found,
+    )

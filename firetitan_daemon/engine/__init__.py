@@ -1,0 +1,1 @@
+"""Compute: the only package that imports torch and transformers."""

@@ -1,0 +1,322 @@
+"""What a training or sampling engine is: the seam between a worker and the numbers.
+
+Knows: numpy arrays, plain dataclasses, paths. Must not know: torch, protobuf, gRPC, the daemon.
+Two implementations pass the same contract suite: `hf` (transformers and torch, the real one) and
+`toy` (numpy, milliseconds a step, for tests of everything around the engine).
+
+One engine holds one model and at most one training session. Calls come from one thread.
+A call that raises `FiretitanError` has changed nothing: weights, optimizer, gradients, counters and
+kept graphs are bitwise as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from firetitan_daemon.core.records import ModelInfo as ModelInfo
+
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+Array = npt.NDArray[np.float32] | npt.NDArray[np.int64] | npt.NDArray[np.int32]
+LossConfig = Mapping[str, float | str]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which weights to load, and how."""
+
+    base_model: str
+    """Hugging Face id or a local folder in safetensors format."""
+    dtype: str = "auto"
+    """`auto` (as stored), `float32` or `bfloat16`."""
+    device: str = "auto"
+    """`auto` (a GPU where there is one), `cpu` or `cuda`."""
+    max_context_length: int | None = None
+    """Tokens; None takes the model's own limit. Larger than that is refused."""
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """A LoRA adapter: kaiming-uniform A, zero B, scale alpha / rank."""
+
+    rank: int
+    alpha: float = 32.0
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+
+@dataclass(frozen=True)
+class SessionSpec:
+    """One training session: `lora` None trains every parameter."""
+
+    seed: int
+    lora: LoraSpec | None
+
+
+@dataclass(frozen=True)
+class Datum:
+    """One sequence. Position i of `token_ids` [N] predicts target i of the loss inputs."""
+
+    token_ids: Int32Array
+    loss_inputs: Mapping[str, Array]
+    """By name, shape [N] or [N, K]: `target_tokens` int64, the rest float32."""
+
+
+@dataclass(frozen=True)
+class ForwardOutput:
+    """Per datum the arrays a loss returns, and metrics named `name:reduction`."""
+
+    outputs: list[dict[str, Float32Array]]
+    """`outputs[i]["logprobs"]`: float32, shape of datum i's target_tokens, every position."""
+    metrics: dict[str, float]
+    """Holds `loss:sum`."""
+    graph: str | None = None
+    """Handle for `backward` where the graph was asked for and could be kept."""
+
+
+class Normalization(StrEnum):
+    """How `optim_step` scales the accumulated gradient before clipping."""
+
+    NONE = "none"
+    NUM_LOSS_TOKENS = "num_loss_tokens"
+    NUM_SEQUENCES = "num_sequences"
+
+
+@dataclass(frozen=True)
+class AdamParams:
+    """AdamW with decoupled weight decay; `grad_clip_norm` 0 turns clipping off."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class SavedFiles:
+    """What a save left in its staging folder: complete, fsynced, `manifest.json` written last."""
+
+    digest: str
+    """BLAKE3 of manifest.json, hex; the manifest holds one BLAKE3 per file."""
+    size_bytes: int
+
+
+class SnapshotKind(StrEnum):
+    """A base stands alone; a delta needs its parent."""
+
+    BASE = "base"
+    DELTA = "delta"
+
+
+class SnapshotFormat(StrEnum):
+    """What the folder holds and which library loads it."""
+
+    PEFT_ADAPTER = "peft_adapter"
+    HF_FULL = "hf_full"
+    XOR_ZSTD = "xor_zstd"
+
+
+@dataclass(frozen=True)
+class SavedSnapshot:
+    """A snapshot in its staging folder."""
+
+    files: SavedFiles
+    kind: SnapshotKind
+    format: SnapshotFormat
+    result_digest: str
+    """BLAKE3 over the tensors a reader ends up with; equal for a base and a chain that reaches it."""
+
+
+@dataclass(frozen=True)
+class SnapshotLayer:
+    """One published snapshot folder on the way to the weights to serve, base first."""
+
+    name: str
+    kind: SnapshotKind
+    format: SnapshotFormat
+    path: Path
+    digest: str
+    result_digest: str
+
+
+@dataclass(frozen=True)
+class SessionProgress:
+    """Where a session stands."""
+
+    step: int
+    """Optimizer steps taken."""
+    pending_backwards: int
+    """Backward passes accumulated since the last step."""
+    forward_passes: int
+    """Model forwards run since the session was opened; shows that a custom loss costs one."""
+
+
+class TrainEngine(Protocol):
+    """One model, one training session. All calls from one thread."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """The loaded model."""
+
+    @property
+    def progress(self) -> SessionProgress:
+        """Where the session stands."""
+
+    def open_session(self, spec: SessionSpec) -> None:
+        """Attach a fresh adapter (or make every parameter trainable) and a fresh optimizer."""
+
+    def forward(
+        self, data: Sequence[Datum], loss_fn: str, config: LossConfig, *, retain_graph: bool = False
+    ) -> ForwardOutput:
+        """Logprobs and the loss, gradients untouched; `retain_graph` keeps what `backward` needs.
+
+        Raises:
+            FiretitanError: INVALID_DATUM, LOSS_INPUT_MISSING, UNKNOWN_LOSS, each naming the field.
+        """
+
+    def backward(self, graph: str, output_grads: Sequence[Float32Array]) -> ForwardOutput:
+        """Accumulate gradients from dC/dlogprobs (one array a datum, shape of its logprobs).
+
+        Releases the graph. Raises:
+            FiretitanError: GRAPH_EXPIRED where the graph is gone.
+        """
+
+    def release_graph(self, graph: str) -> None:
+        """Drop a kept graph; unknown names are fine."""
+
+    def forward_backward(
+        self, data: Sequence[Datum], loss_fn: str, config: LossConfig
+    ) -> ForwardOutput:
+        """As forward, and accumulates gradients; unlike forward, rejects unknown loss inputs."""
+
+    def optim_step(
+        self, params: AdamParams, normalization: Normalization, expected_step: int | None = None
+    ) -> dict[str, float]:
+        """Normalise, clip, AdamW, zero gradients. Returns metrics with `step` and `grad_norm`.
+
+        Raises:
+            FiretitanError: NO_GRADIENTS, STEP_MISMATCH, NON_FINITE, INVALID_ARGUMENT.
+        """
+
+    def save_state(self, staging: Path) -> SavedFiles:
+        """Weights, optimizer, pending gradients and counters into an empty folder."""
+
+    def load_state(self, folder: Path, *, with_optimizer: bool) -> None:
+        """Verify every checksum, then replace the weights; clears gradients and graphs.
+
+        Without the optimizer the moments and the step count start anew.
+        """
+
+    def save_snapshot(
+        self, staging: Path, name: str, kind: SnapshotKind, parent: str | None
+    ) -> SavedSnapshot:
+        """Weights to serve, into an empty folder; a delta against the snapshot `parent`.
+
+        Raises:
+            FiretitanError: CHAIN_BROKEN where `parent` is not the last snapshot saved here.
+        """
+
+    def close(self) -> None:
+        """Free the memory."""
+
+
+class StopReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """A prompt and how to continue it `num_samples` times; sample j draws from stream (seed, j)."""
+
+    prompt: Int32Array
+    num_samples: int
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    """0 takes the most likely token."""
+    top_k: int = 0
+    """0 or less: off."""
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    use_eos: bool = True
+    """Also stop at the model's end-of-sequence tokens."""
+    prompt_logprobs: bool = False
+    snapshot: str | None = None
+    """Run under this snapshot; None takes the active one when the first token is computed."""
+
+
+@dataclass(frozen=True)
+class SampledSequence:
+    """The new tokens, the stop token or stop string included."""
+
+    token_ids: Int32Array
+    sampling_logprobs: Float32Array
+    """Of the distribution sampled from: after temperature, renormalised over top-k and top-p."""
+    inference_logprobs: Float32Array
+    """The model's own, at temperature 1. Equal to the former where nothing truncates."""
+    stop_reason: StopReason
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """Every answer names what made it."""
+
+    sequences: list[SampledSequence]
+    snapshot: str
+    """Empty: the base model's own weights."""
+    prompt_logprobs: Float32Array | None
+    """[P], raw; NaN at position 0."""
+    queue_s: float
+    prefill_s: float
+
+
+class SampleEngine(Protocol):
+    """One model, several versions of its weights, many requests in one running batch."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """The loaded model."""
+
+    @property
+    def active(self) -> str:
+        """Name of the snapshot new requests take; empty for the base model."""
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of the snapshots a request can still name."""
+
+    def apply(self, layers: Sequence[SnapshotLayer], *, keep: Sequence[str] = ()) -> None:
+        """Build the weights of the last layer beside the live ones, verify, then swap.
+
+        `layers` starts at a base, or at a delta whose parent is loaded. Running sequences end on
+        the weights they began with. Afterwards only the new snapshot, those in `keep` and those
+        with running sequences stay loaded. On failure what was served before is served on.
+
+        Raises:
+            FiretitanError: CHECKSUM_MISMATCH, CHAIN_BROKEN.
+        """
+
+    def submit(self, request: SampleRequest) -> Future[SampleResult]:
+        """Queue a request; cancelling the future removes it from the batch.
+
+        Raises:
+            FiretitanError: INVALID_ARGUMENT, SNAPSHOT_NOT_ACTIVE.
+        """
+
+    def close(self) -> None:
+        """Fail what is queued and free the memory."""

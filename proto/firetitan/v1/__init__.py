@@ -1,0 +1,1 @@
+"""The public protocol; see docs/protocol.md."""

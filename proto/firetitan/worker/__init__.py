@@ -1,0 +1,1 @@
+"""Generated code of the internal daemon-worker protocol."""

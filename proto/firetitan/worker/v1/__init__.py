@@ -1,0 +1,1 @@
+"""The internal protocol between the daemon and its workers."""
