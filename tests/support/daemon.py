@@ -1,0 +1,108 @@
+"""A real `firetitand` process on a home of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+class DaemonProcess:
+    """Starts, kills and stops a daemon; ends only processes it started or that its home names.
+
+    Args:
+        home: Becomes FIRETITAN_HOME.
+        environment: Added to the daemon's environment, e.g. failpoints.
+    """
+
+    def __init__(self, home: Path, environment: dict[str, str] | None = None) -> None:
+        self.home = home
+        self.environment = environment or {}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        """The gRPC address of the running daemon."""
+        return str(json.loads((self.home / "daemon.json").read_text())["address"])
+
+    @property
+    def log(self) -> str:
+        """Everything the daemons on this home have printed."""
+        return (self.home / "test-daemon.log").read_text()
+
+    def start(self, environment: dict[str, str] | None = None, timeout_s: float = 20.0) -> str:
+        """Start and wait until it serves; returns its address."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        variables = {
+            **os.environ,
+            **self.environment,
+            **(environment or {}),
+            "FIRETITAN_HOME": str(self.home),
+        }
+        variables.pop("FIRETITAN_ADDRESS", None)
+        with (self.home / "test-daemon.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "firetitan_daemon", "serve"],
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        deadline = time.monotonic() + timeout_s
+        while not self._serves():
+            if self.process.poll() is not None:
+                raise RuntimeError(f"firetitand exited {self.process.returncode}:\n{self.log}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"firetitand does not serve:\n{self.log}")
+            time.sleep(0.02)
+        return self.address
+
+    def _serves(self) -> bool:
+        assert self.process is not None
+        try:
+            return bool(json.loads((self.home / "daemon.json").read_text())["pid"]
+                        == self.process.pid)
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+
+    def kill(self) -> None:
+        """`kill -9` and reap."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def wait_exit(self, timeout_s: float = 60.0) -> int:
+        """Wait until it ended by itself."""
+        assert self.process is not None
+        return self.process.wait(timeout_s)
+
+    def stop(self) -> None:
+        """SIGTERM, wait, then end the workers it left running."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        for pid in self.worker_pids():
+            os.kill(pid, signal.SIGKILL)
+
+    def worker_pids(self) -> list[int]:
+        """Live worker processes whose bundle lies under this home."""
+        pids = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                command = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"firetitan_daemon.worker" in command and any(
+                argument.startswith(str(self.home).encode()) for argument in command
+            ):
+                pids.append(int(entry.name))
+        return pids
