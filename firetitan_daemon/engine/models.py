@@ -1,0 +1,314 @@
+"""Load a causal language model once, for the trainer and for the sampler.
+
+Knows: transformers, devices, the packed attention. Must not know: losses, LoRA, sampling.
+
+Safetensors only, never code from the model's folder. At load two short sequences go through the
+model's own attention and through the packed one; a model on which they disagree takes the padded
+path: slower, and right.
+
+Shapes: B sequences, T tokens in all, L tokens of the longest, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.engine.api import ModelInfo, ModelSpec
+from firetitan_daemon.engine.attention import ATTENTION, Segments, segments
+from firetitan_daemon.engine.lora import LoraLinear, LoraPair, lora_linear
+from firetitan_daemon.engine.resolve import resolve_model
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_PROBE_LENGTHS = (23, 9)
+_NO_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What follows the last matrix product: logits = softcap * tanh(z * factor / softcap)."""
+
+    factor: float = 1.0
+    softcap: float | None = None
+
+    def apply_(self, logits: torch.Tensor) -> torch.Tensor:
+        """The final logits, in place."""
+        if self.factor != 1.0:
+            logits.mul_(self.factor)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+
+class LoadedModel:
+    """A model ready to run: hidden states of packed sequences, and the head's logits.
+
+    Attributes:
+        model: The transformers model, in eval mode, every parameter frozen.
+        info: What was loaded.
+        device: Where it is.
+        dtype: Of its weights.
+        head_spec: What follows the head's matrix product.
+    """
+
+    def __init__(self, model: Any, info: ModelInfo, head_spec: HeadSpec) -> None:
+        self.model = model
+        self.info = info
+        self.head_spec = head_spec
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer stored with the weights; None where there is none."""
+        try:
+            return AutoTokenizer.from_pretrained(self.info.path, local_files_only=True)
+        except (OSError, ValueError):
+            return None
+
+    @property
+    def head(self) -> nn.Module:
+        """The output layer: `weight` [V, H], `bias` or None; a `LoraLinear` where it is adapted."""
+        module: nn.Module = self.model.get_output_embeddings()
+        return module
+
+    @property
+    def head_parts(self) -> tuple[torch.Tensor, torch.Tensor | None, LoraPair | None]:
+        """Weight [V, H], bias [V] or None, and the current adapter's pair or None of the head."""
+        head = self.head
+        bias: torch.Tensor | None = getattr(head, "bias", None)
+        pair = head.pair if isinstance(head, LoraLinear) else None
+        return head.weight, bias, pair  # type: ignore[return-value]
+
+    def hidden_states(self, sequences: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Last hidden states of whole sequences, one after the other.
+
+        Args:
+            sequences: Token ids, int64 [length] each, none empty, on any device.
+
+        Returns:
+            [T, H] in the model's dtype; differentiable where parameters are.
+        """
+        if self.info.packed:
+            return self._packed(sequences)
+        return self._padded(sequences)
+
+    def run_packed(
+        self, tokens: torch.Tensor, positions: torch.Tensor, layout: Segments
+    ) -> torch.Tensor:
+        """One packed row under a layout with or without caches (packed models only).
+
+        Args:
+            tokens: int64 [T], padding behind the layout's parts included.
+            positions: int64 [T], of each token in its own sequence.
+            layout: How the row splits.
+
+        Returns:
+            Last hidden states [T, H].
+        """
+        with segments(layout):
+            hidden: torch.Tensor = self.model.base_model(
+                input_ids=tokens[None], position_ids=positions[None], use_cache=False
+            ).last_hidden_state
+        return hidden[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final logits [N, V] float32 of hidden states [N, H]; for a bounded number of rows."""
+        return self.head_spec.apply_(lora_linear(hidden, *self.head_parts).float())
+
+    def _packed(self, sequences: Sequence[torch.Tensor]) -> torch.Tensor:
+        tokens = torch.cat(tuple(sequences)).to(self.device)
+        positions = torch.cat([torch.arange(len(tokens_)) for tokens_ in sequences])
+        lengths = tuple(len(tokens_) for tokens_ in sequences)
+        return self.run_packed(tokens, positions.to(self.device), Segments(lengths))
+
+    def _padded(self, sequences: Sequence[torch.Tensor]) -> torch.Tensor:
+        longest = max(len(tokens) for tokens in sequences)
+        batch = torch.zeros(len(sequences), longest, dtype=torch.long)
+        mask = torch.zeros(len(sequences), longest, dtype=torch.long)
+        for row, tokens in enumerate(sequences):
+            batch[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1
+        mask = mask.to(self.device)
+        hidden: torch.Tensor = self.model.base_model(
+            input_ids=batch.to(self.device), attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        return hidden[mask.bool()]
+
+
+def load_model(spec: ModelSpec) -> LoadedModel:
+    """Load weights and find out how to run them.
+
+    Raises:
+        FiretitanError: MODEL_NOT_FOUND, UNSUPPORTED (architecture or head this engine cannot run),
+            INVALID_ARGUMENT (dtype, device, context length), each naming the value.
+    """
+    device = _device(spec.device)
+    resolved = resolve_model(spec.base_model)
+    config = AutoConfig.from_pretrained(
+        resolved.path, trust_remote_code=False, local_files_only=True
+    )
+    text_config = config.get_text_config()
+    limit = int(getattr(text_config, "max_position_embeddings", None) or _NO_LIMIT)
+    context = limit if spec.max_context_length is None else spec.max_context_length
+    if not 1 <= context <= limit:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"max_context_length is {context}; {spec.base_model} takes 1 to {limit} tokens",
+            field="max_context_length",
+        )
+    model = _load_weights(resolved.path, spec, device)
+    embeddings = model.get_input_embeddings().weight
+    head_spec = _head_spec(text_config)
+    loaded = LoadedModel(
+        model,
+        ModelInfo(
+            path=str(resolved.path),
+            source=resolved.source,
+            fingerprint=resolved.fingerprint,
+            architecture=type(model).__name__,
+            dtype=str(embeddings.dtype).removeprefix("torch."),
+            device=str(embeddings.device),
+            vocab_size=embeddings.shape[0],
+            max_context_length=context,
+            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            packed=False,
+            num_threads=torch.get_num_threads(),
+            versions={
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+                "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            },
+        ),
+        head_spec,
+    )
+    _probe(loaded, chunked=getattr(text_config, "attention_chunk_size", None) is not None)
+    return loaded
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT, f"device is {name!r}; auto, cpu or cuda", field="device"
+        )
+    if name == "cuda" and not torch.cuda.is_available():
+        raise FiretitanError(
+            Reason.OUT_OF_DEVICES, "device is 'cuda', but torch sees no GPU here", field="device"
+        )
+    return torch.device(name)
+
+
+def _load_weights(path: Path, spec: ModelSpec, device: torch.device) -> Any:
+    if spec.dtype != "auto" and spec.dtype not in _DTYPES:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"dtype is {spec.dtype!r}; auto, float32 or bfloat16",
+            field="dtype",
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=_DTYPES.get(spec.dtype, "auto"),
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (ValueError, KeyError, ImportError) as error:
+        raise FiretitanError(
+            Reason.UNSUPPORTED,
+            f"{spec.base_model} cannot be loaded as a causal language model: {error}",
+            field="base_model",
+        ) from error
+    except OSError as error:
+        raise FiretitanError(
+            Reason.MODEL_NOT_FOUND,
+            f"the weights of {spec.base_model} cannot be read: {error}",
+            field="base_model",
+        ) from error
+    if model.get_input_embeddings().weight.dtype == torch.float16:
+        model = model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _head_spec(config: Any) -> HeadSpec:
+    """Read the head's extras from the configuration; the probe checks that this is all of them."""
+    factor = float(getattr(config, "logit_scale", None) or 1.0)
+    factor /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return HeadSpec(factor, None if softcap is None else float(softcap))
+
+
+def _probe(loaded: LoadedModel, *, chunked: bool) -> None:
+    """Set `info.packed` and its notes; refuse a head that is not ours to compute.
+
+    Raises:
+        FiretitanError: UNSUPPORTED.
+    """
+    model = loaded.model
+    generator = torch.Generator().manual_seed(0)
+    sequences = [
+        torch.randint(0, loaded.info.vocab_size, (length,), generator=generator)
+        for length in _PROBE_LENGTHS
+    ]
+    exact = loaded.dtype == torch.float32
+    with torch.no_grad():
+        own = torch.cat(
+            [
+                model(input_ids=tokens[None].to(loaded.device), use_cache=False).logits[0]
+                for tokens in sequences
+            ]
+        ).float()
+        ours = loaded.logits(loaded.hidden_states(sequences))
+        difference = _relative(ours, own)
+        if not difference <= (1e-4 if exact else 3e-2):
+            raise FiretitanError(
+                Reason.UNSUPPORTED,
+                f"{loaded.info.architecture}: logits computed from its hidden states differ from "
+                f"its own by {difference:.1e}; its head does more than this engine knows",
+                field="base_model",
+            )
+        note = "it attends in chunks" if chunked else _try_packed(loaded, sequences, own, exact)
+    if note is not None:
+        model.set_attn_implementation("eager")
+        note = f"padded path: packed attention does not fit {loaded.info.architecture}: {note}"
+    notes = (*loaded.info.notes, *(() if note is None else (note,)))
+    loaded.info = replace(loaded.info, packed=note is None, notes=notes)
+
+
+def _try_packed(
+    loaded: LoadedModel, sequences: list[torch.Tensor], own: torch.Tensor, exact: bool
+) -> str | None:
+    """Switch to the packed attention; returns what speaks against it."""
+    try:
+        loaded.model.set_attn_implementation(ATTENTION)
+        loaded.info = replace(loaded.info, packed=True)
+        packed = loaded.logits(loaded.hidden_states(sequences))
+    except (FiretitanError, ValueError, TypeError, RuntimeError, AssertionError) as error:
+        return str(error)
+    difference = _relative(packed, own)
+    if difference <= (1e-4 if exact else 3e-2):
+        return None
+    return f"logits differ by {difference:.1e}"
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Median over tokens of |found - expected| / |expected|.
+
+    The median, for in bfloat16 a router of experts may flip on one token without any being wrong.
+    """
+    norms = expected.norm(dim=-1).clamp_min(1e-30)
+    return float(((found - expected).norm(dim=-1) / norms).median())
