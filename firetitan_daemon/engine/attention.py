@@ -126,9 +126,9 @@ class KVCache:
 class Segments:
     """How the packed row splits into sequences.
 
-    Part i is `lengths[i]` tokens of one sequence, or, where `caches[i]` is a forked cache, one token
-    of each of its rows (`lengths[i]` = rows). Tokens behind the last part are padding: they get
-    zeros (callers pad so that every matrix product has a fixed least number of rows).
+    Part i is `lengths[i]` tokens of one sequence, or, where `caches[i]` is a forked cache, one
+    token of each of its rows (`lengths[i]` = rows). Tokens behind the last part are padding: they
+    get zeros (callers pad so that every matrix product has a fixed least number of rows).
     """
 
     lengths: tuple[int, ...]
