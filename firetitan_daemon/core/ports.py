@@ -48,6 +48,10 @@ class Ledger:
     workers: Sequence[WorkerSpec] = ()
     pins: Sequence[tuple[str, str, str]] = ()
     """(deployment id, snapshot id, holder)."""
+    spool: Sequence[SpoolRef] = ()
+    """Every spool file that a row refers to: payloads of open operations, results not taken yet."""
+    folders: Sequence[str] = ()
+    """Every folder that a checkpoint, a snapshot or an open operation's `staging` refers to."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,9 @@ class Folders(Protocol):
     async def publish(self, staging: Path, kind: str, name: str) -> Path:
         """Give a sealed staging folder a final, never used name; returns it.
 
+        The final name follows from the arguments alone, so that a publish that was cut off is
+        finished by calling again: one that was finished before is fine.
+
         Args:
             staging: Made by `staging()`, sealed by a worker.
             kind: `checkpoints` or `snapshots`.
@@ -158,7 +165,12 @@ class Folders(Protocol):
         """Remove a staging or a published folder."""
 
     async def sweep(self, keep: Sequence[str]) -> int:
-        """At start: remove staging folders and published ones that no row names."""
+        """At start: remove staging and published folders that no row names.
+
+        Args:
+            keep: Paths of folders in use; for an open save its staging path, which also keeps the
+                folder it was published to.
+        """
 
 
 @dataclass(frozen=True)

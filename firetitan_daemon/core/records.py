@@ -139,6 +139,9 @@ class Lane:
     """The seq that has not been admitted yet."""
     acked_through: int = 0
     broken: bool = False
+    failed_seq: int = 0
+    """Last command of the lane that failed by itself; those behind it that were sent with a lower
+    `seen_failure` fail too, and do not move it."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,8 @@ class Operation:
     """A serialized Operation with only its result set; None once it was acknowledged."""
     error: ErrorRecord | None = None
     finish_time: float = 0.0
+    staging: str = ""
+    """Where an open save writes; kept until it is settled."""
 
     @property
     def name(self) -> str:
