@@ -82,8 +82,11 @@ class ForwardResult(google.protobuf.message.Message):
     METRICS_FIELD_NUMBER: builtins.int
     GRAPH_FIELD_NUMBER: builtins.int
     GRAPH_EXPIRE_TIME_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
     graph: builtins.str
     """Handle for Backward where the graph was asked for and kept."""
+    step: builtins.int
+    """Optimizer steps the weights had taken; a later command can insist on it by `expected_step`."""
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LossFnOutput]:
         """One entry a datum, in order."""
@@ -103,9 +106,10 @@ class ForwardResult(google.protobuf.message.Message):
         metrics: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
         graph: builtins.str = ...,
         graph_expire_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        step: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["graph_expire_time", b"graph_expire_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["graph", b"graph", "graph_expire_time", b"graph_expire_time", "metrics", b"metrics", "outputs", b"outputs"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["graph", b"graph", "graph_expire_time", b"graph_expire_time", "metrics", b"metrics", "outputs", b"outputs", "step", b"step"]) -> None: ...
 
 global___ForwardResult = ForwardResult
 

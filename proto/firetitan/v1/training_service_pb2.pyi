@@ -406,7 +406,9 @@ class BackwardRequest(google.protobuf.message.Message):
 
     @property
     def output_grads(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[firetitan.v1.tensor_pb2.Tensor]:
-        """One float32 tensor a datum: the gradient of the loss by each logprob."""
+        """One float32 tensor a datum: the gradient of the loss by each logprob. None at all drops the
+        graph and accumulates nothing.
+        """
 
     def __init__(
         self,

@@ -448,6 +448,8 @@ class ExecuteRequest(google.protobuf.message.Message):
     SAVE_FIELD_NUMBER: builtins.int
     LOAD_FIELD_NUMBER: builtins.int
     SETTLED_THROUGH_FIELD_NUMBER: builtins.int
+    CLIENT_ID_FIELD_NUMBER: builtins.int
+    SEQ_FIELD_NUMBER: builtins.int
     session: builtins.str
     """`trainers/{trainer}/sessions/{session}`."""
     commit_seq: builtins.int
@@ -462,6 +464,10 @@ class ExecuteRequest(google.protobuf.message.Message):
     """Inline."""
     settled_through: builtins.int
     """Results up to this commit_seq are stored by the daemon and may be dropped."""
+    client_id: builtins.str
+    """The command's lane, as in its header: known even where the payload cannot be read."""
+    seq: builtins.int
+    """Place in the lane, as in its header."""
     @property
     def spooled(self) -> global___SpoolFile:
         """In a file."""
@@ -486,9 +492,11 @@ class ExecuteRequest(google.protobuf.message.Message):
         save: global___SaveTarget | None = ...,
         load: global___LoadSource | None = ...,
         settled_through: builtins.int = ...,
+        client_id: builtins.str = ...,
+        seq: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["load", b"load", "payload", b"payload", "request", b"request", "save", b"save", "spooled", b"spooled"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["commit_seq", b"commit_seq", "load", b"load", "method", b"method", "payload", b"payload", "request", b"request", "request_id", b"request_id", "save", b"save", "session", b"session", "settled_through", b"settled_through", "spooled", b"spooled"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client_id", b"client_id", "commit_seq", b"commit_seq", "load", b"load", "method", b"method", "payload", b"payload", "request", b"request", "request_id", b"request_id", "save", b"save", "seq", b"seq", "session", b"session", "settled_through", b"settled_through", "spooled", b"spooled"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["payload", b"payload"]) -> typing.Literal["spooled", "request"] | None: ...
 
 global___ExecuteRequest = ExecuteRequest
