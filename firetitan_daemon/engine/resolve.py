@@ -197,6 +197,7 @@ def _from_hub(base_model: str) -> Path:
         log.debug("%s is not in the hub's cache", base_model)
     if constants.HF_HUB_OFFLINE:
         raise _not_found(base_model, "not in the local cache, and HF_HUB_OFFLINE is set")
+    fetch_errors = _fetch_errors()
     try:
         folder = download(cached=False)
     except GatedRepoError as error:
@@ -206,7 +207,7 @@ def _from_hub(base_model: str) -> Path:
     except LocalEntryNotFoundError as error:
         reason = f"not in the local cache, and the hub cannot be reached ({error.__cause__})"
         raise _not_found(base_model, reason) from error
-    except (OSError, ValueError, *_http_errors()) as error:
+    except fetch_errors as error:
         raise _not_found(base_model, f"fetching it from the hub failed ({error})") from error
     missing = missing_files(folder)
     if missing:
@@ -214,12 +215,12 @@ def _from_hub(base_model: str) -> Path:
     return folder
 
 
-def _http_errors() -> tuple[type[Exception], ...]:
+def _fetch_errors() -> tuple[type[Exception], ...]:
+    """What fetching raises; the HTTP library under `huggingface_hub` depends on its version."""
     for name in ("httpx2", "httpx"):
         if importlib.util.find_spec(name) is not None:
-            error: type[Exception] = importlib.import_module(name).HTTPError
-            return (error,)
-    return ()
+            return (OSError, ValueError, importlib.import_module(name).HTTPError)
+    return (OSError, ValueError)
 
 
 def _gguf_file() -> Path | None:

@@ -1,0 +1,328 @@
+"""The toy model's sampling engine: a running batch, several weights alive, swaps in between.
+
+Knows: the toy model, snapshot folders, the engine seam. Must not know: workers, the daemon.
+
+Shape legend: `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from firetitan_daemon import durable
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.engine.api import (
+    Float32Array,
+    ModelInfo,
+    ModelSpec,
+    SampledSequence,
+    SampleRequest,
+    SampleResult,
+    SnapshotKind,
+    SnapshotLayer,
+    StopReason,
+)
+from firetitan_daemon.engine.delta import apply_delta
+from firetitan_daemon.engine.draw import DrawParams, draw, token_logprob, uniform
+from firetitan_daemon.engine.raw import RawTensors, read_safetensors, result_digest
+from firetitan_daemon.engine.stops import StopStrings
+from firetitan_daemon.engine.toy import model
+from firetitan_daemon.engine.toy.train import BASE_FILE
+
+
+@dataclass
+class _Version:
+    """One set of weights and its logits table [V, V]; `users` counts running requests."""
+
+    name: str
+    tensors: RawTensors
+    logits: Float32Array
+    users: int = 0
+
+
+@dataclass
+class _Sequence:
+    stops: StopStrings
+    token_ids: list[int] = field(default_factory=list)
+    sampling: list[float] = field(default_factory=list)
+    inference: list[float] = field(default_factory=list)
+    reason: StopReason | None = None
+
+
+@dataclass
+class _Request:
+    spec: SampleRequest
+    future: Future[SampleResult]
+    submitted_s: float
+    version: _Version | None = None
+    queue_s: float = 0.0
+    sequences: list[_Sequence] = field(default_factory=list)
+    error: FiretitanError | None = None
+
+
+class ToySampleEngine:
+    """One toy model in several versions (see `SampleEngine`).
+
+    A thread of its own computes one token of every running sequence at a time; the lock guards
+    everything and is never held between tokens.
+
+    Args:
+        spec: `base_model` is the toy's name; `max_context_length` is honoured.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._info = model.describe(spec)
+        self._base = _version("", model.raw(model.base_weights()))
+        self._versions: dict[str, _Version] = {}
+        self._active = self._base
+        self._keep: frozenset[str] = frozenset()
+        self._requests: list[_Request] = []
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="toy-sampler", daemon=True)
+        self._thread.start()
+
+    @property
+    def info(self) -> ModelInfo:
+        """The toy model."""
+        return self._info
+
+    @property
+    def active(self) -> str:
+        """Name of the snapshot new requests take; empty for the base model."""
+        return self._active.name
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of the snapshots a request can still name."""
+        with self._changed:
+            return tuple(self._versions)
+
+    def apply(self, layers: Sequence[SnapshotLayer], *, keep: Sequence[str] = ()) -> None:
+        """Build the last layer's weights, verify, swap.
+
+        Raises:
+            FiretitanError: CHECKSUM_MISMATCH, CHAIN_BROKEN.
+        """
+        if not layers:
+            raise FiretitanError(Reason.INVALID_ARGUMENT, "layers: is empty", field="layers")
+        built = self._build(layers)
+        with self._changed:
+            self._versions[built.name] = built
+            self._active = built
+            self._keep = frozenset(keep)
+            self._drop_unused()
+
+    def submit(self, request: SampleRequest) -> Future[SampleResult]:
+        """Queue a request; cancelling the future removes it from the batch.
+
+        Raises:
+            FiretitanError: INVALID_ARGUMENT, SNAPSHOT_NOT_ACTIVE, CLOSED.
+        """
+        _check(request, self._info)
+        future: Future[SampleResult] = Future()
+        with self._changed:
+            if self._closed:
+                raise FiretitanError(Reason.CLOSED, "the sampling engine is closed")
+            queued = _Request(request, future, time.monotonic())
+            if request.snapshot is not None:
+                queued.version = self._find(request.snapshot)
+                queued.version.users += 1
+            self._requests.append(queued)
+            self._changed.notify()
+        return future
+
+    def close(self) -> None:
+        """Fail what is queued and free the memory."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+        for request in self._requests:
+            if request.future.set_running_or_notify_cancel():
+                request.future.set_exception(
+                    FiretitanError(Reason.CLOSED, "the sampling engine was closed")
+                )
+        self._requests.clear()
+        self._versions.clear()
+
+    def _build(self, layers: Sequence[SnapshotLayer]) -> _Version:
+        tensors: RawTensors = {}
+        for index, layer in enumerate(layers):
+            manifest = durable.verify_folder(layer.path, layer.digest)
+            if layer.kind is SnapshotKind.BASE:
+                tensors = read_safetensors(layer.path / BASE_FILE)
+            else:
+                if index == 0:
+                    tensors = self._parent(layer, manifest["parent"])
+                tensors = apply_delta(layer.path, tensors, digest=layer.digest)
+            found = result_digest(tensors)
+            if found != layer.result_digest:
+                raise FiretitanError(
+                    Reason.CHECKSUM_MISMATCH,
+                    f"snapshot {layer.name}: expected {layer.result_digest}, found {found}; "
+                    f"{self.active or 'the base model'} is served on",
+                    expected=layer.result_digest,
+                    found=found,
+                )
+        return _version(layers[-1].name, tensors)
+
+    def _parent(self, layer: SnapshotLayer, parent: str) -> RawTensors:
+        with self._changed:
+            if parent not in self._versions:
+                raise FiretitanError(
+                    Reason.CHAIN_BROKEN,
+                    f"snapshot {layer.name} stands on {parent}, which is not loaded; start at a "
+                    "base",
+                    parent=parent,
+                )
+            return self._versions[parent].tensors
+
+    def _find(self, name: str) -> _Version:
+        if name == "":
+            return self._base
+        if name not in self._versions:
+            raise FiretitanError(
+                Reason.SNAPSHOT_NOT_ACTIVE,
+                f'snapshot="{name}": not loaded; loaded are {sorted(self._versions)}',
+                field="snapshot",
+            )
+        return self._versions[name]
+
+    def _drop_unused(self) -> None:
+        for name, version in list(self._versions.items()):
+            if version is not self._active and not version.users and name not in self._keep:
+                del self._versions[name]
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._requests and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                ended = [each for each in list(self._requests) if self._advance(each)]
+            for request in ended:
+                _answer(request)
+
+    def _advance(self, request: _Request) -> bool:
+        """Start a request or compute one token of each of its sequences; True where it ended."""
+        if request.future.cancelled():
+            self._leave(request)
+            return False
+        if not request.sequences:
+            self._start(request)
+        assert request.version is not None, "set by _start"
+        try:
+            for index, sequence in enumerate(request.sequences):
+                if sequence.reason is None:
+                    _extend(request.version.logits, request.spec, index, sequence)
+        except FiretitanError as error:
+            request.error = error
+        if request.error is None and any(each.reason is None for each in request.sequences):
+            return False
+        self._leave(request)
+        return True
+
+    def _start(self, request: _Request) -> None:
+        spec = request.spec
+        request.queue_s = time.monotonic() - request.submitted_s
+        if request.version is None:
+            request.version = self._active
+            request.version.users += 1
+        prompt = [int(token) for token in spec.prompt]
+        request.sequences = [
+            _Sequence(StopStrings(spec.stop, model.decode, prompt)) for _ in range(spec.num_samples)
+        ]
+
+    def _leave(self, request: _Request) -> None:
+        self._requests.remove(request)
+        if request.version is not None:
+            request.version.users -= 1
+            self._drop_unused()
+
+
+def _version(name: str, tensors: RawTensors) -> _Version:
+    return _Version(name, tensors, model.logits_table(model.arrays(tensors)))
+
+
+def _extend(logits_VV: Float32Array, spec: SampleRequest, index: int, sequence: _Sequence) -> None:
+    last = sequence.token_ids[-1] if sequence.token_ids else int(spec.prompt[-1])
+    params = DrawParams(spec.temperature, spec.top_k, spec.top_p)
+    number = uniform(spec.seed, index, len(sequence.token_ids))
+    drawn = draw(logits_VV[last], params, number)
+    sequence.token_ids.append(drawn.token)
+    sequence.sampling.append(drawn.sampling_logprob)
+    sequence.inference.append(drawn.inference_logprob)
+    ended = drawn.token in spec.stop_token_ids or (spec.use_eos and drawn.token == model.EOS)
+    if ended or (spec.stop and sequence.stops.push(drawn.token)):
+        sequence.reason = StopReason.STOP
+    elif len(sequence.token_ids) == spec.max_tokens:
+        sequence.reason = StopReason.LENGTH
+
+
+def _answer(request: _Request) -> None:
+    """Resolve the future; outside the lock, for it may run callbacks."""
+    if not request.future.set_running_or_notify_cancel():
+        return
+    if request.error is not None:
+        request.future.set_exception(request.error)
+    elif request.version is not None:
+        request.future.set_result(_result(request, request.version))
+
+
+def _result(request: _Request, version: _Version) -> SampleResult:
+    sequences = [
+        SampledSequence(
+            np.array(each.token_ids, np.int32),
+            np.array(each.sampling, np.float32),
+            np.array(each.inference, np.float32),
+            each.reason or StopReason.LENGTH,
+        )
+        for each in request.sequences
+    ]
+    prompt_logprobs: Float32Array | None = None
+    if request.spec.prompt_logprobs:
+        prompt = request.spec.prompt
+        prompt_logprobs = np.full(len(prompt), np.nan, np.float32)
+        for at in range(1, len(prompt)):
+            row_V = version.logits[int(prompt[at - 1])]
+            prompt_logprobs[at] = token_logprob(row_V, int(prompt[at]))
+    return SampleResult(sequences, version.name, prompt_logprobs, request.queue_s, 0.0)
+
+
+def _check(request: SampleRequest, info: ModelInfo) -> None:
+    prompt = request.prompt
+    outside = np.flatnonzero((prompt < 0) | (prompt >= info.vocab_size))
+    limits = (
+        ("prompt", len(prompt) > 0, "is empty; give at least one token"),
+        (
+            "prompt",
+            outside.size == 0,
+            f"holds a token out of vocabulary at {outside[:1].tolist()}; "
+            f"0 to {info.vocab_size - 1} exist",
+        ),
+        ("num_samples", request.num_samples >= 1, f"is {request.num_samples}; give 1 or more"),
+        ("max_tokens", request.max_tokens >= 1, f"is {request.max_tokens}; give 1 or more"),
+        (
+            "temperature",
+            np.isfinite(request.temperature) and request.temperature >= 0,
+            f"is {request.temperature}; give a finite number, 0 or more",
+        ),
+        ("top_p", 0 < request.top_p <= 1, f"is {request.top_p}; give 0 < top_p <= 1"),
+        (
+            "max_tokens",
+            len(prompt) + request.max_tokens <= info.max_context_length,
+            f"prompt has {len(prompt)} tokens + max_tokens {request.max_tokens} > "
+            f"{info.max_context_length}",
+        ),
+    )
+    for name, good, what in limits:
+        if not good:
+            raise FiretitanError(Reason.INVALID_ARGUMENT, f"{name}: {what}", field=name)

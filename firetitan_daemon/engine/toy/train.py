@@ -1,0 +1,413 @@
+"""The toy model's training engine: exact gradients, AdamW, states and snapshots in numpy.
+
+Knows: the toy model, its losses, the engine seam. Must not know: workers, the daemon. A step takes
+less than a millisecond, and equal calls give equal bits whatever their split into batches.
+
+Shape legend: `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.engine.api import (
+    AdamParams,
+    Datum,
+    Float32Array,
+    ForwardOutput,
+    LossConfig,
+    ModelInfo,
+    ModelSpec,
+    Normalization,
+    SavedFiles,
+    SavedSnapshot,
+    SessionProgress,
+    SessionSpec,
+    SnapshotFormat,
+    SnapshotKind,
+)
+from firetitan_daemon.engine.raw import (
+    RawTensor,
+    RawTensors,
+    result_digest,
+    seal,
+    write_safetensors,
+)
+from firetitan_daemon.engine.snapshots import SnapshotWriter
+from firetitan_daemon.engine.state import (
+    Counters,
+    StateOrigin,
+    TrainingState,
+    load_state,
+    save_state,
+)
+from firetitan_daemon.engine.toy import model
+from firetitan_daemon.engine.toy.losses import Loss, check
+from firetitan_daemon.engine.toy.model import Float64Array, Weights
+
+BASE_FILE = "model.safetensors"
+MAX_GRAPHS = 64
+_GRADIENTS = "logits"
+"""Pending gradients are kept by logit, [V, V]: linear in the parameters' until the next write."""
+
+
+class ToyTrainEngine:
+    """One toy model, one session (see `TrainEngine`).
+
+    Args:
+        spec: `base_model` is the toy's name; `max_context_length` is honoured.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._info = model.describe(spec)
+        self._base = model.base_weights()
+        self._spec: SessionSpec | None = None
+        self._weights: Weights = {}
+        self._first: dict[str, Float32Array] = {}
+        self._second: dict[str, Float32Array] = {}
+        self._gradient_VV: Float64Array = np.zeros((model.VOCAB, model.VOCAB))
+        self._counters = Counters()
+        self._forwards = 0
+        self._graphs: dict[str, list[Datum]] = {}
+        self._next_graph = 0
+        self._writer = SnapshotWriter(write_base)
+        self._logprobs_VV: Float64Array | None = None
+
+    @property
+    def info(self) -> ModelInfo:
+        """The toy model."""
+        return self._info
+
+    @property
+    def progress(self) -> SessionProgress:
+        """Where the session stands."""
+        counters = self._counters
+        return SessionProgress(counters.step, counters.pending_backwards, self._forwards)
+
+    def open_session(self, spec: SessionSpec) -> None:
+        """Start anew with a fresh adapter or the base's own matrices.
+
+        Raises:
+            FiretitanError: INVALID_ARGUMENT for a rank below 1.
+        """
+        if spec.lora is not None and spec.lora.rank < 1:
+            raise FiretitanError(
+                Reason.INVALID_ARGUMENT,
+                f"lora_rank={spec.lora.rank}: give 1 or more, or no adapter",
+                field="lora_rank",
+            )
+        self._spec = spec
+        self._forwards = 0
+        if spec.lora is None:
+            self._replace({name: array.copy() for name, array in self._base.items()})
+        else:
+            self._replace(model.lora_weights(spec.lora, spec.seed))
+
+    def forward(
+        self, data: Sequence[Datum], loss_fn: str, config: LossConfig, *, retain_graph: bool = False
+    ) -> ForwardOutput:
+        """Logprobs and the loss; gradients stay as they are."""
+        loss, settings = self._check(data, loss_fn, config, strict=False)
+        output, _ = self._evaluate(data, loss, settings)
+        if not retain_graph:
+            return output
+        graph = f"graph-{self._next_graph}"
+        self._next_graph += 1
+        self._graphs[graph] = list(data)
+        while len(self._graphs) > MAX_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        return replace(output, graph=graph)
+
+    def backward(self, graph: str, output_grads: Sequence[Float32Array]) -> ForwardOutput:
+        """Accumulate gradients from dC/dlogprobs and release the graph.
+
+        Raises:
+            FiretitanError: GRAPH_EXPIRED, INVALID_ARGUMENT, NON_FINITE.
+        """
+        data = self._graphs.get(graph)
+        if data is None:
+            raise FiretitanError(
+                Reason.GRAPH_EXPIRED,
+                f'graph "{graph}" is gone: weights changed, or newer graphs took its place; '
+                "run forward again",
+                field="graph",
+            )
+        if len(output_grads) != len(data):
+            raise FiretitanError(
+                Reason.INVALID_ARGUMENT,
+                f"output_grads: has {len(output_grads)} arrays, the forward had {len(data)} data",
+                field="output_grads",
+            )
+        for index, (datum, grads) in enumerate(zip(data, output_grads, strict=True)):
+            shape = datum.loss_inputs["target_tokens"].shape
+            if grads.shape != shape:
+                raise FiretitanError(
+                    Reason.INVALID_ARGUMENT,
+                    f"output_grads[{index}]: has shape {list(grads.shape)}, logprobs have "
+                    f"{list(shape)}",
+                    field=f"output_grads[{index}]",
+                )
+        gradients = [grads.astype(np.float64) for grads in output_grads]
+        self._accumulate(data, gradients)
+        del self._graphs[graph]
+        table = self._table()
+        outputs = [{"logprobs": _logprobs(table, d).astype(np.float32)} for d in data]
+        return ForwardOutput(outputs, {"loss:sum": 0.0})
+
+    def release_graph(self, graph: str) -> None:
+        """Drop a kept graph; unknown names are fine."""
+        self._graphs.pop(graph, None)
+
+    def forward_backward(
+        self, data: Sequence[Datum], loss_fn: str, config: LossConfig
+    ) -> ForwardOutput:
+        """As forward, and accumulates gradients; rejects unknown loss inputs."""
+        loss, settings = self._check(data, loss_fn, config, strict=True)
+        forwards = self._forwards
+        output, gradients = self._evaluate(data, loss, settings)
+        try:
+            self._accumulate(data, gradients)
+        except FiretitanError:
+            self._forwards = forwards
+            raise
+        return output
+
+    def optim_step(
+        self, params: AdamParams, normalization: Normalization, expected_step: int | None = None
+    ) -> dict[str, float]:
+        """Normalise, clip, AdamW with decoupled decay, zero gradients.
+
+        Raises:
+            FiretitanError: NO_GRADIENTS, STEP_MISMATCH, NON_FINITE, INVALID_ARGUMENT.
+        """
+        counters = self._counters
+        _check_adam(params)
+        if expected_step is not None and expected_step != counters.step:
+            raise FiretitanError(
+                Reason.STEP_MISMATCH,
+                f"expected_step={expected_step}: the session is at step {counters.step}",
+                field="expected_step",
+            )
+        if counters.pending_backwards == 0:
+            raise FiretitanError(
+                Reason.NO_GRADIENTS,
+                "no gradients accumulated since the last step; call forward_backward first",
+            )
+        denominator = {
+            Normalization.NONE: 1,
+            Normalization.NUM_LOSS_TOKENS: max(counters.loss_tokens, 1),
+            Normalization.NUM_SEQUENCES: max(counters.loss_sequences, 1),
+        }[normalization]
+        gradients = self._parameter_gradients(self._gradient_VV / denominator)
+        norm = float(np.sqrt(sum(float((g**2).sum()) for g in gradients.values())))
+        if not np.isfinite(norm):
+            raise FiretitanError(Reason.NON_FINITE, f"gradient norm is {norm}; nothing was changed")
+        clip = params.grad_clip_norm
+        scale = clip / norm if clip > 0 and norm > clip else 1.0
+        step = counters.step + 1
+        self._write_step({name: g * scale for name, g in gradients.items()}, params, step)
+        return {"step": float(step), "grad_norm": norm}
+
+    def save_state(self, staging: Path) -> SavedFiles:
+        """Weights, moments, pending gradients and counters into an empty folder."""
+        gradients = {_GRADIENTS: RawTensor.of_array(self._gradient_VV)}
+        state = TrainingState(
+            model.raw(self._weights),
+            model.raw(self._first),
+            model.raw(self._second),
+            gradients if self._counters.pending_backwards else {},
+            self._counters,
+        )
+        return save_state(staging, state, self._origin())
+
+    def load_state(self, folder: Path, *, with_optimizer: bool) -> None:
+        """Verify, then replace the weights; clears gradients and graphs."""
+        state = load_state(
+            folder, self._origin(), model.raw(self._weights), with_optimizer=with_optimizer
+        )
+        self._replace(model.arrays(state.weights))
+        if with_optimizer:
+            self._first |= model.arrays(state.first_moment)
+            self._second |= model.arrays(state.second_moment)
+            self._counters = Counters(step=state.counters.step)
+
+    def save_snapshot(
+        self, staging: Path, name: str, kind: SnapshotKind, parent: str | None
+    ) -> SavedSnapshot:
+        """The two matrices; an adapter is merged and always makes a base."""
+        lora = self._session().lora
+        whole = model.raw(model.merged(self._base, self._weights, lora))
+        own = {k: RawTensor(t.dtype, t.shape, t.data.copy()) for k, t in whole.items()}
+        if lora is not None:
+            return write_base(staging, name, own)
+        return self._writer.save(staging, name, kind, parent, own)
+
+    def forget_snapshot(self) -> None:
+        """Drop what the next delta would stand on: the last snapshot was not published."""
+        self._writer.forget()
+
+    def close(self) -> None:
+        """Free the memory."""
+        self._graphs.clear()
+        self._writer.forget()
+
+    def _session(self) -> SessionSpec:
+        if self._spec is None:
+            raise FiretitanError(Reason.CLOSED, "no session is open on this engine")
+        return self._spec
+
+    def _origin(self) -> StateOrigin:
+        spec = self._session()
+        return StateOrigin(
+            base_fingerprint=self._info.fingerprint,
+            lora=spec.lora,
+            base_model=model.TOY_MODEL,
+            seed=spec.seed,
+            versions=self._info.versions,
+        )
+
+    def _replace(self, weights: Weights) -> None:
+        self._weights = weights
+        self._first = {name: np.zeros_like(array) for name, array in weights.items()}
+        self._second = {name: np.zeros_like(array) for name, array in weights.items()}
+        self._counters = Counters()
+        self._writer.forget()
+        self._moved()
+
+    def _moved(self) -> None:
+        """After any write to the weights: nothing computed before holds any longer."""
+        self._gradient_VV = np.zeros((model.VOCAB, model.VOCAB))
+        self._graphs.clear()
+        self._logprobs_VV = None
+
+    def _table(self) -> Float64Array:
+        if self._logprobs_VV is None:
+            whole = model.merged(self._base, self._weights, self._session().lora)
+            self._logprobs_VV = model.logprob_table(model.logits_table(whole))
+        return self._logprobs_VV
+
+    def _check(
+        self, data: Sequence[Datum], loss_fn: str, config: LossConfig, *, strict: bool
+    ) -> tuple[Loss, dict[str, float | None]]:
+        self._session()
+        context = self._info.max_context_length
+        return check(data, loss_fn, config, model.VOCAB, context, strict)
+
+    def _evaluate(
+        self, data: Sequence[Datum], loss: Loss, settings: Mapping[str, float | None]
+    ) -> tuple[ForwardOutput, list[Float64Array]]:
+        table = self._table()
+        outputs: list[dict[str, Float32Array]] = []
+        gradients: list[Float64Array] = []
+        total = 0.0
+        for datum in data:
+            logprobs = _logprobs(table, datum)
+            with np.errstate(over="ignore", invalid="ignore"):
+                value, gradient = loss.compute(logprobs, datum.loss_inputs, settings)
+            total += value
+            outputs.append({"logprobs": logprobs.astype(np.float32)})
+            gradients.append(gradient)
+        self._forwards += 1
+        return ForwardOutput(outputs, {"loss:sum": total}), gradients
+
+    def _accumulate(self, data: Sequence[Datum], gradients: Sequence[Float64Array]) -> None:
+        """Add dL/dlogits, datum by datum: the sum does not depend on the split into batches."""
+        for index, gradient in enumerate(gradients):
+            if not np.isfinite(gradient).all():
+                raise FiretitanError(
+                    Reason.NON_FINITE,
+                    f"data[{index}]: the gradient of the loss is not finite; nothing was changed",
+                    field=f"data[{index}]",
+                )
+        probabilities = np.exp(self._table())
+        tokens = sequences = 0
+        for datum, gradient in zip(data, gradients, strict=True):
+            grads_NK = gradient.reshape(gradient.shape[0], -1)
+            targets = datum.loss_inputs["target_tokens"].astype(np.int64)
+            targets_NK = targets.reshape(grads_NK.shape)
+            inputs_N = datum.token_ids
+            own_VV = np.zeros_like(self._gradient_VV)
+            np.add.at(own_VV, (inputs_N[:, None], targets_NK), grads_NK)
+            row_V = np.zeros(model.VOCAB)
+            np.add.at(row_V, inputs_N, grads_NK.sum(axis=1))
+            self._gradient_VV += own_VV - row_V[:, None] * probabilities
+            counted = int((grads_NK != 0).any(axis=1).sum())
+            tokens += counted
+            sequences += counted > 0
+        self._counters = replace(
+            self._counters,
+            pending_backwards=self._counters.pending_backwards + 1,
+            loss_tokens=self._counters.loss_tokens + tokens,
+            loss_sequences=self._counters.loss_sequences + sequences,
+        )
+
+    def _parameter_gradients(self, logits_VV: Float64Array) -> dict[str, Float64Array]:
+        """From dL/dlogits [V, V] to the trained matrices."""
+        lora = self._session().lora
+        whole = model.merged(self._base, self._weights, lora)
+        unembed = logits_VV.T @ whole[model.EMBED]
+        if lora is None:
+            return {model.EMBED: logits_VV @ whole[model.UNEMBED], model.UNEMBED: unembed}
+        scaled = unembed * (lora.alpha / lora.rank)
+        return {
+            model.LORA_A: self._weights[model.LORA_B].T @ scaled,
+            model.LORA_B: scaled @ self._weights[model.LORA_A].T,
+        }
+
+    def _write_step(
+        self, gradients: Mapping[str, Float64Array], params: AdamParams, step: int
+    ) -> None:
+        """AdamW, bias-corrected, decay decoupled (Loshchilov and Hutter, arXiv 1711.05101)."""
+        for name, gradient in gradients.items():
+            first = params.beta1 * self._first[name] + (1 - params.beta1) * gradient
+            second = params.beta2 * self._second[name] + (1 - params.beta2) * gradient**2
+            corrected = np.sqrt(second / (1 - params.beta2**step)) + params.eps
+            move = np.divide(
+                first / (1 - params.beta1**step),
+                corrected,
+                out=np.zeros_like(corrected),
+                where=corrected > 0,
+            )
+            kept = self._weights[name] * (1 - params.learning_rate * params.weight_decay)
+            self._weights[name] = (kept - params.learning_rate * move).astype(np.float32)
+            self._first[name] = first.astype(np.float32)
+            self._second[name] = second.astype(np.float32)
+        self._counters = Counters(step=step)
+        self._moved()
+
+
+def write_base(staging: Path, name: str, tensors: RawTensors) -> SavedSnapshot:
+    """Write a toy base snapshot: one safetensors file."""
+    write_safetensors(staging / BASE_FILE, tensors)
+    digest = result_digest(tensors)
+    about = {
+        "kind": SnapshotKind.BASE.value,
+        "format": SnapshotFormat.HF_FULL.value,
+        "name": name,
+        "base_model": model.TOY_MODEL,
+        "result_digest": digest,
+    }
+    return SavedSnapshot(seal(staging, about), SnapshotKind.BASE, SnapshotFormat.HF_FULL, digest)
+
+
+def _logprobs(table_VV: Float64Array, datum: Datum) -> Float64Array:
+    targets = datum.loss_inputs["target_tokens"]
+    inputs = datum.token_ids.reshape(-1, *[1] * (targets.ndim - 1))
+    return table_VV[inputs, targets]
+
+
+def _check_adam(params: AdamParams) -> None:
+    for name in ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm"):
+        value = getattr(params, name)
+        if not np.isfinite(value):
+            raise FiretitanError(
+                Reason.NON_FINITE, f"{name}={value}: give a finite number", field=name
+            )
+        if value < 0 or (name.startswith("beta") and value >= 1):
+            limits = "0 <= value < 1" if name.startswith("beta") else "0 or more"
+            raise FiretitanError(Reason.INVALID_ARGUMENT, f"{name}={value}: {limits}", field=name)
