@@ -1,0 +1,1 @@
+"""The daemon's side of its workers: start, find, check, talk to and end them."""

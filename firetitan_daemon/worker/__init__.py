@@ -1,0 +1,1 @@
+"""The worker process: weights behind a socket, commands applied exactly once."""
