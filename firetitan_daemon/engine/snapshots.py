@@ -18,7 +18,7 @@ WriteBase = Callable[[Path, str, RawTensors], SavedSnapshot]
 """(empty folder, snapshot name, tensors) -> a sealed base."""
 
 
-class SnapshotWriter:
+class ChainWriter:
     """Writes bases and deltas of one session and keeps the last one's tensors.
 
     Args:

@@ -38,7 +38,7 @@ from firetitan_daemon.engine.raw import (
     seal,
     write_safetensors,
 )
-from firetitan_daemon.engine.snapshots import SnapshotWriter
+from firetitan_daemon.engine.snapshots import ChainWriter
 from firetitan_daemon.engine.state import (
     Counters,
     StateOrigin,
@@ -75,7 +75,7 @@ class ToyTrainEngine:
         self._forwards = 0
         self._graphs: dict[str, list[Datum]] = {}
         self._next_graph = 0
-        self._writer = SnapshotWriter(write_base)
+        self._writer = ChainWriter(write_base)
         self._logprobs_VV: Float64Array | None = None
 
     @property
