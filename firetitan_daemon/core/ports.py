@@ -229,6 +229,10 @@ class Command:
     save: SaveTarget | None = None
     load: LoadSource | None = None
     settled_through: int = 0
+    client_id: str = ""
+    """Its lane, as in its header."""
+    seq: int = 0
+    """Its place in the lane."""
 
 
 @dataclass(frozen=True)
