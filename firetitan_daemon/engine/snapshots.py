@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import SavedSnapshot, SnapshotKind
+from firetitan_daemon.engine.api import SavedSnapshot, SnapshotFormat, SnapshotKind
 from firetitan_daemon.engine.delta import encode_delta
 from firetitan_daemon.engine.raw import RawTensors
 
@@ -71,3 +72,14 @@ class ChainWriter:
     def forget(self) -> None:
         """Drop the last snapshot: weights were loaded, or it was never published."""
         self._previous = None
+
+
+def about_base(form: SnapshotFormat, name: str, base_model: str, digest: str) -> dict[str, Any]:
+    """Manifest facts of a snapshot that stands alone."""
+    return {
+        "kind": SnapshotKind.BASE.value,
+        "format": form.value,
+        "name": name,
+        "base_model": base_model,
+        "result_digest": digest,
+    }

@@ -38,7 +38,7 @@ from firetitan_daemon.engine.raw import (
     seal,
     write_safetensors,
 )
-from firetitan_daemon.engine.snapshots import ChainWriter
+from firetitan_daemon.engine.snapshots import ChainWriter, about_base
 from firetitan_daemon.engine.state import (
     Counters,
     StateOrigin,
@@ -385,13 +385,7 @@ def write_base(staging: Path, name: str, tensors: RawTensors) -> SavedSnapshot:
     """Write a toy base snapshot: one safetensors file."""
     write_safetensors(staging / BASE_FILE, tensors)
     digest = result_digest(tensors)
-    about = {
-        "kind": SnapshotKind.BASE.value,
-        "format": SnapshotFormat.HF_FULL.value,
-        "name": name,
-        "base_model": model.TOY_MODEL,
-        "result_digest": digest,
-    }
+    about = about_base(SnapshotFormat.HF_FULL, name, model.TOY_MODEL, digest)
     return SavedSnapshot(seal(staging, about), SnapshotKind.BASE, SnapshotFormat.HF_FULL, digest)
 
 
