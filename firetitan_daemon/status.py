@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from typing import Any, NoReturn
 
 import grpc
 from google.rpc import code_pb2, error_details_pb2, status_pb2
@@ -94,3 +95,13 @@ def from_rpc(error: grpc.aio.AioRpcError) -> FiretitanError:
         if key == DETAILS_KEY and isinstance(value, bytes):
             return from_status(status_pb2.Status.FromString(value))
     return FiretitanError(Reason.INTERNAL, f"{error.code().name}: {error.details()}")
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: FiretitanError) -> NoReturn:
+    """End a call with an error, its Status in the trailing metadata."""
+    await context.abort(
+        grpc.StatusCode[error.code],
+        error.message,
+        trailing_metadata=((DETAILS_KEY, to_status(error).SerializeToString()),),
+    )
+    raise AssertionError("abort returned")

@@ -1,0 +1,319 @@
+"""One command on the engine: request bytes in, result out, weights versions watched.
+
+Knows: the methods of a session, the engine seam, spool files. Must not know: sockets, lanes, what
+ran before. Everything here runs in the compute thread.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+from google.protobuf.message import DecodeError, Message
+
+from firetitan.v1 import checkpoint_service_pb2, operation_pb2, training_service_pb2
+from firetitan.v1.command_pb2 import CommandHeader
+from firetitan.worker.v1 import worker_pb2
+from firetitan_daemon import status
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.durable import MANIFEST
+from firetitan_daemon.engine.api import SavedSnapshot, SnapshotKind, TrainEngine
+from firetitan_daemon.worker import convert
+
+MAX_KNOWN_GRAPHS = 4096
+
+REQUESTS: dict[str, type[Message]] = {
+    "Forward": training_service_pb2.ForwardRequest,
+    "Backward": training_service_pb2.BackwardRequest,
+    "ForwardBackward": training_service_pb2.ForwardBackwardRequest,
+    "OptimStep": training_service_pb2.OptimStepRequest,
+    "SaveState": checkpoint_service_pb2.SaveStateRequest,
+    "LoadState": checkpoint_service_pb2.LoadStateRequest,
+    "SaveSnapshot": checkpoint_service_pb2.SaveSnapshotRequest,
+}
+"""The request message of each method; field 1 of all is the CommandHeader."""
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A command, read and checked for form."""
+
+    execute: worker_pb2.ExecuteRequest
+    message: Message
+    header: CommandHeader
+
+
+def parse(request: worker_pb2.ExecuteRequest) -> Parsed:
+    """Read a command's payload.
+
+    Raises:
+        FiretitanError: UNSUPPORTED for an unknown method, CHECKSUM_MISMATCH for a damaged or
+            missing spool file, INVALID_ARGUMENT for bytes that are not the method's request.
+    """
+    kind = REQUESTS.get(request.method)
+    if kind is None:
+        raise FiretitanError(
+            Reason.UNSUPPORTED,
+            f"method {request.method!r} is unknown to this worker; it knows {', '.join(REQUESTS)}",
+        )
+    raw = request.request if request.HasField("request") else read_spooled(request.spooled)
+    try:
+        message = kind.FromString(raw)
+    except DecodeError as error:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT, f"the payload is not a {kind.DESCRIPTOR.name}: {error}"
+        ) from error
+    header: CommandHeader = message.header  # type: ignore[attr-defined]  # field 1 of every request
+    return Parsed(request, message, header)
+
+
+def read_spooled(file: worker_pb2.SpoolFile) -> bytes:
+    """The bytes of a spool file, verified before use.
+
+    Raises:
+        FiretitanError: CHECKSUM_MISMATCH naming the expected and the found size or digest.
+    """
+    path = Path(file.path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise _damaged(path, "a readable file", str(error)) from error
+    if len(raw) != file.size_bytes:
+        raise _damaged(path, f"{file.size_bytes} bytes", str(len(raw)))
+    found = blake3(raw).hexdigest()
+    if found != file.digest:
+        raise _damaged(path, file.digest, found)
+    return raw
+
+
+class CommandRunner:
+    """Runs commands of one session on its engine.
+
+    Args:
+        engine: With the session open.
+    """
+
+    def __init__(self, engine: TrainEngine) -> None:
+        self._engine = engine
+        self._weights_version = 0
+        self._graphs: OrderedDict[str, int] = OrderedDict()
+        self._last_snapshot = ""
+        self._methods: dict[str, Callable[[Parsed], worker_pb2.ExecuteResponse]] = {
+            "Forward": self._forward,
+            "Backward": self._backward,
+            "ForwardBackward": self._forward_backward,
+            "OptimStep": self._optim_step,
+            "SaveState": self._save_state,
+            "LoadState": self._load_state,
+            "SaveSnapshot": self._save_snapshot,
+        }
+
+    def state(self, session: str, applied: int) -> worker_pb2.SessionState:
+        """Where the session stands.
+
+        Args:
+            session: Its name.
+            applied: Highest commit_seq that was run.
+        """
+        progress = self._engine.progress
+        return worker_pb2.SessionState(
+            session=session,
+            applied_commit_seq=applied,
+            step=progress.step,
+            pending_backwards=progress.pending_backwards,
+            forward_passes=progress.forward_passes,
+            last_snapshot=self._last_snapshot,
+        )
+
+    def run(self, command: Parsed) -> worker_pb2.ExecuteResponse:
+        """Run one command; its outcome is set, the session is not.
+
+        Raises:
+            FiretitanError: The command failed and changed nothing; INTERNAL where the engine broke.
+        """
+        method = command.execute.method
+        try:
+            return self._methods[method](command)
+        except FiretitanError:
+            raise
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise FiretitanError(
+                    Reason.STATE_DISK_FULL,
+                    f"{method}: the disk that holds {error.filename or 'the state'} is full; "
+                    "free some space and send it again",
+                ) from error
+            raise status.unforeseen(error, method) from error
+        except MemoryError as error:
+            raise FiretitanError(
+                Reason.DEVICE_OUT_OF_MEMORY,
+                f"{method}: memory does not suffice; send fewer or shorter sequences a call",
+            ) from error
+        except Exception as error:  # the worker outlives a bug in one command
+            raise status.unforeseen(error, method) from error
+
+    def _forward(self, command: Parsed) -> worker_pb2.ExecuteResponse:
+        request = command.message
+        assert isinstance(request, training_service_pb2.ForwardRequest)
+        output = self._engine.forward(
+            convert.data_from_proto(request.data),
+            request.loss_fn,
+            convert.loss_config_from_proto(request.loss_fn_config),
+            retain_graph=request.retain_graph,
+        )
+        if output.graph is not None:
+            self._graphs[output.graph] = self._weights_version
+            while len(self._graphs) > MAX_KNOWN_GRAPHS:
+                self._graphs.popitem(last=False)
+        return self._forwarded(convert.forward_result_to_proto(output, self._step))
+
+    def _backward(self, command: Parsed) -> worker_pb2.ExecuteResponse:
+        request = command.message
+        assert isinstance(request, training_service_pb2.BackwardRequest)
+        if not request.output_grads:
+            self._engine.release_graph(request.graph)
+            self._graphs.pop(request.graph, None)
+            return self._forwarded(operation_pb2.ForwardResult(step=self._step))
+        version = self._graphs.get(request.graph)
+        if version is not None and version != self._weights_version:
+            raise FiretitanError(
+                Reason.WEIGHTS_CHANGED,
+                "the weights moved between the forward and this backward, so the gradients would "
+                "be of other weights; nothing was accumulated: run the forward and the loss again",
+                step=str(self._step),
+            )
+        grads = convert.output_grads_from_proto(request.output_grads)
+        output = self._engine.backward(request.graph, grads)
+        self._graphs.pop(request.graph, None)
+        return self._forwarded(convert.forward_result_to_proto(output, self._step))
+
+    def _forward_backward(self, command: Parsed) -> worker_pb2.ExecuteResponse:
+        request = command.message
+        assert isinstance(request, training_service_pb2.ForwardBackwardRequest)
+        if request.HasField("expected_step") and request.expected_step != self._step:
+            raise FiretitanError(
+                Reason.WEIGHTS_CHANGED,
+                f"expected_step: the session is at step {self._step}, not at "
+                f"{request.expected_step}; nothing was accumulated",
+                field="expected_step",
+                step=str(self._step),
+            )
+        output = self._engine.forward_backward(
+            convert.data_from_proto(request.data),
+            request.loss_fn,
+            convert.loss_config_from_proto(request.loss_fn_config),
+        )
+        return self._forwarded(convert.forward_result_to_proto(output, self._step))
+
+    def _optim_step(self, command: Parsed) -> worker_pb2.ExecuteResponse:
+        request = command.message
+        assert isinstance(request, training_service_pb2.OptimStepRequest)
+        metrics = self._engine.optim_step(
+            convert.adam_params_from_proto(request),
+            convert.normalization_from_proto(request.grad_acc_normalization),
+            request.expected_step if request.HasField("expected_step") else None,
+        )
+        self._weights_version += 1
+        result = operation_pb2.Operation(
+            optim_step=operation_pb2.OptimStepResult(metrics=metrics)
+        )
+        return worker_pb2.ExecuteResponse(result=result.SerializeToString())
+
+    def _save_state(self, command: Parsed) -> worker_pb2.ExecuteResponse:
+        files = self._engine.save_state(Path(self._target(command).staging))
+        return worker_pb2.ExecuteResponse(
+            saved=worker_pb2.SavedFiles(digest=files.digest, size_bytes=files.size_bytes)
+        )
+
+    def _load_state(self, command: Parsed) -> worker_pb2.ExecuteResponse:
+        request = command.message
+        assert isinstance(request, checkpoint_service_pb2.LoadStateRequest)
+        if not command.execute.HasField("load"):
+            raise FiretitanError(Reason.INVALID_ARGUMENT, "load: missing; LoadState needs a folder")
+        source = command.execute.load
+        folder = Path(source.folder)
+        check_manifest(folder, source.digest)
+        self._engine.load_state(folder, with_optimizer=request.with_optimizer)
+        self._weights_version += 1
+        self._last_snapshot = ""
+        result = operation_pb2.Operation(load=operation_pb2.LoadResult(step=self._step))
+        return worker_pb2.ExecuteResponse(result=result.SerializeToString())
+
+    def _save_snapshot(self, command: Parsed) -> worker_pb2.ExecuteResponse:
+        target = self._target(command)
+        # A save that fails leaves no parent to build a delta on.
+        self._last_snapshot = ""
+        saved: SavedSnapshot = self._engine.save_snapshot(
+            Path(target.staging),
+            target.name,
+            _snapshot_kind(target.kind),
+            target.parent or None,
+        )
+        self._last_snapshot = target.name
+        return worker_pb2.ExecuteResponse(
+            saved=worker_pb2.SavedFiles(
+                digest=saved.files.digest,
+                size_bytes=saved.files.size_bytes,
+                result_digest=saved.result_digest,
+                kind=saved.kind.value,
+                format=saved.format.value,
+            )
+        )
+
+    @property
+    def _step(self) -> int:
+        return self._engine.progress.step
+
+    @staticmethod
+    def _target(command: Parsed) -> worker_pb2.SaveTarget:
+        if not command.execute.HasField("save"):
+            raise FiretitanError(
+                Reason.INVALID_ARGUMENT,
+                f"save: missing; {command.execute.method} needs a staging folder",
+            )
+        return command.execute.save
+
+    @staticmethod
+    def _forwarded(result: operation_pb2.ForwardResult) -> worker_pb2.ExecuteResponse:
+        operation = operation_pb2.Operation(forward=result)
+        return worker_pb2.ExecuteResponse(result=operation.SerializeToString())
+
+
+def check_manifest(folder: Path, digest: str) -> None:
+    """Compare a published folder's manifest with the digest the daemon knows it by.
+
+    Raises:
+        FiretitanError: CHECKSUM_MISMATCH.
+    """
+    path = folder / MANIFEST
+    try:
+        found = blake3(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise _damaged(path, "a readable manifest", str(error)) from error
+    if found != digest:
+        raise _damaged(path, digest, found)
+
+
+def _snapshot_kind(kind: str) -> SnapshotKind:
+    try:
+        return SnapshotKind(kind)
+    except ValueError:
+        known = ", ".join(item.value for item in SnapshotKind)
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT, f"save.kind: {kind!r} is unknown; give one of {known}"
+        ) from None
+
+
+def _damaged(path: Path, expected: str, found: str) -> FiretitanError:
+    return FiretitanError(
+        Reason.CHECKSUM_MISMATCH,
+        f"{path.parent.name}/{path.name} is damaged: expected {expected}, found {found}; "
+        "nothing was used of it",
+        file=f"{path.parent.name}/{path.name}",
+        expected=expected,
+        found=found,
+    )

@@ -1,0 +1,100 @@
+"""A worker that samples: snapshots applied beside the live weights, prompts continued.
+
+Knows: the sampling seam. Must not know: numbers, sockets, which deployment it serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from firetitan.v1 import sampling_service_pb2
+from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.engine.api import (
+    SampleEngine,
+    SnapshotFormat,
+    SnapshotKind,
+    SnapshotLayer,
+)
+from firetitan_daemon.worker import convert
+from firetitan_daemon.worker.servicer import EngineHost
+
+
+class SamplerServicer(worker_pb2_grpc.SamplerWorkerServiceServicer):
+    """Apply, Generate.
+
+    Args:
+        host: The engine.
+    """
+
+    def __init__(self, host: EngineHost[SampleEngine]) -> None:
+        self._host = host
+        self._applying = asyncio.Lock()
+
+    def describe(self, response: worker_pb2.DescribeResponse) -> None:
+        """Add the snapshots to a description."""
+        engine = self._host.loaded
+        if engine is not None:
+            response.loaded_snapshots.extend(engine.loaded)
+            response.active_snapshot = engine.active
+
+    async def Apply(  # noqa: N802
+        self,
+        request: worker_pb2.ApplyRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> worker_pb2.ApplyResponse:
+        """Builds a snapshot's weights beside the live ones, verifies, swaps."""
+        loaded = await asyncio.shield(asyncio.create_task(self._apply(request)))
+        return worker_pb2.ApplyResponse(loaded_snapshots=loaded)
+
+    async def Generate(  # noqa: N802
+        self,
+        request: worker_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> worker_pb2.GenerateResponse:
+        """Continues a prompt; a caller that goes away frees its place in the batch."""
+        engine = self._host.engine
+        try:
+            message = sampling_service_pb2.SampleRequest.FromString(request.request)
+        except DecodeError as error:
+            raise FiretitanError(
+                Reason.INVALID_ARGUMENT, f"the payload is not a SampleRequest: {error}"
+            ) from error
+        sample = convert.sample_request_from_proto(message, engine.loaded)
+        result = await asyncio.wrap_future(engine.submit(sample))
+        response = convert.sample_response_to_proto(result)
+        return worker_pb2.GenerateResponse(response=response.SerializeToString())
+
+    async def _apply(self, request: worker_pb2.ApplyRequest) -> tuple[str, ...]:
+        engine = self._host.engine
+        layers = [_layer(layer) for layer in request.layers]
+        if not layers:
+            raise FiretitanError(Reason.INVALID_ARGUMENT, "layers: empty; name at least one")
+        keep = list(request.keep)
+        async with self._applying:
+            # A repeat after a lost answer: the parent of its first layer may be gone by now.
+            if engine.active != layers[-1].name:
+                await self._host.run(lambda: engine.apply(layers, keep=keep))
+            return engine.loaded
+
+
+def _layer(layer: worker_pb2.SnapshotLayer) -> SnapshotLayer:
+    try:
+        kind, form = SnapshotKind(layer.kind), SnapshotFormat(layer.format)
+    except ValueError as error:
+        raise FiretitanError(
+            Reason.UNSUPPORTED, f"snapshot {layer.name}: {error}; this worker does not know it"
+        ) from error
+    return SnapshotLayer(
+        name=layer.name,
+        kind=kind,
+        format=form,
+        path=Path(layer.path),
+        digest=layer.digest,
+        result_digest=layer.result_digest,
+    )

@@ -1,0 +1,176 @@
+"""A worker that trains: one session, its commands exactly once and in order.
+
+Knows: the journal, the compute thread. Must not know: numbers, sockets. A command runs in a task of
+the worker's own: a caller that goes away changes nothing, one that comes back joins it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
+from firetitan_daemon import status
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.engine.api import LoraSpec, SessionSpec, TrainEngine
+from firetitan_daemon.worker.commands import CommandRunner, Parsed, parse
+from firetitan_daemon.worker.journal import Journal, Verdict
+from firetitan_daemon.worker.servicer import EngineHost
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class OpenSession:
+    """The session a worker holds."""
+
+    settings: worker_pb2.OpenSessionRequest
+    runner: CommandRunner
+    state: worker_pb2.SessionState
+    """As of the last command that ended."""
+    journal: Journal[worker_pb2.ExecuteResponse] = field(default_factory=Journal)
+    running: dict[int, asyncio.Task[worker_pb2.ExecuteResponse]] = field(default_factory=dict)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by the command that runs; first come, first served."""
+
+
+class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
+    """OpenSession, Execute, FetchResult.
+
+    Args:
+        host: The engine.
+    """
+
+    def __init__(self, host: EngineHost[TrainEngine]) -> None:
+        self._host = host
+        self._session: OpenSession | None = None
+        self._opening = asyncio.Lock()
+
+    def describe(self, response: worker_pb2.DescribeResponse) -> None:
+        """Add the session to a description, as of the last command that ended."""
+        if self._session is not None:
+            response.sessions.append(self._session.state)
+
+    async def OpenSession(  # noqa: N802
+        self,
+        request: worker_pb2.OpenSessionRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> worker_pb2.OpenSessionResponse:
+        """Opens the session; the same one again is fine."""
+        return worker_pb2.OpenSessionResponse(
+            session=await asyncio.shield(asyncio.create_task(self._open(request)))
+        )
+
+    async def Execute(  # noqa: N802
+        self,
+        request: worker_pb2.ExecuteRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> worker_pb2.ExecuteResponse:
+        """Runs one command; one that was run already returns its stored result."""
+        session = self._find(request.session)
+        session.journal.settle(request.settled_through)
+        verdict = session.journal.admit(request.commit_seq, request.request_id)
+        if verdict is Verdict.STORED:
+            stored = session.journal.stored(request.commit_seq)
+            assert stored is not None
+            return stored
+        if verdict is Verdict.RUN:
+            session.running[request.commit_seq] = asyncio.create_task(self._run(session, request))
+        return await asyncio.shield(session.running[request.commit_seq])
+
+    async def FetchResult(  # noqa: N802
+        self,
+        request: worker_pb2.FetchResultRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> worker_pb2.FetchResultResponse:
+        """The stored result of a command."""
+        stored = self._find(request.session).journal.stored(request.commit_seq)
+        return worker_pb2.FetchResultResponse(response=stored)
+
+    def _find(self, name: str) -> OpenSession:
+        if self._session is None or self._session.settings.session != name:
+            held = "none" if self._session is None else self._session.settings.session
+            raise FiretitanError(
+                Reason.SESSION_NOT_FOUND, f"{name} is not open in this worker, which holds {held}"
+            )
+        return self._session
+
+    async def _open(self, request: worker_pb2.OpenSessionRequest) -> worker_pb2.SessionState:
+        async with self._opening:
+            if self._session is not None:
+                if request != self._session.settings:
+                    raise FiretitanError(
+                        Reason.ALREADY_EXISTS,
+                        f"the worker holds {self._session.settings.session} with settings of its "
+                        f"own; {request.session} needs another worker",
+                    )
+                return self._session.state
+            engine = self._host.engine
+            spec = session_spec(request)
+            await self._host.run(lambda: engine.open_session(spec))
+            runner = CommandRunner(engine)
+            settings = worker_pb2.OpenSessionRequest()
+            settings.CopyFrom(request)
+            state = runner.state(request.session, applied=0)
+            self._session = OpenSession(settings=settings, runner=runner, state=state)
+            return state
+
+    async def _run(
+        self, session: OpenSession, request: worker_pb2.ExecuteRequest
+    ) -> worker_pb2.ExecuteResponse:
+        """Run an admitted command to its end; never raises."""
+        journal = session.journal
+        async with session.turn:
+            client_id, seq = request.client_id, request.seq
+            try:
+                command = await self._host.run(lambda: parse(request))
+                client_id, seq = command.header.client_id, command.header.seq
+                response = await self._run_parsed(session, command)
+            except FiretitanError as error:
+                journal.fail(client_id, seq, request.method, error.reason)
+                response = worker_pb2.ExecuteResponse(error=status.to_status(error))
+            response.commit_seq = request.commit_seq
+            session.state = session.runner.state(
+                request.session, applied=max(journal.applied, request.commit_seq)
+            )
+            response.session.CopyFrom(session.state)
+            journal.finish(request.commit_seq, response)
+            del session.running[request.commit_seq]
+            log.debug(
+                "event=executed commit_seq=%d method=%s outcome=%s",
+                request.commit_seq,
+                request.method,
+                response.WhichOneof("outcome"),
+            )
+            return response
+
+    async def _run_parsed(
+        self, session: OpenSession, command: Parsed
+    ) -> worker_pb2.ExecuteResponse:
+        header = command.header
+        preceding = session.journal.preceding_failure(
+            header.client_id, header.seq, header.seen_failure
+        )
+        if preceding is not None:
+            raise preceding
+        return await self._host.run(lambda: session.runner.run(command))
+
+
+def session_spec(request: worker_pb2.OpenSessionRequest) -> SessionSpec:
+    """The session's settings as the engine takes them."""
+    if request.lora_rank == 0:
+        return SessionSpec(seed=request.seed, lora=None)
+    return SessionSpec(
+        seed=request.seed,
+        lora=LoraSpec(
+            rank=request.lora_rank,
+            alpha=request.lora_alpha,
+            train_attn=request.train_attn,
+            train_mlp=request.train_mlp,
+            train_unembed=request.train_unembed,
+        ),
+    )
