@@ -1,0 +1,287 @@
+"""Runs prompts and decode steps of one loaded model, so that a sequence never depends on others.
+
+Knows: the model, its caches, how many rows a matrix product needs. Must not know: requests, seeds,
+temperatures, snapshots.
+
+A prompt runs alone. In a decode step the attention of a branch (some continuations of one prompt)
+has shapes of its own; only matrix products see rows of several branches, and there the bits of a
+row may depend on how many rows there are: BLAS picks other kernels for few rows, or for few rows a
+thread. So rows are padded to a multiple of a quantum, and the quantum is measured on this model on
+this machine. Where none keeps rows apart (mixtures of experts, mostly) branches run alone.
+
+Shapes: P prompt tokens, R rows of a step, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from firetitan_daemon.engine.api import Float32Array, Int32Array
+from firetitan_daemon.engine.attention import KVCache, Segments
+from firetitan_daemon.engine.draw import token_logprob
+from firetitan_daemon.engine.models import LoadedModel
+
+_CHUNK = 512
+"""Prompt tokens run at once; bounds the memory of a long prompt."""
+_HEAD_ROWS = 256
+"""Prompt rows whose logits exist at once."""
+_QUANTA = (4, 8, 16, 32)
+_PROBE_TOKENS = 5
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prompt after its forward pass."""
+
+    state: Any
+    """What `fork` continues from."""
+    last_logits: Float32Array
+    """[V], of the first new token."""
+    logprobs: Float32Array | None
+    """[P], raw; NaN at position 0; None where not asked for."""
+
+
+class Branch(Protocol):
+    """Some continuations of one prompt; all have the same length and step together."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it holds, that of the prompt included."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these."""
+
+
+class Decoder(Protocol):
+    """The model under the weights selected last; called from one thread."""
+
+    def prefill(self, prompt: Int32Array, *, logprobs: bool) -> Prefill:
+        """Run a prompt of at least one token, alone."""
+
+    def fork(self, prefill: Prefill, rows: int) -> Branch:
+        """Begin `rows` continuations of the prompt."""
+
+    def step(self, parts: Sequence[tuple[Any, Sequence[int]]]) -> list[Float32Array]:
+        """Feed one token to every row of every branch.
+
+        Args:
+            parts: Branches, and the last token of each of their rows.
+
+        Returns:
+            Logits of the next token, [rows, V] for each branch.
+        """
+
+
+def make_decoder(loaded: LoadedModel, max_rows: int) -> PackedDecoder | CachedDecoder:
+    """Choose the decoder for a model; measures the row quantum where rows are shared."""
+    if not loaded.info.packed:
+        return CachedDecoder(loaded)
+    decoder = PackedDecoder(loaded, max_rows)
+    decoder.measure()
+    return decoder
+
+
+class PackedDecoder:
+    """All branches in one packed row.
+
+    Attributes:
+        bytes_per_token: Cache memory of one token of one row.
+    """
+
+    def __init__(self, loaded: LoadedModel, max_rows: int) -> None:
+        self._loaded = loaded
+        self._max_rows = max_rows
+        self._quanta = [*(each for each in _QUANTA if each < max_rows), max_rows]
+        self.bytes_per_token = 0
+
+    @property
+    def quantum(self) -> int | None:
+        """Rows of a step are padded to a multiple of this; None runs every branch alone."""
+        return self._quanta[0] if self._quanta else None
+
+    @property
+    def note(self) -> str:
+        """How rows are kept from influencing each other, in words."""
+        if self.quantum is None:
+            return "rows of different branches mix in this model: branches decode one by one"
+        return f"decode steps are padded to a multiple of {self.quantum} rows"
+
+    @torch.no_grad()
+    def prefill(self, prompt: Int32Array, *, logprobs: bool) -> Prefill:
+        """See `Decoder`."""
+        cache = KVCache()
+        tokens = torch.from_numpy(prompt.astype(np.int64)).to(self._loaded.device)
+        found = [np.full(1, np.nan, np.float32)]
+        hidden = torch.empty(0)
+        for start in range(0, len(prompt), _CHUNK):
+            part = tokens[start : start + _CHUNK]
+            positions = torch.arange(start, start + len(part), device=self._loaded.device)
+            hidden = self._loaded.run_packed(part, positions, Segments((len(part),), (cache,)))
+            if logprobs:
+                found.append(_prompt_logprobs(self._loaded, hidden, prompt[start + 1 :]))
+        last = self._loaded.logits(hidden[-1:])[0].cpu().numpy()
+        return Prefill(cache, last, np.concatenate(found) if logprobs else None)
+
+    def fork(self, prefill: Prefill, rows: int) -> KVCache:
+        """See `Decoder`."""
+        state: KVCache = prefill.state
+        return state.fork(rows)
+
+    def step(self, parts: Sequence[tuple[KVCache, Sequence[int]]]) -> list[Float32Array]:
+        """See `Decoder`."""
+        if self.quantum is None:
+            return [self._run([part], self._max_rows)[0] for part in parts]
+        return self._run(parts, self.quantum)
+
+    def measure(self) -> None:
+        """Find the smallest quantum under which rows do not depend on their mates; keep it.
+
+        Runs a handful of decode steps with the weights and the adapter selected now. Kernels
+        depend on shapes alone, so a quantum holds for other weights of the same shapes; measured
+        again, it only grows, so it still holds for what it was measured with before.
+        """
+        while self._quanta and not self._keeps_rows_apart(self._quanta[0]):
+            self._quanta.pop(0)
+
+    @torch.no_grad()
+    def _run(
+        self, parts: Sequence[tuple[KVCache, Sequence[int]]], quantum: int
+    ) -> list[Float32Array]:
+        tokens: list[int] = []
+        positions: list[int] = []
+        for cache, latest in parts:
+            tokens.extend(latest)
+            positions.extend([cache.length] * len(latest))
+        padding = -len(tokens) % quantum
+        device = self._loaded.device
+        layout = Segments(tuple(len(latest) for _, latest in parts), tuple(c for c, _ in parts))
+        hidden = self._loaded.run_packed(
+            torch.tensor(tokens + [0] * padding, device=device),
+            torch.tensor(positions + [0] * padding, device=device),
+            layout,
+        )
+        logits = self._loaded.logits(hidden).cpu().numpy()
+        ends = np.cumsum(layout.lengths)
+        return [
+            logits[end - length : end] for end, length in zip(ends, layout.lengths, strict=True)
+        ]
+
+    def _keeps_rows_apart(self, quantum: int) -> bool:
+        """Whether a branch gets the same logits alone and in batches of several sizes."""
+        vocab = self._loaded.info.vocab_size
+        prompts = [
+            (np.arange(_PROBE_TOKENS, dtype=np.int32) * (7 + 2 * i) + i) % vocab for i in (0, 1)
+        ]
+        ours, others = (self.prefill(prompt, logprobs=False) for prompt in prompts)
+        self.bytes_per_token = ours.state.num_bytes // _PROBE_TOKENS
+        rows = min(2, self._max_rows)
+        tokens = [3 % vocab, 5 % vocab][:rows]
+        expected: Float32Array | None = None
+        for total in _probe_totals(rows, quantum, self._max_rows):
+            for place in (0, 1):
+                parts = [(self.fork(ours, rows), tokens)]
+                if total > rows:
+                    mates = [i % vocab for i in range(total - rows)]
+                    parts.insert(1 - place, (self.fork(others, len(mates)), mates))
+                found = self._run(parts, quantum)[place if total > rows else 0]
+                if expected is None:
+                    expected = found
+                if not np.array_equal(found, expected, equal_nan=True):
+                    return False
+        return True
+
+
+class CachedDecoder:
+    """One sequence at a time on the model's own cache, for models the packed attention cannot run.
+
+    Right for every architecture, and slow: a row is a forward pass of its own.
+
+    Attributes:
+        bytes_per_token: 0: the memory of the model's own cache is not known.
+    """
+
+    bytes_per_token = 0
+    note = "sequences decode one by one on the model's own cache: right, and slow"
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+
+    @torch.no_grad()
+    def prefill(self, prompt: Int32Array, *, logprobs: bool) -> Prefill:
+        """See `Decoder`."""
+        hidden, cache = self._forward(prompt.tolist(), None)
+        found = None
+        if logprobs:
+            rest = _prompt_logprobs(self._loaded, hidden, prompt[1:])
+            found = np.concatenate((np.full(1, np.nan, np.float32), rest))
+        last = self._loaded.logits(hidden[-1:])[0].cpu().numpy()
+        return Prefill((prompt.tolist(), cache), last, found)
+
+    def fork(self, prefill: Prefill, rows: int) -> _CachedBranch:
+        """See `Decoder`."""
+        tokens, cache = prefill.state
+        return _CachedBranch([(list(tokens), copy.deepcopy(cache)) for _ in range(rows)])
+
+    def measure(self) -> None:
+        """Nothing to find out: rows never meet."""
+
+    @torch.no_grad()
+    def step(self, parts: Sequence[tuple[_CachedBranch, Sequence[int]]]) -> list[Float32Array]:
+        """See `Decoder`."""
+        return [np.stack(list(self._rows(branch, latest))) for branch, latest in parts]
+
+    def _rows(self, branch: _CachedBranch, latest: Sequence[int]) -> Iterator[Float32Array]:
+        for row, token in enumerate(latest):
+            tokens, cache = branch.rows[row]
+            tokens.append(token)
+            hidden, cache = self._forward(tokens if cache is None else [token], cache)
+            branch.rows[row] = (tokens, cache)
+            yield self._loaded.logits(hidden[-1:])[0].cpu().numpy()
+
+    def _forward(self, tokens: Sequence[int], cache: Any) -> tuple[torch.Tensor, Any]:
+        """Hidden states [L, H] and the cache; None where the model has no cache to hand back."""
+        output = self._loaded.model.base_model(
+            input_ids=torch.tensor([list(tokens)], device=self._loaded.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state[0], getattr(output, "past_key_values", None)
+
+
+class _CachedBranch:
+    def __init__(self, rows: list[tuple[list[int], Any]]) -> None:
+        self.rows = rows
+
+    @property
+    def num_bytes(self) -> int:
+        """Not known: the cache is the model's own."""
+        return 0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """See `Branch`."""
+        self.rows = [self.rows[row] for row in rows]
+
+
+def _prompt_logprobs(
+    loaded: LoadedModel, hidden: torch.Tensor, targets: Int32Array
+) -> Float32Array:
+    """Raw logprob of the token after each hidden state; [min(len(hidden), len(targets))]."""
+    count = min(len(hidden), len(targets))
+    found = np.empty(count, np.float32)
+    for start in range(0, count, _HEAD_ROWS):
+        logits = loaded.logits(hidden[start : start + _HEAD_ROWS]).cpu().numpy()
+        for row in range(min(_HEAD_ROWS, count - start)):
+            found[start + row] = token_logprob(logits[row], int(targets[start + row]))
+    return found
+
+
+def _probe_totals(rows: int, quantum: int, max_rows: int) -> list[int]:
+    """Batch sizes worth trying: each first multiple of the quantum, then some up to the limit."""
+    totals = {rows, quantum, 2 * quantum, 3 * quantum, 5 * quantum, max_rows // 2, max_rows}
+    return sorted(total for total in totals if rows <= total <= max_rows)

@@ -1,0 +1,405 @@
+"""One thread that owns the model and runs many sample requests in one running batch.
+
+Knows: requests, when a prompt runs, which rows step together, when they end. Must not know: how a
+model computes, how weights are loaded, protobuf.
+
+A request waits in one first-in-first-out queue. Its prompt runs once, alone; its samples then join
+the running batch in branches of bounded size between two decode steps. What a request gets depends
+on its snapshot, itself and its seed, not on the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.engine.api import (
+    Float32Array,
+    SampledSequence,
+    SampleRequest,
+    SampleResult,
+    StopReason,
+)
+from firetitan_daemon.engine.decode import Branch, Decoder, Prefill
+from firetitan_daemon.engine.draw import DrawParams, draw, uniform
+from firetitan_daemon.engine.stops import Decode, StopStrings
+from firetitan_daemon.engine.versions import Version, VersionTable
+
+_LOG = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Bounds of the running batch."""
+
+    max_rows: int = 64
+    """Sequences that step together."""
+    branch_rows: int = 16
+    """Samples of one request whose attention runs in one call."""
+    max_waiting: int = 4096
+    """Requests in the queue; more are refused."""
+    cache_bytes: int = 4 << 30
+    """Keys and values of everything that runs; one branch always may."""
+    prefill_tokens: int = 2048
+    """Prompt tokens between two decode steps; one prompt always may."""
+
+
+@dataclass
+class _Row:
+    """One sample on its way."""
+
+    index: int
+    stops: StopStrings | None
+    tokens: list[int] = field(default_factory=list)
+    sampling: list[float] = field(default_factory=list)
+    inference: list[float] = field(default_factory=list)
+    stop_reason: StopReason | None = None
+
+
+@dataclass(eq=False)
+class _Job:
+    """One request."""
+
+    request: SampleRequest
+    future: Future[SampleResult]
+    stop_ids: frozenset[int]
+    submitted: float
+    version: Version | None = None
+    prefill: Prefill | None = None
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    rows: list[_Row] = field(default_factory=list)
+    num_begun: int = 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether every sample has joined the batch."""
+        return self.num_begun == self.request.num_samples
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sample has ended."""
+        return self.begun and all(row.stop_reason is not None for row in self.rows)
+
+
+@dataclass(eq=False)
+class _Part:
+    """A branch in the running batch."""
+
+    job: _Job
+    branch: Branch
+    rows: list[_Row]
+    reserved_bytes: int
+
+
+class Scheduler:
+    """Queue, running batch and the thread that steps it.
+
+    Args:
+        decoder: The model.
+        versions: The loaded versions; requests count themselves in and out.
+        select: Makes the decoder compute with a version's weights; called on the thread.
+        decode_text: Tokens to text, for stop strings; None where the model has no tokenizer.
+        bytes_per_token: Cache memory of one token of one row.
+        config: Bounds.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        versions: VersionTable,
+        select: Callable[[Version], None],
+        decode_text: Decode | None,
+        bytes_per_token: int,
+        config: SamplerConfig,
+    ) -> None:
+        self._decoder = decoder
+        self._versions = versions
+        self._select = select
+        self._decode_text = decode_text
+        self._bytes_per_token = bytes_per_token
+        self._config = config
+        self._wake = threading.Condition()
+        self._waiting: deque[_Job] = deque()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._closed = False
+        self._parts: list[_Part] = []
+        self._thread = threading.Thread(target=self._run, name="firetitan-sampler", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: SampleRequest, stop_ids: frozenset[int]) -> Future[SampleResult]:
+        """Queue a checked request; `stop_ids` end a sequence, those of the model included.
+
+        Raises:
+            FiretitanError: QUEUE_FULL, CLOSED.
+        """
+        job = _Job(request, Future(), stop_ids, time.monotonic())
+        with self._wake:
+            self._check_open()
+            if len(self._waiting) >= self._config.max_waiting:
+                raise FiretitanError(
+                    Reason.QUEUE_FULL,
+                    f"{len(self._waiting)} sample requests are waiting; try again later or send "
+                    "fewer at once",
+                )
+            self._waiting.append(job)
+            self._wake.notify()
+        return job.future
+
+    def call(self, function: Callable[[], _Result]) -> _Result:
+        """Run `function` on the thread, between two decode steps; returns what it returns."""
+        future: Future[_Result] = Future()
+        with self._wake:
+            self._check_open()
+            self._calls.append((function, future))
+            self._wake.notify()
+        return future.result()
+
+    def close(self) -> None:
+        """Fail whatever waits or runs with CLOSED, and end the thread."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise _closed()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(
+                    lambda: self._closed or self._waiting or self._calls or self._parts
+                )
+                if self._closed:
+                    break
+                calls, self._calls = list(self._calls), deque()
+            for function, future in calls:
+                _resolve(future, function)
+            self._drop_cancelled()
+            self._admit()
+            self._step()
+        self._end_all()
+
+    def _end_all(self) -> None:
+        with self._wake:
+            jobs = [*self._waiting, *(part.job for part in self._parts)]
+            calls = list(self._calls)
+            self._waiting.clear()
+            self._calls.clear()
+        for job in dict.fromkeys(jobs):
+            self._fail(job, _closed())
+        for _, future in calls:
+            future.set_exception(_closed())
+
+    def _drop_cancelled(self) -> None:
+        with self._wake:
+            waiting = list(self._waiting)
+        for job in dict.fromkeys([*waiting, *(part.job for part in self._parts)]):
+            if job.future.cancelled():
+                self._remove(job)
+
+    def _admit(self) -> None:
+        """Let waiting samples join, oldest request first, while there is room."""
+        budget = self._config.prefill_tokens
+        while True:
+            with self._wake:
+                job = self._waiting[0] if self._waiting else None
+            if job is None or not self._has_room(job):
+                return
+            length = len(job.request.prompt)
+            if job.prefill is None:
+                if budget < length and budget < self._config.prefill_tokens:
+                    return
+                budget -= length
+            self._guard(job, lambda job=job: self._begin(job))
+            if job.future.done():
+                self._remove(job)
+            elif job.begun:
+                with self._wake:
+                    self._waiting.remove(job)
+
+    def _has_room(self, job: _Job) -> bool:
+        if not self._parts:
+            return True
+        rows = sum(len(part.rows) for part in self._parts)
+        used = sum(part.reserved_bytes for part in self._parts)
+        wanted = self._next_rows(job)
+        return (
+            rows + wanted <= self._config.max_rows
+            and used + self._reserve(job, wanted) <= self._config.cache_bytes
+        )
+
+    def _next_rows(self, job: _Job) -> int:
+        """Size of the request's next branch: given by the request alone."""
+        limit = min(self._config.branch_rows, self._config.max_rows)
+        return min(limit, job.request.num_samples - job.num_begun)
+
+    def _reserve(self, job: _Job, rows: int) -> int:
+        tokens = len(job.request.prompt) + rows * job.request.max_tokens
+        return tokens * self._bytes_per_token
+
+    def _begin(self, job: _Job) -> None:
+        """Run the prompt where that is still to be done, and start the next branch."""
+        request = job.request
+        if job.version is None:
+            job.version = self._versions.begin(request.snapshot)
+        if job.prefill is None:
+            started = time.monotonic()
+            job.queue_s = started - job.submitted
+            self._select(job.version)
+            job.prefill = self._decoder.prefill(request.prompt, logprobs=request.prompt_logprobs)
+            job.prefill_s = time.monotonic() - started
+        rows = [
+            _Row(index, self._stop_strings(request))
+            for index in range(job.num_begun, job.num_begun + self._next_rows(job))
+        ]
+        job.rows.extend(rows)
+        job.num_begun += len(rows)
+        for row in rows:
+            self._draw(job, row, job.prefill.last_logits)
+        running = [row for row in rows if row.stop_reason is None]
+        if running:
+            branch = self._decoder.fork(job.prefill, len(running))
+            reserved = self._reserve(job, len(running))
+            self._parts.append(_Part(job, branch, running, reserved))
+        if job.finished:
+            self._finish(job)
+
+    def _step(self) -> None:
+        """One decode step for everything that runs, version by version."""
+        for version in dict.fromkeys(part.job.version for part in self._parts):
+            assert version is not None
+            parts = [part for part in self._parts if part.job.version is version]
+            try:
+                self._select(version)
+                logits = self._decoder.step(
+                    [(part.branch, [row.tokens[-1] for row in part.rows]) for part in parts]
+                )
+            except Exception:
+                _LOG.exception("decode step failed rows=%d", sum(len(p.rows) for p in parts))
+                for part in parts:
+                    self._guard(part.job, lambda part=part: self._step_alone(part))
+                continue
+            for part, rows in zip(parts, logits, strict=True):
+                self._guard(part.job, lambda part=part, rows=rows: self._take(part, rows))
+
+    def _step_alone(self, part: _Part) -> None:
+        """Find out which request a failed step failed for: caches count a step only when done."""
+        (logits,) = self._decoder.step([(part.branch, [row.tokens[-1] for row in part.rows])])
+        self._take(part, logits)
+
+    def _take(self, part: _Part, logits: Float32Array) -> None:
+        """Draw every row's token; rows that ended leave the branch."""
+        for row, row_logits in zip(part.rows, logits, strict=True):
+            self._draw(part.job, row, row_logits)
+        going = [at for at, row in enumerate(part.rows) if row.stop_reason is None]
+        if len(going) == len(part.rows):
+            return
+        if going:
+            part.branch.keep(going)
+            part.rows = [part.rows[at] for at in going]
+        else:
+            self._parts.remove(part)
+        if part.job.finished:
+            self._finish(part.job)
+
+    def _draw(self, job: _Job, row: _Row, logits: Float32Array) -> None:
+        request = job.request
+        params = DrawParams(request.temperature, request.top_k, request.top_p)
+        drawn = draw(logits, params, uniform(request.seed, row.index, len(row.tokens)))
+        row.tokens.append(drawn.token)
+        row.sampling.append(drawn.sampling_logprob)
+        row.inference.append(drawn.inference_logprob)
+        if drawn.token in job.stop_ids or (row.stops and row.stops.push(drawn.token)):
+            row.stop_reason = StopReason.STOP
+        elif len(row.tokens) == request.max_tokens:
+            row.stop_reason = StopReason.LENGTH
+
+    def _stop_strings(self, request: SampleRequest) -> StopStrings | None:
+        if not request.stop:
+            return None
+        assert self._decode_text is not None, "checked when the request came"
+        return StopStrings(request.stop, self._decode_text, request.prompt.tolist())
+
+    def _finish(self, job: _Job) -> None:
+        assert job.version is not None and job.prefill is not None
+        result = SampleResult(
+            sequences=[_sequence(row) for row in job.rows],
+            snapshot=job.version.name,
+            prompt_logprobs=job.prefill.logprobs,
+            queue_s=job.queue_s,
+            prefill_s=job.prefill_s,
+        )
+        self._remove(job)
+        if job.future.set_running_or_notify_cancel():
+            job.future.set_result(result)
+
+    def _guard(self, job: _Job, function: Callable[[], None]) -> None:
+        """Run one request's share of the work; what goes wrong there ends that request alone."""
+        if job.future.done():
+            return
+        try:
+            function()
+        except FiretitanError as error:
+            self._fail(job, error)
+        except Exception as error:
+            _LOG.exception("sample request failed")
+            self._fail(job, _internal(error))
+
+    def _fail(self, job: _Job, error: FiretitanError) -> None:
+        self._remove(job)
+        if not job.future.done() and job.future.set_running_or_notify_cancel():
+            job.future.set_exception(error)
+
+    def _remove(self, job: _Job) -> None:
+        """Take a request out of queue and batch, and count it out of its version."""
+        self._parts = [part for part in self._parts if part.job is not job]
+        with self._wake:
+            if job in self._waiting:
+                self._waiting.remove(job)
+        if job.version is not None:
+            version, job.version = job.version, None
+            self._versions.end(version)
+
+
+def _sequence(row: _Row) -> SampledSequence:
+    assert row.stop_reason is not None
+    return SampledSequence(
+        np.array(row.tokens, np.int32),
+        np.array(row.sampling, np.float32),
+        np.array(row.inference, np.float32),
+        row.stop_reason,
+    )
+
+
+def _resolve(future: Future[Any], function: Callable[[], Any]) -> None:
+    try:
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)
+
+
+def _closed() -> FiretitanError:
+    return FiretitanError(Reason.CLOSED, "the sampling engine is closed")
+
+
+def _internal(error: Exception) -> FiretitanError:
+    if isinstance(error, MemoryError) or "out of memory" in str(error):
+        return FiretitanError(
+            Reason.DEVICE_OUT_OF_MEMORY,
+            f"not enough memory for this request: {error}; send a shorter prompt, fewer samples "
+            "or fewer tokens",
+        )
+    return FiretitanError(Reason.INTERNAL, f"sampling failed: {type(error).__name__}: {error}")

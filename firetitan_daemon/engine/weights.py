@@ -1,0 +1,256 @@
+"""Turns published snapshots into weights of one loaded model, and puts a version into the model.
+
+Knows: snapshot folders, the model's parameters and linear layers. Must not know: requests, batches,
+who is served what.
+
+A version is built beside the live ones and checked before anything can see it. To serve it, the
+model's parameters point at its tensors and the LoRA layers at its adapter: no tensor is copied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from firetitan_daemon import durable
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.engine.adapter import A_SUFFIX, B_SUFFIX, PEFT_PREFIX
+from firetitan_daemon.engine.api import SnapshotFormat, SnapshotKind, SnapshotLayer
+from firetitan_daemon.engine.delta import apply_delta
+from firetitan_daemon.engine.export import read_adapter, read_full
+from firetitan_daemon.engine.lora import Adapter, LoraPair, LoraSlot, wrap_modules
+from firetitan_daemon.engine.models import LoadedModel
+from firetitan_daemon.engine.raw import RawTensors, result_digest
+from firetitan_daemon.engine.tensors import Tensors, from_raw
+from firetitan_daemon.engine.versions import Version
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a version puts into the model."""
+
+    parameters: Tensors
+    """By the model's parameter names; an adapter's are those of the base."""
+    adapter: Adapter | None
+    stored: RawTensors | None
+    """A full version's tensors as saved: what the next delta stands on."""
+
+
+class ModelWeights:
+    """The weights of one loaded model. `build` may run on any thread, the rest on the model's.
+
+    Args:
+        loaded: The model, holding the base's weights.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        self._parameters = dict(loaded.model.named_parameters())
+        self._slot: LoraSlot | None = None
+        self._adapter_shapes: set[frozenset[tuple[str, int]]] = set()
+        self._selected: Version | None = None
+
+    def base(self) -> Version:
+        """The base model's own weights, under the empty name."""
+        own = {name: parameter.data for name, parameter in self._parameters.items()}
+        return Version("", self._loaded.info.fingerprint, True, Content(own, None, None))
+
+    def build(
+        self,
+        layers: Sequence[SnapshotLayer],
+        find: Callable[[str], Version | None],
+    ) -> Version:
+        """Read, verify and assemble the version the last layer names.
+
+        Args:
+            layers: From a base, or from a delta whose parent `find` knows.
+            find: A version in memory by name, or None.
+
+        Raises:
+            FiretitanError: CHECKSUM_MISMATCH, CHAIN_BROKEN, UNSUPPORTED, each naming the layer.
+        """
+        last = layers[-1]
+        if last.format is SnapshotFormat.PEFT_ADAPTER:
+            return self._build_adapter(last, find)
+        start, stored = _start(layers, find)
+        for layer in layers[start:]:
+            stored = _read_layer(layer, stored)
+        assert stored is not None
+        parameters = self._fitted(stored, last.name)
+        return Version(last.name, last.result_digest, True, Content(parameters, None, stored))
+
+    def select(self, version: Version) -> None:
+        """Make the model compute with a version."""
+        if version is self._selected:
+            return
+        content: Content = version.content
+        for name, parameter in self._parameters.items():
+            parameter.data = content.parameters[name]
+        if self._slot is not None:
+            self._slot.active = content.adapter
+        self._selected = version
+
+    def wrap_for(self, version: Version) -> Version | None:
+        """Give every layer the version adapts a LoRA layer.
+
+        Returns:
+            A version with a random adapter of the same shapes where these shapes are new here:
+            something to measure kernels with. None otherwise.
+        """
+        adapter: Adapter = version.content.adapter or {}
+        shapes = frozenset((name, pair.a.shape[0]) for name, pair in adapter.items())
+        if not shapes or shapes in self._adapter_shapes:
+            return None
+        self._adapter_shapes.add(shapes)
+        self._slot = wrap_modules(self._loaded.model, sorted(adapter))
+        self._selected = None
+        generator = torch.Generator().manual_seed(0)
+        probe = {name: _random_pair(pair, generator) for name, pair in adapter.items()}
+        return Version("", "", False, Content(version.content.parameters, probe, None))
+
+    def _build_adapter(
+        self, layer: SnapshotLayer, find: Callable[[str], Version | None]
+    ) -> Version:
+        durable.verify_folder(layer.path, layer.digest)
+        settings, raw = read_adapter(layer.path)
+        _check_result(layer, raw)
+        tensors = from_raw(raw)
+        rank = int(settings["r"])
+        divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
+        scaling = float(settings["lora_alpha"]) / divisor
+        adapter = {}
+        for key in sorted(tensors):
+            if key.endswith(A_SUFFIX):
+                path = key.removesuffix(A_SUFFIX)
+                name = path.removeprefix(PEFT_PREFIX)
+                pair = (tensors[key], tensors[path + B_SUFFIX])
+                adapter[name] = self._pair(layer, name, *pair, scaling)
+        base = self._base_parameters(find)
+        return Version(layer.name, layer.result_digest, False, Content(base, adapter, None))
+
+    def _pair(
+        self, layer: SnapshotLayer, name: str, a: torch.Tensor, b: torch.Tensor, scaling: float
+    ) -> LoraPair:
+        weight = self._weight_of(name)
+        if weight is None:
+            raise _misfit(layer.name, f"{name!r} is no linear layer of this model")
+        if a.shape[1] != weight.shape[1] or b.shape != (weight.shape[0], a.shape[0]):
+            raise _misfit(
+                layer.name,
+                f"{name!r} has A {list(a.shape)} and B {list(b.shape)}, its weight is "
+                f"{list(weight.shape)}",
+            )
+        a, b = (each.to(weight.device, torch.float32, copy=True) for each in (a, b))
+        return LoraPair(a, b, scaling, weight.dtype)
+
+    def _weight_of(self, module: str) -> torch.Tensor | None:
+        try:
+            weight = getattr(self._loaded.model.get_submodule(module), "weight", None)
+        except AttributeError:
+            return None
+        return weight if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
+
+    def _base_parameters(self, find: Callable[[str], Version | None]) -> Mapping[str, torch.Tensor]:
+        for version in (find(""), self._selected):
+            if version is not None and version.content.stored is None:
+                parameters: Mapping[str, torch.Tensor] = version.content.parameters
+                return parameters
+        raise FiretitanError(
+            Reason.UNSUPPORTED,
+            "a full-parameter snapshot has replaced the base model here; serve the adapter from "
+            "another deployment",
+        )
+
+    def _fitted(self, stored: RawTensors, name: str) -> dict[str, torch.Tensor]:
+        """A tensor for each parameter, in its dtype and on its device; no copy where both fit."""
+        model = self._loaded.model
+        aliases: dict[int, list[str]] = {}
+        for alias, parameter in model.named_parameters(remove_duplicate=False):
+            aliases.setdefault(id(parameter), []).append(alias)
+        known = {alias for group in aliases.values() for alias in group}
+        unknown = sorted(stored.keys() - known - model.state_dict().keys())
+        if unknown:
+            raise _misfit(name, f"{unknown[0]!r} is no tensor of {type(model).__name__}")
+        tensors = from_raw(stored)
+        fitted = {}
+        for key, parameter in self._parameters.items():
+            found = next((alias for alias in aliases[id(parameter)] if alias in stored), None)
+            if found is None:
+                raise _misfit(name, f"{key!r} is missing")
+            tensor = tensors[found]
+            if tensor.shape != parameter.shape:
+                raise _misfit(
+                    name, f"{key!r} is {list(tensor.shape)}, here {list(parameter.shape)}"
+                )
+            fitted[key] = tensor.to(parameter.device, parameter.dtype)
+        return fitted
+
+
+def _start(
+    layers: Sequence[SnapshotLayer], find: Callable[[str], Version | None]
+) -> tuple[int, RawTensors | None]:
+    """Where to begin: behind the last layer that is in memory, or at a base."""
+    for index in reversed(range(len(layers))):
+        version = find(layers[index].name)
+        if version is not None and version.result_digest == layers[index].result_digest:
+            return index + 1, version.content.stored
+        if layers[index].kind is SnapshotKind.BASE:
+            return index, None
+    parent = str(durable.verify_folder(layers[0].path, layers[0].digest).get("parent"))
+    version = find(parent)
+    if version is None or version.content.stored is None:
+        raise FiretitanError(
+            Reason.CHAIN_BROKEN,
+            f"delta {layers[0].name} stands on {parent}, which is not in memory here; send the "
+            "chain from its base",
+            snapshot=layers[0].name,
+            parent=parent,
+        )
+    return 0, version.content.stored
+
+
+def _read_layer(layer: SnapshotLayer, before: RawTensors | None) -> RawTensors:
+    if layer.format is SnapshotFormat.HF_FULL:
+        durable.verify_folder(layer.path, layer.digest)
+        tensors: RawTensors = read_full(layer.path)
+    elif layer.format is SnapshotFormat.XOR_ZSTD and before is not None:
+        tensors = apply_delta(layer.path, before, digest=layer.digest)
+    else:
+        raise FiretitanError(
+            Reason.CHAIN_BROKEN,
+            f"snapshot {layer.name} is {layer.format} and cannot stand inside a chain",
+            snapshot=layer.name,
+        )
+    _check_result(layer, tensors)
+    return tensors
+
+
+def _check_result(layer: SnapshotLayer, tensors: RawTensors) -> None:
+    found = result_digest(tensors)
+    if found != layer.result_digest:
+        raise FiretitanError(
+            Reason.CHECKSUM_MISMATCH,
+            f"snapshot {layer.name} comes out as {found}, expected {layer.result_digest}; what was "
+            "served before is served on",
+            snapshot=layer.name,
+            expected=layer.result_digest,
+            found=found,
+        )
+
+
+def _random_pair(like: LoraPair, generator: torch.Generator) -> LoraPair:
+    a, b = (
+        torch.randn(each.shape, generator=generator).to(each.device) for each in (like.a, like.b)
+    )
+    return LoraPair(a, b, like.scaling, like.compute_dtype)
+
+
+def _misfit(name: str, what: str) -> FiretitanError:
+    return FiretitanError(
+        Reason.CHAIN_BROKEN,
+        f"snapshot {name} does not fit the model served here: {what}",
+        snapshot=name,
+    )
