@@ -3,8 +3,8 @@
 Knows: files, BLAKE3. Must not know: what the files mean. Every layer that publishes files uses this
 module; nothing else in the project may write a file that must survive.
 
-A published folder holds `manifest.json`, written last, with the size and BLAKE3 of every other file;
-its own hash is the folder's digest. A folder without a manifest is an unfinished one.
+A published folder holds `manifest.json`, written last, with the size and BLAKE3 of every other
+file; its own hash is the folder's digest. A folder without a manifest is an unfinished one.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def seal_folder(folder: Path, about: dict[str, Any]) -> tuple[str, int]:
     Returns:
         The digest (BLAKE3 of the manifest, hex) and the payload's size in bytes.
     """
-    files = {}
+    files: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.iterdir()):
         fsync_path(path)
         files[path.name] = {"size_bytes": path.stat().st_size, "blake3": hash_file(path)}

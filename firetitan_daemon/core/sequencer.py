@@ -27,6 +27,8 @@ from firetitan_daemon.core.records import Lane, Operation, Session
 
 MAX_TEXT = 128
 """Longest client id and request id."""
+MAX_SEQ = 2**62
+"""Highest seq, far beyond any lane's life and within a signed 64-bit integer."""
 
 
 @dataclass(frozen=True)
@@ -340,10 +342,10 @@ def _waits(state: _LaneState) -> bool:
 def _check(command: Incoming) -> None:
     _check_text(command.client_id, "header.client_id")
     _check_text(command.request_id, "header.request_id")
-    if command.seq < 1:
+    if not 0 < command.seq <= MAX_SEQ:
         raise FiretitanError(
             Reason.INVALID_ARGUMENT,
-            f"header.seq: {command.seq} is not a place in a lane; count from 1",
+            f"header.seq: {command.seq} is not a place in a lane; count 1, 2, 3 ...",
             field="header.seq",
         )
 

@@ -1,0 +1,62 @@
+"""A full disk: how it is told, and the reserve that lets the ledger go on freeing space.
+
+Knows: errno, files. Must not know: tables, records.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from firetitan_daemon.core.errors import FiretitanError, Reason
+
+BALLAST_BYTES = 4 * 1024 * 1024
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error says that no space is left."""
+    return error.errno in _FULL
+
+
+def disk_full(folder: Path, needed_bytes: int | None = None) -> FiretitanError:
+    """STATE_DISK_FULL for the disk that holds a folder."""
+    free = shutil.disk_usage(folder).free
+    need = f"{needed_bytes} bytes are needed, {free} are free" if needed_bytes else f"{free} bytes"
+    return FiretitanError(
+        Reason.STATE_DISK_FULL,
+        f"the disk of {folder} is full ({need}); nothing was written. Free space there, e.g. by "
+        "deleting checkpoints, and send the request again",
+        free_bytes=str(free),
+        **({"needed_bytes": str(needed_bytes)} if needed_bytes else {}),
+    )
+
+
+class Ballast:
+    """A file of nothing, given up when the disk is full: in SQLite, deleting needs space too."""
+
+    def __init__(self, path: Path, size_bytes: int = BALLAST_BYTES) -> None:
+        self._path = path
+        self._size_bytes = size_bytes
+
+    def ensure(self) -> bool:
+        """Take the space again if it can be had; whether it is there."""
+        if self._path.exists():
+            return True
+        try:
+            with self._path.open("xb") as file:
+                os.posix_fallocate(file.fileno(), 0, self._size_bytes)
+        except OSError as error:
+            self._path.unlink(missing_ok=True)
+            if is_full(error):
+                return False
+            raise
+        return True
+
+    def release(self) -> bool:
+        """Give the space up; whether there was any."""
+        there = self._path.exists()
+        self._path.unlink(missing_ok=True)
+        return there

@@ -1,0 +1,116 @@
+"""Folders of checkpoints and snapshots: staged by a worker, published by a rename.
+
+Knows: folders below one root. Must not know: what is in them.
+
+    staging/{id}                 a worker writes here
+    checkpoints/{name}-{id}      published; the id of its staging folder makes the name unique
+    snapshots/{name}-{id}
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from firetitan_daemon import durable
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.ports import Folders
+from firetitan_daemon.store.disk import disk_full, is_full
+
+STAGING = "staging"
+KINDS = ("checkpoints", "snapshots")
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class FileFolders(Folders):
+    """Folders below one root, which is one file system.
+
+    Args:
+        root: Made where there is none.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        for name in (STAGING, *KINDS):
+            (root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="firetitan-folders")
+
+    def staging(self) -> Path:
+        """A new empty folder, on the same file system as the published ones."""
+        folder = self._root / STAGING / uuid.uuid4().hex
+        try:
+            folder.mkdir(mode=0o700)
+        except OSError as error:
+            raise self._failure(error) from error
+        return folder
+
+    async def publish(self, staging: Path, kind: str, name: str) -> Path:
+        """Give a sealed staging folder its final name; again is fine."""
+        return await self._run(self._publish, staging, kind, name)
+
+    async def discard(self, folder: Path) -> None:
+        """Remove a staging or a published folder; one that is gone is fine."""
+        await self._run(self._discard, folder)
+
+    async def sweep(self, keep: Sequence[str]) -> int:
+        """At start: remove staging and published folders that no row names; returns how many."""
+        return await self._run(self._sweep, keep)
+
+    async def close(self) -> None:
+        """Finish what is queued."""
+        self._thread.shutdown()
+
+    async def _run(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        # A publish that was begun is finished even if the one who asked stops waiting.
+        future = self._thread.submit(call, *args, **kwargs)
+        return await asyncio.shield(asyncio.wrap_future(future))
+
+    def _publish(self, staging: Path, kind: str, name: str) -> Path:
+        assert kind in KINDS and "/" not in name, f"{kind}/{name} is no place for a folder"
+        final = self._root / kind / f"{name}-{staging.name}"
+        if not staging.exists():
+            if final.exists():
+                return final
+            raise FiretitanError(
+                Reason.CHECKSUM_MISMATCH,
+                f"the files of {name} are gone: neither {staging.name} nor {final.name} is there; "
+                "save again",
+                file=final.name,
+            )
+        try:
+            # Left by a publish whose save was then run again; no row names it.
+            durable.remove(final)
+            durable.publish_folder(staging, final)
+        except OSError as error:
+            raise self._failure(error) from error
+        return final
+
+    def _discard(self, folder: Path) -> None:
+        inside = folder.parent.parent == self._root and folder.parent.name in (STAGING, *KINDS)
+        assert inside, f"{folder} is not a folder of {self._root}"
+        durable.remove(folder)
+
+    def _sweep(self, keep: Sequence[str]) -> int:
+        kept = {(Path(one).parent.name, Path(one).name) for one in keep}
+        publishing = tuple(f"-{name}" for parent, name in kept if parent == STAGING)
+        strays = [
+            folder
+            for parent in (STAGING, *KINDS)
+            for folder in (self._root / parent).iterdir()
+            if (parent, folder.name) not in kept
+            and not (parent != STAGING and folder.name.endswith(publishing))
+        ]
+        for folder in strays:
+            durable.remove(folder)
+        return len(strays)
+
+    def _failure(self, error: OSError) -> FiretitanError:
+        if is_full(error):
+            return disk_full(self._root)
+        return FiretitanError(Reason.INTERNAL, f"cannot write to {self._root}: {error.strerror}")

@@ -1,0 +1,202 @@
+"""The ledger in memory, for tests: the same rules as the one on disk, nothing survives.
+
+Knows: records. Must not know: files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from firetitan_daemon.core.ports import Change, Ledger, Store
+from firetitan_daemon.core.records import (
+    Checkpoint,
+    Deployment,
+    Lane,
+    Operation,
+    Session,
+    Snapshot,
+    SpoolRef,
+    Trainer,
+    WorkerSpec,
+)
+from firetitan_daemon.store.rules import reused, stagings, trainer_of, unknown_page
+
+_Pin = tuple[str, str, str]
+
+
+class MemoryStore(Store):
+    """The ledger as dictionaries in order of insertion."""
+
+    def __init__(self) -> None:
+        self._trainers: dict[str, Trainer] = {}
+        self._sessions: dict[str, Session] = {}
+        self._lanes: dict[tuple[str, str], Lane] = {}
+        self._operations: dict[str, Operation] = {}
+        self._checkpoints: dict[str, Checkpoint] = {}
+        self._snapshots: dict[str, Snapshot] = {}
+        self._deployments: dict[str, Deployment] = {}
+        self._workers: dict[str, WorkerSpec] = {}
+        self._pins: dict[_Pin, None] = {}
+
+    async def load(self) -> Ledger:
+        """What a daemon needs at start."""
+        operations = list(self._operations.values())
+        opened = sorted(
+            (one for one in operations if not one.done),
+            key=lambda one: (one.target, one.commit_seq, one.client_id, one.seq),
+        )
+        folders = [one.folder for one in self._checkpoints.values()]
+        folders += [one.folder for one in self._snapshots.values()]
+        return Ledger(
+            trainers=[self._trainers[key] for key in sorted(self._trainers)],
+            sessions=[self._sessions[key] for key in sorted(self._sessions)],
+            lanes=[self._lanes[key] for key in sorted(self._lanes)],
+            open_operations=opened,
+            deployments=[self._deployments[key] for key in sorted(self._deployments)],
+            workers=[self._workers[key] for key in sorted(self._workers)],
+            pins=list(self._pins),
+            spool=[
+                *(one.payload for one in operations if one.payload),
+                *(one.result for one in operations if one.result),
+            ],
+            folders=[*folders, *stagings(opened)],
+        )
+
+    async def write(self, change: Change) -> None:
+        """Apply a change as one transaction."""
+        operations = self._with(change)
+        self._delete(change)
+        self._operations = operations
+        self._trainers.update((one.id, one) for one in change.trainers)
+        self._sessions.update((one.name, one) for one in change.sessions)
+        for lane in change.lanes:
+            key = (lane.session, lane.client_id)
+            acked = max(lane.acked_through, self._lanes.get(key, lane).acked_through)
+            self._lanes[key] = replace(lane, acked_through=acked)
+        self._checkpoints.update((one.name, one) for one in change.checkpoints)
+        self._snapshots.update((one.id, one) for one in change.snapshots)
+        self._deployments.update((one.id, one) for one in change.deployments)
+        self._workers.update((one.worker_id, one) for one in change.workers)
+        self._pins.update((pin, None) for pin in change.pins)
+
+    async def operation(self, operation_id: str) -> Operation | None:
+        """One operation."""
+        return self._operations.get(operation_id)
+
+    async def operation_by_request(self, target: str, request_id: str) -> Operation | None:
+        """The operation a request id made on a target."""
+        return _first(
+            one
+            for one in self._operations.values()
+            if request_id and (one.target, one.request_id) == (target, request_id)
+        )
+
+    async def operation_by_seq(self, target: str, client_id: str, seq: int) -> Operation | None:
+        """The operation at a place in a lane."""
+        return _first(
+            one
+            for one in self._operations.values()
+            if client_id and (one.target, one.client_id, one.seq) == (target, client_id, seq)
+        )
+
+    async def lane_operations(
+        self, session: str, client_id: str, after_seq: int
+    ) -> Sequence[Operation]:
+        """Done operations of a lane with a higher seq, by seq."""
+        lane = self._lane(session, client_id)
+        return [one for one in lane if one.done and one.seq > after_seq]
+
+    async def operations(
+        self, target: str, *, pending_only: bool, after_id: str, limit: int
+    ) -> Sequence[Operation]:
+        """Operations of a target in order of acceptance, a page at a time."""
+        ids = list(self._operations)
+        if after_id and after_id not in self._operations:
+            raise unknown_page(after_id)
+        start = ids.index(after_id) + 1 if after_id else 0
+        rows = (self._operations[one] for one in ids[start:])
+        found = [one for one in rows if one.target == target and not (pending_only and one.done)]
+        return found[:limit]
+
+    async def checkpoints(self, trainer_id: str) -> Sequence[Checkpoint]:
+        """Checkpoints of a trainer's sessions, oldest first, deleted trainers too."""
+        rows = self._checkpoints.values()
+        return [one for one in rows if trainer_of(one.session) == trainer_id]
+
+    async def checkpoint(self, name: str) -> Checkpoint | None:
+        """One checkpoint by full name."""
+        return self._checkpoints.get(name)
+
+    async def snapshots(self, trainer_id: str | None) -> Sequence[Snapshot]:
+        """Snapshots of a trainer, or all, oldest first."""
+        rows = self._snapshots.values()
+        return [one for one in rows if trainer_id in (None, trainer_of(one.session))]
+
+    async def snapshot(self, snapshot_id: str) -> Snapshot | None:
+        """One snapshot by id."""
+        return self._snapshots.get(snapshot_id)
+
+    async def acknowledge(self, session: str, client_id: str, through_seq: int) -> list[SpoolRef]:
+        """Forget results of a lane up to a seq; returns the spool files to remove."""
+        refs = []
+        for one in self._lane(session, client_id):
+            if one.done and one.seq <= through_seq and one.result:
+                refs.append(one.result)
+                self._operations[one.id] = replace(one, result=None)
+        lane = self._lanes.get((session, client_id))
+        if lane is not None:
+            acked = max(lane.acked_through, through_seq)
+            self._lanes[session, client_id] = replace(lane, acked_through=acked)
+        return refs
+
+    async def close(self) -> None:
+        """Nothing to do."""
+
+    def _with(self, change: Change) -> dict[str, Operation]:
+        """The operations after a change; raises where a uniqueness rule breaks."""
+        gone = {
+            one.name for one in self._sessions.values() if one.trainer_id in change.deleted_trainers
+        }
+        kept = {key: one for key, one in self._operations.items() if one.target not in gone}
+        for added in change.operations:
+            for other in kept.values():
+                if other.id != added.id and other.target == added.target:
+                    _check_unique(added, other)
+            kept[added.id] = added
+        return kept
+
+    def _delete(self, change: Change) -> None:
+        for trainer in change.deleted_trainers:
+            self._trainers.pop(trainer, None)
+            for name in [n for n, one in self._sessions.items() if one.trainer_id == trainer]:
+                del self._sessions[name]
+                for key in [key for key in self._lanes if key[0] == name]:
+                    del self._lanes[key]
+        for deployment in change.deleted_deployments:
+            self._deployments.pop(deployment, None)
+            for pin in [pin for pin in self._pins if pin[0] == deployment]:
+                del self._pins[pin]
+        for worker in change.deleted_workers:
+            self._workers.pop(worker, None)
+        for pin in change.deleted_pins:
+            self._pins.pop(pin, None)
+
+    def _lane(self, session: str, client_id: str) -> list[Operation]:
+        rows = self._operations.values()
+        lane = [
+            one for one in rows if client_id and (one.target, one.client_id) == (session, client_id)
+        ]
+        return sorted(lane, key=lambda one: one.seq)
+
+
+def _check_unique(added: Operation, other: Operation) -> None:
+    same_lane = added.client_id and (added.client_id, added.seq) == (other.client_id, other.seq)
+    if same_lane or (added.commit_seq and added.commit_seq == other.commit_seq):
+        raise reused(added, by_request=False)
+    if added.request_id and added.request_id == other.request_id:
+        raise reused(added, by_request=True)
+
+
+def _first(operations: Iterable[Operation]) -> Operation | None:
+    return next(iter(operations), None)

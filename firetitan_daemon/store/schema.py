@@ -1,0 +1,124 @@
+"""The ledger's tables, and how an older file becomes today's.
+
+Knows: SQLite's schema. Must not know: records beyond the columns below.
+
+    trainers      id | body
+      sessions    name | trainer | body
+        lanes     session, client_id | next_seq  acked_through  broken  failed_seq
+        operations  number | id | target, client_id, seq | target, commit_seq |
+                    target, request_id | done  has_payload  has_result | body
+    checkpoints   number | name | trainer  folder | body
+    snapshots     number | id | trainer  folder | body
+    deployments   id | body
+      pins        deployment, snapshot, holder
+    workers       id | body
+
+`body` is the whole record as JSON; other columns repeat what is searched for or must be unique.
+`number` counts up and is never used again: order of acceptance, order of saving. Checkpoints and
+snapshots outlive their trainer; its sessions, lanes and their operations go with it. An operation's
+`target` is a session (then it has a lane), a trainer or a deployment.
+
+This drawing changes whenever the structure does. Every change is a new function at the end of
+`MIGRATIONS`; `PRAGMA user_version` counts those that were applied.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from firetitan_daemon import durable
+from firetitan_daemon.core.errors import FiretitanError, Reason
+
+Migration = Callable[[sqlite3.Connection], None]
+
+_FIRST = (
+    "CREATE TABLE trainers (id TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE sessions (name TEXT PRIMARY KEY, trainer TEXT NOT NULL, body TEXT NOT NULL)"
+    " WITHOUT ROWID",
+    "CREATE INDEX sessions_trainer ON sessions (trainer)",
+    "CREATE TABLE lanes (session TEXT NOT NULL, client_id TEXT NOT NULL,"
+    " next_seq INTEGER NOT NULL, acked_through INTEGER NOT NULL, broken INTEGER NOT NULL,"
+    " failed_seq INTEGER NOT NULL, PRIMARY KEY (session, client_id)) WITHOUT ROWID",
+    "CREATE TABLE operations (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,"
+    " target TEXT NOT NULL, request_id TEXT NOT NULL, client_id TEXT NOT NULL,"
+    " seq INTEGER NOT NULL, commit_seq INTEGER NOT NULL, done INTEGER NOT NULL,"
+    " has_payload INTEGER NOT NULL, has_result INTEGER NOT NULL, body TEXT NOT NULL)",
+    "CREATE UNIQUE INDEX operations_lane ON operations (target, client_id, seq)"
+    " WHERE client_id <> ''",
+    "CREATE UNIQUE INDEX operations_order ON operations (target, commit_seq) WHERE commit_seq > 0",
+    "CREATE UNIQUE INDEX operations_request ON operations (target, request_id)"
+    " WHERE request_id <> ''",
+    "CREATE INDEX operations_target ON operations (target, number)",
+    "CREATE INDEX operations_open ON operations (target, number) WHERE done = 0",
+    "CREATE INDEX operations_payload ON operations (number) WHERE has_payload = 1",
+    "CREATE INDEX operations_result ON operations (target, client_id, seq) WHERE has_result = 1",
+    "CREATE TABLE checkpoints (number INTEGER PRIMARY KEY AUTOINCREMENT,"
+    " name TEXT NOT NULL UNIQUE, trainer TEXT NOT NULL, folder TEXT NOT NULL, body TEXT NOT NULL)",
+    "CREATE INDEX checkpoints_trainer ON checkpoints (trainer, number)",
+    "CREATE TABLE snapshots (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,"
+    " trainer TEXT NOT NULL, folder TEXT NOT NULL, body TEXT NOT NULL)",
+    "CREATE INDEX snapshots_trainer ON snapshots (trainer, number)",
+    "CREATE TABLE deployments (id TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE pins (deployment TEXT NOT NULL, snapshot TEXT NOT NULL, holder TEXT NOT NULL,"
+    " PRIMARY KEY (deployment, snapshot, holder)) WITHOUT ROWID",
+    "CREATE TABLE workers (id TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID",
+)
+
+
+def _create(connection: sqlite3.Connection) -> None:
+    for statement in _FIRST:
+        connection.execute(statement)
+
+
+MIGRATIONS: tuple[Migration, ...] = (_create,)
+"""Each takes a file one version up."""
+
+
+def migrate(
+    connection: sqlite3.Connection, path: Path, migrations: Sequence[Migration] = MIGRATIONS
+) -> None:
+    """Bring an open file to today's schema; an older one is copied beside itself first.
+
+    Args:
+        connection: In autocommit mode.
+        path: The file; the copy is called `{path}.v{version}.bak`.
+        migrations: All there are.
+
+    Raises:
+        FiretitanError: UNSUPPORTED for a newer file; nothing was changed.
+    """
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version > len(migrations):
+        raise FiretitanError(
+            Reason.UNSUPPORTED,
+            f"{path} has schema {version}, this firetitand knows schemas up to {len(migrations)}: "
+            "a newer version wrote it. Run that version, or another FIRETITAN_HOME; nothing was "
+            "changed",
+            found=str(version),
+            known=str(len(migrations)),
+        )
+    if version == len(migrations):
+        return
+    if version > 0:
+        _back_up(connection, path, version)
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        for number, step in enumerate(migrations[version:], version + 1):
+            step(connection)
+            connection.execute(f"PRAGMA user_version = {number}")
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+
+
+def _back_up(connection: sqlite3.Connection, path: Path, version: int) -> None:
+    copy = path.with_name(f"{path.name}.v{version}.bak")
+    unfinished = path.with_name(f"{durable.TEMPORARY_PREFIX}{copy.name}")
+    durable.remove(unfinished)
+    connection.execute("VACUUM INTO ?", (str(unfinished),))
+    durable.fsync_path(unfinished)
+    unfinished.rename(copy)
+    durable.fsync_path(copy.parent)

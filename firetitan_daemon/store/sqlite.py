@@ -1,0 +1,358 @@
+"""The ledger in one SQLite file.
+
+Knows: SQL, the tables of `schema`. Must not know: what the records mean beyond their keys.
+
+One connection, owned by one thread; calls are queued to it and take effect in call order. The file
+is locked against any other connection. WAL: a commit survives the death of the process, and with
+`durable` the loss of power.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.ports import Change, Ledger, Store
+from firetitan_daemon.core.records import (
+    Checkpoint,
+    Deployment,
+    Lane,
+    Operation,
+    OperationState,
+    Session,
+    Snapshot,
+    SpoolRef,
+    Trainer,
+    WorkerSpec,
+)
+from firetitan_daemon.store import schema
+from firetitan_daemon.store.codec import decode, encode
+from firetitan_daemon.store.disk import Ballast, disk_full
+from firetitan_daemon.store.rules import clamp, reused, stagings, trainer_of, unknown_page
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+_LANE = "INSERT INTO lanes VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET" + (
+    " next_seq = excluded.next_seq, acked_through = max(acked_through, excluded.acked_through),"
+    " broken = excluded.broken, failed_seq = excluded.failed_seq"
+)
+_OPERATION = (
+    "INSERT INTO operations (id, target, request_id, client_id, seq, commit_seq, done,"
+    " has_payload, has_result, body) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    " ON CONFLICT (id) DO UPDATE SET target = excluded.target, request_id = excluded.request_id,"
+    " client_id = excluded.client_id, seq = excluded.seq, commit_seq = excluded.commit_seq,"
+    " done = excluded.done, has_payload = excluded.has_payload, has_result = excluded.has_result,"
+    " body = excluded.body"
+)
+_SAVED = (
+    "INSERT INTO {table} ({key}, trainer, folder, body) VALUES (?, ?, ?, ?) ON CONFLICT ({key})"
+    " DO UPDATE SET trainer = excluded.trainer, folder = excluded.folder, body = excluded.body"
+)
+_CHECKPOINT = _SAVED.format(table="checkpoints", key="name")
+_SNAPSHOT = _SAVED.format(table="snapshots", key="id")
+
+
+class SqliteStore(Store):
+    """The ledger on disk.
+
+    Args:
+        path: The file; made where there is none. Its folder exists.
+        fsync_operations: Make every change durable, not only those that ask for it.
+
+    Raises:
+        FiretitanError: UNSUPPORTED for a file of a newer version; INTERNAL where it cannot be
+            opened, is not a ledger or is open elsewhere.
+    """
+
+    def __init__(self, path: Path, *, fsync_operations: bool = False) -> None:
+        self._path = path
+        self._fsync_operations = fsync_operations
+        self._ballast = Ballast(path.with_name(f"{path.name}.ballast"))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="firetitan-store")
+        self._closed = False
+        try:
+            self._db = self._thread.submit(self._open).result()
+        except BaseException:
+            self._thread.shutdown()
+            raise
+
+    async def load(self) -> Ledger:
+        """What a daemon needs at start."""
+        return await self._run(self._load)
+
+    async def write(self, change: Change) -> None:
+        """Apply a change as one transaction."""
+        await self._run(self._write, change)
+
+    async def operation(self, operation_id: str) -> Operation | None:
+        """One operation."""
+        return await self._run(self._one, Operation, "operations WHERE id = ?", operation_id)
+
+    async def operation_by_request(self, target: str, request_id: str) -> Operation | None:
+        """The operation a request id made on a target."""
+        where = "operations WHERE target = ? AND request_id = ? AND request_id <> ''"
+        return await self._run(self._one, Operation, where, target, request_id)
+
+    async def operation_by_seq(self, target: str, client_id: str, seq: int) -> Operation | None:
+        """The operation at a place in a lane."""
+        where = "operations WHERE target = ? AND client_id = ? AND seq = ? AND client_id <> ''"
+        return await self._run(self._one, Operation, where, target, client_id, seq)
+
+    async def lane_operations(
+        self, session: str, client_id: str, after_seq: int
+    ) -> Sequence[Operation]:
+        """Done operations of a lane with a higher seq, by seq."""
+        where = (
+            "operations WHERE target = ? AND client_id = ? AND seq > ? AND client_id <> ''"
+            " AND done = 1 ORDER BY seq"
+        )
+        return await self._run(self._all, Operation, where, session, client_id, clamp(after_seq))
+
+    async def operations(
+        self, target: str, *, pending_only: bool, after_id: str, limit: int
+    ) -> Sequence[Operation]:
+        """Operations of a target in order of acceptance, a page at a time."""
+        return await self._run(self._operations, target, pending_only, after_id, limit)
+
+    async def checkpoints(self, trainer_id: str) -> Sequence[Checkpoint]:
+        """Checkpoints of a trainer's sessions, oldest first, deleted trainers too."""
+        where = "checkpoints WHERE trainer = ? ORDER BY number"
+        return await self._run(self._all, Checkpoint, where, trainer_id)
+
+    async def checkpoint(self, name: str) -> Checkpoint | None:
+        """One checkpoint by full name."""
+        return await self._run(self._one, Checkpoint, "checkpoints WHERE name = ?", name)
+
+    async def snapshots(self, trainer_id: str | None) -> Sequence[Snapshot]:
+        """Snapshots of a trainer, or all, oldest first."""
+        where = "snapshots WHERE trainer = ifnull(?, trainer) ORDER BY number"
+        return await self._run(self._all, Snapshot, where, trainer_id)
+
+    async def snapshot(self, snapshot_id: str) -> Snapshot | None:
+        """One snapshot by id."""
+        return await self._run(self._one, Snapshot, "snapshots WHERE id = ?", snapshot_id)
+
+    async def acknowledge(self, session: str, client_id: str, through_seq: int) -> list[SpoolRef]:
+        """Forget results of a lane up to a seq; returns the spool files to remove."""
+        return await self._run(self._acknowledge, session, client_id, clamp(through_seq))
+
+    async def close(self) -> None:
+        """Finish what is queued and close the file; again is fine."""
+        if not self._closed:
+            self._closed = True
+            await asyncio.wrap_future(self._thread.submit(self._db.close))
+            self._thread.shutdown()
+
+    async def _run(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        # What was queued happens, in its turn, even if the one who asked stops waiting.
+        future = self._thread.submit(call, *args, **kwargs)
+        return await asyncio.shield(asyncio.wrap_future(future))
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            db = sqlite3.connect(self._path, isolation_level=None, timeout=1.0)
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
+        try:
+            self._path.chmod(0o600)
+            db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            db.execute("PRAGMA foreign_keys = OFF")
+            db.execute("PRAGMA synchronous = FULL")
+            schema.migrate(db, self._path)
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("BEGIN IMMEDIATE")
+            db.execute("COMMIT")
+            self._ballast.ensure()
+        except sqlite3.Error as error:
+            db.close()
+            raise self._failure(error) from error
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _load(self) -> Ledger:
+        lanes = self._db.execute(
+            "SELECT session, client_id, next_seq, acked_through, broken, failed_seq FROM lanes"
+        ).fetchall()
+        opened = self._all(
+            Operation,
+            "operations WHERE done = 0 ORDER BY target, commit_seq, client_id, seq, number",
+        )
+        payloads = self._all(Operation, "operations WHERE has_payload = 1")
+        results = self._all(Operation, "operations WHERE has_result = 1")
+        folders = self._db.execute(
+            "SELECT folder FROM checkpoints UNION SELECT folder FROM snapshots"
+        ).fetchall()
+        return Ledger(
+            trainers=self._all(Trainer, "trainers ORDER BY id"),
+            sessions=self._all(Session, "sessions ORDER BY name"),
+            lanes=[Lane(s, c, n, a, bool(broken), f) for s, c, n, a, broken, f in lanes],
+            open_operations=opened,
+            deployments=self._all(Deployment, "deployments ORDER BY id"),
+            workers=self._all(WorkerSpec, "workers ORDER BY id"),
+            pins=self._db.execute("SELECT deployment, snapshot, holder FROM pins").fetchall(),
+            spool=[
+                *(one.payload for one in payloads if one.payload),
+                *(one.result for one in results if one.result),
+            ],
+            folders=[*(folder for (folder,) in folders), *stagings(opened)],
+        )
+
+    def _write(self, change: Change) -> None:
+        try:
+            self._apply(change)
+        except FiretitanError as error:
+            admits = any(one.state is OperationState.ACCEPTED for one in change.operations)
+            if error.reason is not Reason.STATE_DISK_FULL or admits:
+                raise
+            # New work is refused; what settles or frees may use the reserve.
+            if not self._ballast.release():
+                raise
+            self._apply(change)
+        if change.durable:
+            self._ballast.ensure()
+
+    def _apply(self, change: Change) -> None:
+        with self._transaction(change.durable):
+            self._delete(change)
+            self._upsert(change)
+
+    def _delete(self, change: Change) -> None:
+        db = self._db
+        for trainer in change.deleted_trainers:
+            sessions = "(SELECT name FROM sessions WHERE trainer = ?)"
+            db.execute(f"DELETE FROM operations WHERE target IN {sessions}", (trainer,))
+            db.execute(f"DELETE FROM lanes WHERE session IN {sessions}", (trainer,))
+            db.execute("DELETE FROM sessions WHERE trainer = ?", (trainer,))
+            db.execute("DELETE FROM trainers WHERE id = ?", (trainer,))
+        for deployment in change.deleted_deployments:
+            db.execute("DELETE FROM pins WHERE deployment = ?", (deployment,))
+            db.execute("DELETE FROM deployments WHERE id = ?", (deployment,))
+        for worker in change.deleted_workers:
+            db.execute("DELETE FROM workers WHERE id = ?", (worker,))
+        for pin in change.deleted_pins:
+            db.execute("DELETE FROM pins WHERE deployment = ? AND snapshot = ? AND holder = ?", pin)
+
+    def _upsert(self, change: Change) -> None:
+        db = self._db
+        for trainer in change.trainers:
+            db.execute("REPLACE INTO trainers VALUES (?, ?)", (trainer.id, encode(trainer)))
+        for session in change.sessions:
+            row = (session.name, session.trainer_id, encode(session))
+            db.execute("REPLACE INTO sessions VALUES (?, ?, ?)", row)
+        for lane in change.lanes:
+            db.execute(
+                _LANE,
+                (
+                    lane.session,
+                    lane.client_id,
+                    lane.next_seq,
+                    lane.acked_through,
+                    lane.broken,
+                    lane.failed_seq,
+                ),
+            )
+        for operation in change.operations:
+            self._put_operation(operation)
+        for checkpoint in change.checkpoints:
+            row4 = (checkpoint.name, trainer_of(checkpoint.session), checkpoint.folder)
+            db.execute(_CHECKPOINT, (*row4, encode(checkpoint)))
+        for snapshot in change.snapshots:
+            row4 = (snapshot.id, trainer_of(snapshot.session), snapshot.folder)
+            db.execute(_SNAPSHOT, (*row4, encode(snapshot)))
+        for deployment in change.deployments:
+            row2 = (deployment.id, encode(deployment))
+            db.execute("REPLACE INTO deployments VALUES (?, ?)", row2)
+        for worker in change.workers:
+            db.execute("REPLACE INTO workers VALUES (?, ?)", (worker.worker_id, encode(worker)))
+        for pin in change.pins:
+            db.execute("REPLACE INTO pins VALUES (?, ?, ?)", pin)
+
+    def _put_operation(self, one: Operation) -> None:
+        place = (one.client_id, one.seq, one.commit_seq)
+        flags = (one.done, one.payload is not None, one.result is not None)
+        row = (one.id, one.target, one.request_id, *place, *flags, encode(one))
+        try:
+            self._db.execute(_OPERATION, row)
+        except sqlite3.IntegrityError as error:
+            raise reused(one, by_request="request_id" in str(error)) from error
+
+    def _operations(
+        self, target: str, pending_only: bool, after_id: str, limit: int
+    ) -> list[Operation]:
+        after = 0
+        if after_id:
+            query = "SELECT number FROM operations WHERE id = ?"
+            row = self._db.execute(query, (after_id,)).fetchone()
+            if row is None:
+                raise unknown_page(after_id)
+            (after,) = row
+        pending = "AND done = 0" if pending_only else ""
+        where = f"operations WHERE target = ? AND number > ? {pending} ORDER BY number LIMIT ?"
+        return self._all(Operation, where, target, after, limit)
+
+    def _acknowledge(self, session: str, client_id: str, through_seq: int) -> list[SpoolRef]:
+        where = (
+            "operations WHERE target = ? AND client_id = ? AND seq <= ? AND has_result = 1"
+            " AND done = 1 ORDER BY seq"
+        )
+        taken = self._all(Operation, where, session, client_id, through_seq)
+        lane = "UPDATE lanes SET acked_through = max(acked_through, ?)"
+        lane += " WHERE session = ? AND client_id = ?"
+        try:
+            self._forget(taken, lane, (through_seq, session, client_id))
+        except FiretitanError as error:
+            if error.reason is not Reason.STATE_DISK_FULL or not self._ballast.release():
+                raise
+            self._forget(taken, lane, (through_seq, session, client_id))
+        return [one.result for one in taken if one.result]
+
+    def _forget(
+        self, taken: Iterable[Operation], lane: str, arguments: tuple[int, str, str]
+    ) -> None:
+        with self._transaction(durable=False):
+            for operation in taken:
+                self._put_operation(replace(operation, result=None))
+            self._db.execute(lane, arguments)
+
+    def _one(self, kind: type[_T], where: str, *arguments: str | int) -> _T | None:
+        row = self._db.execute(f"SELECT body FROM {where}", arguments).fetchone()
+        return decode(kind, row[0]) if row else None
+
+    def _all(self, kind: type[_T], where: str, *arguments: str | int | None) -> list[_T]:
+        rows = self._db.execute(f"SELECT body FROM {where}", arguments)
+        return [decode(kind, body) for (body,) in rows]
+
+    @contextmanager
+    def _transaction(self, durable: bool) -> Iterator[None]:
+        level = "FULL" if durable or self._fsync_operations else "NORMAL"
+        try:
+            self._db.execute(f"PRAGMA synchronous = {level}")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: sqlite3.Error) -> FiretitanError:
+        if getattr(error, "sqlite_errorname", "") == "SQLITE_FULL":
+            return disk_full(self._path.parent)
+        if getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY"):
+            why = "another process has it open; end that first"
+        else:
+            why = f"{error}; see that the disk is sound and the folder writable"
+        return FiretitanError(Reason.INTERNAL, f"the ledger {self._path} cannot be used: {why}")
