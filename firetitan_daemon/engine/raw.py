@@ -79,7 +79,7 @@ def write_safetensors(
         for name, tensor in sorted(tensors.items())
     }
     with disk_errors(path):
-        serialize_file(specs, path, metadata=dict(metadata or {}))
+        serialize_file(specs, path, metadata=dict(metadata) if metadata else None)
 
 
 @contextmanager
