@@ -1,0 +1,193 @@
+"""Hotloads while eight clients sample: every answer equals the snapshot it names, and no other."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.daemon import DaemonProcess
+from support.data import ragged_data
+
+pytestmark = pytest.mark.timeout(600)
+
+NUM_SAMPLERS = 8
+MAX_TOKENS = 12
+SAME = 1e-4
+"""Largest difference of a logprob from its recomputation, fp32."""
+APART = 1e-2
+"""Least difference from the recomputation under any other snapshot."""
+
+
+class Load:
+    """Threads that sample without pause and keep every answer."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+        self.answers: list[tuple[list[int], Any]] = []
+        self.errors: list[BaseException] = []
+        self.in_flight = 0
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._run, args=(index,)) for index in range(NUM_SAMPLERS)
+        ]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, index: int) -> None:
+        import tinker
+
+        generator = np.random.default_rng(index)
+        while not self._stop.is_set():
+            prompt = generator.integers(0, 256, int(generator.integers(2, 10))).tolist()
+            with self._lock:
+                self.in_flight += 1
+            try:
+                answer = self.sampler.sample(
+                    tinker.ModelInput.from_ints(prompt),
+                    num_samples=1,
+                    sampling_params=tinker.SamplingParams(
+                        max_tokens=MAX_TOKENS, seed=int(generator.integers(1 << 30))
+                    ),
+                ).result(timeout=60)
+            except BaseException as error:
+                self.errors.append(error)
+                return
+            finally:
+                with self._lock:
+                    self.in_flight -= 1
+            self.answers.append((prompt, answer))
+
+
+def recompute(model: Any, prompt: list[int], tokens: list[int]) -> np.ndarray:
+    """Logprobs of `tokens` behind `prompt` by the model itself."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + tokens])).logits[0].float()
+    logprobs = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
+    return logprobs[torch.arange(len(tokens)), torch.tensor(tokens)].numpy()
+
+
+def check(answers: list[tuple[list[int], Any]], models: dict[str, Any]) -> set[str]:
+    """Every answer equals its own snapshot and no other; returns the snapshots seen."""
+    seen = set()
+    for prompt, answer in answers:
+        sequence = answer.sequences[0]
+        found = np.asarray(sequence.logprobs)
+        assert answer.snapshot in models
+        seen.add(answer.snapshot)
+        distance = {
+            name: float(np.abs(recompute(model, prompt, list(sequence.tokens)) - found).max())
+            for name, model in models.items()
+        }
+        own = distance.pop(answer.snapshot)
+        assert own < SAME, f"{answer.snapshot}: off by {own}"
+        assert min(distance.values()) > APART, f"{answer.snapshot} equals another: {distance}"
+    return seen
+
+
+def hotload_all(service: Any, names: list[str], load: Load) -> int:
+    """Hotload one after the other; returns how many found requests in flight."""
+    busy = 0
+    for name in names:
+        answered = len(load.answers)
+        busy += load.in_flight > 0
+        service.hotload_sampler_snapshot(name)
+        while len(load.answers) == answered and not load.errors:
+            pass
+    return busy
+
+
+def train(policy: Any, seed: int, learning_rate: float) -> None:
+    import tinker
+
+    policy.forward_backward(ragged_data(seed=seed, count=4), "cross_entropy")
+    policy.optim_step(tinker.AdamParams(learning_rate=learning_rate)).result()
+
+
+def one(home: Path, pattern: str) -> Path:
+    """The only file that matches."""
+    found = list(home.glob(pattern))
+    assert len(found) == 1, found
+    return found[0]
+
+
+@pytest.fixture
+def make_service(
+    daemon: DaemonProcess, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int], Any]:
+    from firetitan_client import FiretitanServiceClient
+
+    monkeypatch.setenv("FIRETITAN_ADDRESS", daemon.address)
+    return lambda lora_rank: FiretitanServiceClient.from_firetitan_config(
+        base_model=str(tiny_llama), lora_rank=lora_rank, seed=5, deployment_id="under-load"
+    )
+
+
+def test_lora(
+    daemon: DaemonProcess, tiny_llama: Path, make_service: Callable[[int], Any]
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    with make_service(4) as service:
+        policy = service.create_training_client(base_model=str(tiny_llama), lora_rank=4)
+        names = []
+        for index in range(4):
+            for repeat in range(3):
+                train(policy, seed=10 * index + repeat, learning_rate=5e-2)
+            names.append(policy.save_weights_for_sampler(f"step-{index}").result().path)
+        sampler = service.create_sampling_client(model_path=names[0])
+        with Load(sampler) as load:
+            busy = hotload_all(service, list(itertools.islice(itertools.cycle(names), 200)), load)
+        assert not load.errors
+        assert busy >= 60
+        models = {}
+        for name in names:
+            base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+            folder = one(daemon.home, f"**/*{name}*/adapter_config.json").parent
+            models[name] = PeftModel.from_pretrained(base, folder).eval()
+        assert check(load.answers, models) == set(names)
+
+
+def test_full_parameter_chain(
+    daemon: DaemonProcess, tiny_llama: Path, make_service: Callable[[int], Any]
+) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    with make_service(0) as service:
+        policy = service.create_training_client(base_model=str(tiny_llama), lora_rank=0)
+        models = {}
+        names = []
+        for index in range(40):
+            for repeat in range(2):
+                train(policy, seed=10 * index + repeat, learning_rate=1e-2)
+            names.append(policy.save_weights_for_sampler(f"step-{index}").result().path)
+            policy.save_state(f"state-{index}").result()
+            model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+            weights = load_file(one(daemon.home, f"**/*state-{index}[!0-9]*/weights.safetensors"))
+            missing, unexpected = model.load_state_dict(weights, strict=False)
+            assert not unexpected and set(missing) <= {"lm_head.weight"}
+            models[names[-1]] = model.eval()
+        kinds = [service.get_snapshot(name).kind for name in names]
+        assert kinds[0] == "base" and kinds.count("delta") > len(kinds) / 2
+        sampler = service.create_sampling_client(model_path=names[0])
+        with Load(sampler) as load:
+            busy = hotload_all(service, names, load)
+        assert not load.errors
+        assert busy >= 12
+        assert len(check(load.answers, models)) > 20
