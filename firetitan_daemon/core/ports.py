@@ -230,6 +230,10 @@ class Command:
     load: LoadSource | None = None
     settled_through: int = 0
     client_id: str = ""
+    """The command's lane, as in its header: known even where the payload cannot be read."""
+    seq: int = 0
+    """Place in the lane."""
+    client_id: str = ""
     """Its lane, as in its header."""
     seq: int = 0
     """Its place in the lane."""

@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+from firetitan.worker.v1 import worker_pb2
 from google.protobuf import json_format
 
-from firetitan.worker.v1 import worker_pb2
 from firetitan_daemon import handshake
 from firetitan_daemon.durable import publish_file
 from firetitan_daemon.worker.server import SAMPLER, TRAINER, WorkerServer

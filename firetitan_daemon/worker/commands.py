@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
-from google.protobuf.message import DecodeError, Message
-
 from firetitan.v1 import checkpoint_service_pb2, operation_pb2, training_service_pb2
 from firetitan.v1.command_pb2 import CommandHeader
 from firetitan.worker.v1 import worker_pb2
+from google.protobuf.message import DecodeError, Message
+
 from firetitan_daemon import status
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.durable import MANIFEST
@@ -218,9 +218,7 @@ class CommandRunner:
             request.expected_step if request.HasField("expected_step") else None,
         )
         self._weights_version += 1
-        result = operation_pb2.Operation(
-            optim_step=operation_pb2.OptimStepResult(metrics=metrics)
-        )
+        result = operation_pb2.Operation(optim_step=operation_pb2.OptimStepResult(metrics=metrics))
         return worker_pb2.ExecuteResponse(result=result.SerializeToString())
 
     def _save_state(self, command: Parsed) -> worker_pb2.ExecuteResponse:

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from google.protobuf import struct_pb2
-
 from firetitan.v1 import (
     operation_pb2,
     sampling_service_pb2,
@@ -21,6 +19,8 @@ from firetitan.v1 import (
     trainer_pb2,
     training_service_pb2,
 )
+from google.protobuf import struct_pb2
+
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import (
     AdamParams,
@@ -118,9 +118,7 @@ def tensor_from_proto(tensor: tensor_pb2.Tensor, field: str) -> Array:
     raw = tensor.data
     wanted = math.prod(shape) * dtype.itemsize
     if len(raw) != wanted:
-        raise _invalid(
-            field, f"has {len(raw)} bytes, shape {shape} of {dtype.name} takes {wanted}"
-        )
+        raise _invalid(field, f"has {len(raw)} bytes, shape {shape} of {dtype.name} takes {wanted}")
     array: Array = np.frombuffer(raw, dtype=dtype).reshape(shape)
     return array
 
@@ -165,7 +163,8 @@ def loss_config_from_proto(config: struct_pb2.Struct) -> dict[str, float | str]:
             field = f'loss_fn_config["{name}"]'
             found = (kind or "nothing").removesuffix("_value")
             raise FiretitanError(
-                Reason.INVALID_ARGUMENT, f"{field}: is a {found}; give a number or a text",
+                Reason.INVALID_ARGUMENT,
+                f"{field}: is a {found}; give a number or a text",
                 field=field,
             )
     return settings
@@ -241,7 +240,8 @@ def sample_request_from_proto(
     params = request.params
     if not params.HasField("seed"):
         raise FiretitanError(
-            Reason.INVALID_ARGUMENT, "params.seed: missing; a worker never draws one",
+            Reason.INVALID_ARGUMENT,
+            "params.seed: missing; a worker never draws one",
             field="params.seed",
         )
     snapshot = request.snapshot or None
@@ -250,9 +250,7 @@ def sample_request_from_proto(
     try:
         prompt = tokens_from_proto(request.prompt, "prompt")
     except FiretitanError as error:
-        raise FiretitanError(
-            Reason.INVALID_ARGUMENT, error.message, field=error.field
-        ) from error
+        raise FiretitanError(Reason.INVALID_ARGUMENT, error.message, field=error.field) from error
     return SampleRequest(
         prompt=prompt,
         num_samples=request.num_samples or 1,

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
-
 from firetitan.v1 import sampling_service_pb2
 from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
+from google.protobuf.message import DecodeError
+
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import (
     SampleEngine,
@@ -43,7 +43,7 @@ class SamplerServicer(worker_pb2_grpc.SamplerWorkerServiceServicer):
             response.loaded_snapshots.extend(engine.loaded)
             response.active_snapshot = engine.active
 
-    async def Apply(  # noqa: N802
+    async def Apply(
         self,
         request: worker_pb2.ApplyRequest,
         context: grpc.aio.ServicerContext[Any, Any],
@@ -52,7 +52,7 @@ class SamplerServicer(worker_pb2_grpc.SamplerWorkerServiceServicer):
         loaded = await asyncio.shield(asyncio.create_task(self._apply(request)))
         return worker_pb2.ApplyResponse(loaded_snapshots=loaded)
 
-    async def Generate(  # noqa: N802
+    async def Generate(
         self,
         request: worker_pb2.GenerateRequest,
         context: grpc.aio.ServicerContext[Any, Any],

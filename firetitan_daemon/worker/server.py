@@ -9,8 +9,8 @@ import asyncio
 from pathlib import Path
 
 import grpc
-
 from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
+
 from firetitan_daemon import handshake
 from firetitan_daemon.engine.api import SampleEngine, TrainEngine
 from firetitan_daemon.worker.sampler import SamplerServicer
@@ -75,9 +75,12 @@ class WorkerServer:
         Raises:
             RuntimeError: The socket cannot be bound.
         """
+        self._bind()
+        await self._server.start()
+
+    def _bind(self) -> None:
         self._server.add_insecure_port(self._spec.address)
         Path(self._spec.address.removeprefix("unix:")).chmod(0o600)
-        await self._server.start()
 
     def ask_to_stop(self) -> None:
         """Let `wait_for_stop` return."""

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 import grpc
-
 from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
+
 from firetitan_daemon import handshake, status
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import ModelInfo, ModelSpec, SampleEngine, TrainEngine
@@ -144,7 +144,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._state = state
         self._stop = stop
 
-    async def Describe(  # noqa: N802
+    async def Describe(
         self,
         request: worker_pb2.DescribeRequest,
         context: grpc.aio.ServicerContext[Any, Any],
@@ -163,7 +163,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._state(response)
         return response
 
-    async def LoadModel(  # noqa: N802
+    async def LoadModel(
         self,
         request: worker_pb2.LoadModelRequest,
         context: grpc.aio.ServicerContext[Any, Any],
@@ -173,7 +173,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         model = convert.model_info_to_proto(engine.info, self._host.base_model)
         return worker_pb2.LoadModelResponse(model=model)
 
-    async def Shutdown(  # noqa: N802
+    async def Shutdown(
         self,
         request: worker_pb2.ShutdownRequest,
         context: grpc.aio.ServicerContext[Any, Any],

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-
 from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
+
 from firetitan_daemon import status
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import LoraSpec, SessionSpec, TrainEngine
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class OpenSession:
+class HeldSession:
     """The session a worker holds."""
 
     settings: worker_pb2.OpenSessionRequest
@@ -47,7 +47,7 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
 
     def __init__(self, host: EngineHost[TrainEngine]) -> None:
         self._host = host
-        self._session: OpenSession | None = None
+        self._session: HeldSession | None = None
         self._opening = asyncio.Lock()
 
     def describe(self, response: worker_pb2.DescribeResponse) -> None:
@@ -55,7 +55,7 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
         if self._session is not None:
             response.sessions.append(self._session.state)
 
-    async def OpenSession(  # noqa: N802
+    async def OpenSession(
         self,
         request: worker_pb2.OpenSessionRequest,
         context: grpc.aio.ServicerContext[Any, Any],
@@ -65,7 +65,7 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
             session=await asyncio.shield(asyncio.create_task(self._open(request)))
         )
 
-    async def Execute(  # noqa: N802
+    async def Execute(
         self,
         request: worker_pb2.ExecuteRequest,
         context: grpc.aio.ServicerContext[Any, Any],
@@ -82,7 +82,7 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
             session.running[request.commit_seq] = asyncio.create_task(self._run(session, request))
         return await asyncio.shield(session.running[request.commit_seq])
 
-    async def FetchResult(  # noqa: N802
+    async def FetchResult(
         self,
         request: worker_pb2.FetchResultRequest,
         context: grpc.aio.ServicerContext[Any, Any],
@@ -91,7 +91,7 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
         stored = self._find(request.session).journal.stored(request.commit_seq)
         return worker_pb2.FetchResultResponse(response=stored)
 
-    def _find(self, name: str) -> OpenSession:
+    def _find(self, name: str) -> HeldSession:
         if self._session is None or self._session.settings.session != name:
             held = "none" if self._session is None else self._session.settings.session
             raise FiretitanError(
@@ -116,11 +116,11 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
             settings = worker_pb2.OpenSessionRequest()
             settings.CopyFrom(request)
             state = runner.state(request.session, applied=0)
-            self._session = OpenSession(settings=settings, runner=runner, state=state)
+            self._session = HeldSession(settings=settings, runner=runner, state=state)
             return state
 
     async def _run(
-        self, session: OpenSession, request: worker_pb2.ExecuteRequest
+        self, session: HeldSession, request: worker_pb2.ExecuteRequest
     ) -> worker_pb2.ExecuteResponse:
         """Run an admitted command to its end; never raises."""
         journal = session.journal
@@ -149,7 +149,7 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
             return response
 
     async def _run_parsed(
-        self, session: OpenSession, command: Parsed
+        self, session: HeldSession, command: Parsed
     ) -> worker_pb2.ExecuteResponse:
         header = command.header
         preceding = session.journal.preceding_failure(

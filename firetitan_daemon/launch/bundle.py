@@ -1,0 +1,140 @@
+"""A worker's folder: what it was started for, that it serves, how it ended, its log.
+
+Knows: the files, atomic writes. Must not know: processes, gRPC. Nothing in a bundle is trusted
+before it was checked: the folder must be this user's alone, and whoever answers at the address
+must be who the bundle says.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+from pathlib import Path
+
+from firetitan.worker.v1 import worker_pb2
+from google.protobuf import json_format
+
+from firetitan_daemon import handshake
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.durable import publish_file
+
+_WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_TAIL_BYTES = 64 * 1024
+
+
+class BundleError(Exception):
+    """A bundle that must not be used; the text says why."""
+
+
+class Bundle:
+    """The folder `workers/<id>`.
+
+    Args:
+        workers: Folder of all bundles.
+        worker_id: Whose.
+
+    Raises:
+        FiretitanError: NAME_INVALID for an id that is no plain file name.
+    """
+
+    def __init__(self, workers: Path, worker_id: str) -> None:
+        if not _WORKER_ID.fullmatch(worker_id):
+            raise FiretitanError(
+                Reason.NAME_INVALID,
+                f"worker_id: {worker_id!r}; use letters, digits, '.', '_' and '-', at most 128, "
+                "a letter or a digit first",
+                field="worker_id",
+            )
+        self.worker_id = worker_id
+        self.folder = workers / worker_id
+
+    @property
+    def log(self) -> Path:
+        """Everything the worker printed, over all its starts."""
+        return self.folder / handshake.LOG
+
+    def prepare(self, spec: worker_pb2.WorkerSpec) -> None:
+        """Make the folder, forget a former start (its log stays), write the specification."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.forget()
+        text = json_format.MessageToJson(spec, always_print_fields_with_no_presence=True)
+        publish_file(self.folder / handshake.SPEC, text.encode())
+
+    def check_owned(self) -> None:
+        """Refuse a folder that someone else could have written to.
+
+        Raises:
+            BundleError: It is missing, a link, another user's, or writable by others.
+        """
+        try:
+            found = self.folder.lstat()
+        except OSError as error:
+            raise BundleError(f"{self.folder}: {error.strerror}") from error
+        if not stat.S_ISDIR(found.st_mode):
+            raise BundleError(f"{self.folder} is not a folder")
+        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            raise BundleError(
+                f"{self.folder} belongs to user {found.st_uid} with mode "
+                f"{stat.S_IMODE(found.st_mode):o}; it must be this user's alone"
+            )
+
+    def read_spec(self) -> worker_pb2.WorkerSpec:
+        """What the worker was started for.
+
+        Raises:
+            BundleError: No such file, or not such a message.
+        """
+        spec = worker_pb2.WorkerSpec()
+        self._read(handshake.SPEC, spec)
+        return spec
+
+    def read_bootstrap(self) -> worker_pb2.BootstrapResult:
+        """What the worker wrote once it served.
+
+        Raises:
+            BundleError: No such file, or not such a message.
+        """
+        result = worker_pb2.BootstrapResult()
+        self._read(handshake.BOOTSTRAP, result)
+        return result
+
+    def read_exit(self) -> str:
+        """How the worker ended, in its own words; empty where it left none."""
+        try:
+            return (self.folder / handshake.EXIT).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+
+    def serves(self) -> bool:
+        """Whether the worker wrote that it serves."""
+        return (self.folder / handshake.BOOTSTRAP).exists()
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines of the log; empty where there is none."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
+                text = file.read().decode("utf-8", errors="replace")
+        except OSError:
+            return ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def forget(self) -> None:
+        """Remove what a start left, but its log."""
+        for name in (handshake.SPEC, handshake.BOOTSTRAP, handshake.EXIT):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Remove everything but the log; without a log the folder too."""
+        self.forget()
+        if self.folder.is_dir() and not self.log.exists():
+            shutil.rmtree(self.folder)
+
+    def _read(self, name: str, message: worker_pb2.WorkerSpec | worker_pb2.BootstrapResult) -> None:
+        path = self.folder / name
+        try:
+            json_format.Parse(path.read_text(encoding="utf-8"), message)
+        except (OSError, UnicodeDecodeError, json_format.ParseError) as error:
+            raise BundleError(f"{path}: {error}") from error

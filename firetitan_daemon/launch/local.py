@@ -1,0 +1,301 @@
+"""Workers as processes of this machine that outlive the daemon.
+
+Knows: exec, bundles, identity. Must not know: what a worker computes. A worker gets a session of
+its own, a log file (a pipe would end it with the daemon), no descriptor of ours and a scrubbed
+environment; threads and malloc are set before its first import.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from firetitan_daemon import handshake
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.records import WorkerSpec
+from firetitan_daemon.launch import convert
+from firetitan_daemon.launch.bundle import Bundle, BundleError
+from firetitan_daemon.launch.process import OsProcess, adopt_child
+from firetitan_daemon.launch.remote import RemoteWorker
+
+START_TIMEOUT_S = 60.0
+START_POLL_S = 0.02
+TRIM_THRESHOLD_BYTES = 1 << 30
+
+PASSED_NAMES = frozenset(
+    {"HOME", "LANG", "LOGNAME", "PATH", "SHELL", "TMPDIR", "TZ", "USER", "VIRTUAL_ENV"}
+)
+PASSED_PREFIXES = (
+    "CUDA_",
+    "FIRETITAN_",
+    "HF_",
+    "HUGGINGFACE_",
+    "KMP_",
+    "LC_",
+    "LD_",
+    "MKL_",
+    "NCCL_",
+    "NVIDIA_",
+    "OMP_",
+    "PYTHON",
+    "PYTORCH_",
+    "REQUESTS_",
+    "SSL_",
+    "TOKENIZERS_",
+    "TORCH",
+    "TRANSFORMERS_",
+    "XDG_",
+)
+PROXIES = frozenset({"http_proxy", "https_proxy", "no_proxy", "all_proxy"})
+
+log = logging.getLogger(__name__)
+
+
+class LocalLauncher:
+    """Starts, finds and forgets worker processes (see `core.ports.WorkerLauncher`).
+
+    Args:
+        workers: Folder of the bundles, `$FIRETITAN_HOME/workers`.
+        run: Folder of the sockets, short and this user's alone.
+        max_message_bytes: Largest answer taken from a worker.
+        start_timeout_s: How long a start may take until the worker serves.
+    """
+
+    def __init__(
+        self,
+        workers: Path,
+        run: Path,
+        *,
+        max_message_bytes: int = handshake.WORKER_MESSAGE_BYTES,
+        start_timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
+        self._workers = workers
+        self._run = run
+        self._max_message_bytes = max_message_bytes
+        self._start_timeout_s = start_timeout_s
+
+    async def launch(self, spec: WorkerSpec) -> RemoteWorker:
+        """Start a worker and wait until it serves (not until its model is loaded).
+
+        Raises:
+            FiretitanError: ALREADY_EXISTS where it runs already; WORKER_UNAVAILABLE, with the end
+                of its log, where it died or did not serve in time.
+        """
+        bundle = Bundle(self._workers, spec.worker_id)
+        held = self._hold(bundle)
+        if held is not None:
+            raise FiretitanError(
+                Reason.ALREADY_EXISTS,
+                f"worker {spec.worker_id} runs already (pid {held.pid}); adopt it or end it first",
+            )
+        incarnation = uuid.uuid4().hex
+        self._run.mkdir(mode=0o700, parents=True, exist_ok=True)
+        socket = handshake.socket_path(self._run, spec.worker_id, incarnation)
+        bundle.prepare(convert.spec_to_proto(spec, f"unix:{socket}", incarnation))
+        process = start(spec, bundle)
+        try:
+            await self._wait_until_serving(bundle, process)
+            worker = self._connect(spec, bundle, process, socket)
+            await self._check(worker, bundle, socket, incarnation)
+        except BundleError as error:
+            process.kill()
+            raise FiretitanError(
+                Reason.WORKER_UNAVAILABLE, f"worker {spec.worker_id} did not start right: {error}"
+            ) from error
+        except BaseException:
+            # Nobody else knows of this process.
+            process.kill()
+            raise
+        log.info("event=launched worker=%s pid=%d", spec.worker_id, process.pid)
+        return worker
+
+    async def adopt(self, spec: WorkerSpec) -> RemoteWorker | None:
+        """The live worker of a specification, or None; its identity is checked.
+
+        A process that is not beyond doubt this worker is left alone.
+
+        Raises:
+            FiretitanError: WORKER_UNAVAILABLE where it lives but does not answer.
+        """
+        bundle = Bundle(self._workers, spec.worker_id)
+        process: OsProcess | None = None
+        try:
+            bundle.check_owned()
+            known = bundle.read_spec()
+            address = f"unix:{handshake.socket_path(self._run, spec.worker_id, known.incarnation)}"
+            if known != convert.spec_to_proto(spec, address, known.incarnation):
+                raise BundleError("its specification is not the one that is looked for")
+            process = self._hold(bundle)
+            if process is None:
+                raise BundleError(bundle.read_exit() or "its process is gone")
+            socket = Path(address.removeprefix("unix:"))
+            worker = self._connect(spec, bundle, process, socket)
+            await self._check(worker, bundle, socket, known.incarnation)
+        except BundleError as error:
+            log.warning("event=not_adopted worker=%s cause=%r", spec.worker_id, str(error))
+            return None
+        log.info("event=adopted worker=%s pid=%d", spec.worker_id, process.pid)
+        return worker
+
+    async def discard(self, spec: WorkerSpec) -> None:
+        """Remove what is left of a dead worker but its log.
+
+        Raises:
+            FiretitanError: ALREADY_EXISTS where it still runs.
+        """
+        bundle = Bundle(self._workers, spec.worker_id)
+        held = self._hold(bundle)
+        if held is not None:
+            raise FiretitanError(
+                Reason.ALREADY_EXISTS,
+                f"worker {spec.worker_id} still runs (pid {held.pid}); end it first",
+            )
+        try:
+            incarnation = bundle.read_spec().incarnation
+        except BundleError:
+            incarnation = ""
+        if incarnation:
+            socket = handshake.socket_path(self._run, spec.worker_id, incarnation)
+            socket.unlink(missing_ok=True)
+        bundle.discard()
+
+    def _hold(self, bundle: Bundle) -> OsProcess | None:
+        """The process a bundle names, if it lives and is the one that wrote it."""
+        try:
+            bundle.check_owned()
+            word = bundle.read_bootstrap()
+            if word.boot_id != handshake.boot_id() or word.pid < 2:
+                return None
+            pidfd = os.pidfd_open(word.pid)
+        except (BundleError, ProcessLookupError):
+            return None
+        try:
+            # After the descriptor is held, so the id cannot come to mean another process.
+            same = handshake.start_ticks(word.pid) == word.start_ticks
+        except ProcessLookupError:
+            same = False
+        if not same:
+            os.close(pidfd)
+            return None
+        process = OsProcess(word.pid, pidfd, bundle.read_exit)
+        return process
+
+    def _connect(
+        self, spec: WorkerSpec, bundle: Bundle, process: OsProcess, socket: Path
+    ) -> RemoteWorker:
+        return RemoteWorker(
+            spec,
+            process,
+            f"unix:{socket}",
+            max_message_bytes=self._max_message_bytes,
+            tail=bundle.log_tail,
+        )
+
+    async def _check(
+        self, worker: RemoteWorker, bundle: Bundle, socket: Path, incarnation: str
+    ) -> None:
+        """Make sure that who answers on the socket is the worker of the bundle."""
+        try:
+            word = bundle.read_bootstrap()
+            if (word.pid, word.incarnation) != (worker.pid, incarnation):
+                raise BundleError("its bootstrap names another start")
+            owner, user = await asyncio.to_thread(handshake.socket_owner, socket)
+            if (owner, user) != (worker.pid, os.geteuid()):
+                raise BundleError(f"process {owner} of user {user} listens on its socket")
+            await self._check_answer(worker, incarnation)
+        except OSError as error:
+            await worker.close()
+            raise BundleError(f"nobody listens on its socket: {error}") from error
+        except BaseException:
+            await worker.close()
+            raise
+
+    @staticmethod
+    async def _check_answer(worker: RemoteWorker, incarnation: str) -> None:
+        answer = await worker.describe_raw()
+        found = (answer.worker_id, answer.incarnation, answer.kind)
+        if found != (worker.spec.worker_id, incarnation, worker.spec.kind.value):
+            raise BundleError(f"who answers calls itself {found}")
+        spoken = range(handshake.OLDEST_PROTOCOL_VERSION, handshake.PROTOCOL_VERSION + 1)
+        if answer.protocol_version not in spoken:
+            raise BundleError(f"it speaks protocol {answer.protocol_version}, not {spoken}")
+
+    async def _wait_until_serving(self, bundle: Bundle, process: OsProcess) -> None:
+        deadline = time.monotonic() + self._start_timeout_s
+        while not bundle.serves():
+            if not process.alive:
+                raise _failed_start(bundle, f"died at its start: {await process.wait()}")
+            if time.monotonic() > deadline:
+                raise _failed_start(bundle, f"did not serve within {self._start_timeout_s:g} s")
+            await asyncio.sleep(START_POLL_S)
+
+
+def start(spec: WorkerSpec, bundle: Bundle) -> OsProcess:
+    """Exec a worker for a prepared bundle.
+
+    Args:
+        spec: What it is for.
+        bundle: Holds the specification; takes the log.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "firetitan_daemon.worker",
+        spec.kind.value,
+        spec.worker_id,
+        str(bundle.folder.absolute()),
+    ]
+    with bundle.log.open("ab") as output:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd=bundle.folder,
+            env=environment(os.environ, spec.num_threads),
+            start_new_session=True,
+            close_fds=True,
+        )
+    adopt_child(child)
+    return OsProcess(child.pid, os.pidfd_open(child.pid), bundle.read_exit)
+
+
+def environment(ours: Mapping[str, str], num_threads: int) -> dict[str, str]:
+    """A worker's environment: what libraries need, no secrets of others, threads and malloc.
+
+    Args:
+        ours: The daemon's.
+        num_threads: 0: as many as there are cores, or as OMP_NUM_THREADS says.
+    """
+    theirs = {
+        name: value
+        for name, value in ours.items()
+        if name in PASSED_NAMES or name.startswith(PASSED_PREFIXES) or name.lower() in PROXIES
+    }
+    if "PYTHONPATH" in theirs:
+        folders = theirs["PYTHONPATH"].split(os.pathsep)
+        theirs["PYTHONPATH"] = os.pathsep.join(str(Path(folder).absolute()) for folder in folders)
+    threads = str(num_threads or ours.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    theirs["OMP_NUM_THREADS"] = theirs["MKL_NUM_THREADS"] = threads
+    # Activations come and go by the hundred megabytes: keep their pages instead of faulting anew.
+    theirs["MALLOC_MMAP_MAX_"] = "0"
+    theirs["MALLOC_TRIM_THRESHOLD_"] = str(TRIM_THRESHOLD_BYTES)
+    theirs["PYTHONUNBUFFERED"] = "1"
+    return theirs
+
+
+def _failed_start(bundle: Bundle, how: str) -> FiretitanError:
+    tail = bundle.log_tail()
+    return FiretitanError(
+        Reason.WORKER_UNAVAILABLE,
+        f"worker {bundle.worker_id} {how}"
+        + (f"; its log ends with:\n{tail}" if tail else "; its log is empty"),
+        worker=bundle.worker_id,
+    )

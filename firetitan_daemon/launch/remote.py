@@ -1,0 +1,213 @@
+"""A worker behind its socket, as the daemon's rules see it (`core.ports.Worker`).
+
+Knows: the worker protocol, its process's end. Must not know: how the process was started. A call
+has no deadline: it ends with an answer, or with the process. A lost connection is tried again for
+as long as the process lives, which is safe: the worker's journal runs each command once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import grpc
+from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
+
+from firetitan_daemon import handshake, status
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.ports import (
+    Command,
+    Outcome,
+    SnapshotLayer,
+    WorkerSession,
+    WorkerStatus,
+)
+from firetitan_daemon.core.records import ModelInfo, Session, WorkerSpec
+from firetitan_daemon.launch import convert
+from firetitan_daemon.launch.process import Process
+
+ResponseT = TypeVar("ResponseT")
+
+DESCRIBE_TIMEOUT_S = 5.0
+SHUTDOWN_RPC_TIMEOUT_S = 5.0
+SHUTDOWN_STEP_S = 5.0
+"""How long each of asking, SIGTERM and SIGKILL is given to work."""
+RETRY_PAUSE_S = 0.05
+
+
+class RemoteWorker:
+    """One worker (see `core.ports.Worker`).
+
+    Args:
+        spec: What it was started for.
+        process: Its process; the end of it ends every call.
+        address: Its socket, `unix:...`.
+        max_message_bytes: Largest answer taken.
+        tail: Reads the last lines of its log, for errors.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        process: Process,
+        address: str,
+        *,
+        max_message_bytes: int = handshake.WORKER_MESSAGE_BYTES,
+        tail: Callable[[], str] = str,
+    ) -> None:
+        self._spec = spec
+        self._process = process
+        self._tail = tail
+        self._channel = grpc.aio.insecure_channel(
+            address,
+            options=(
+                ("grpc.use_local_subchannel_pool", 1),
+                ("grpc.enable_http_proxy", 0),
+                ("grpc.initial_reconnect_backoff_ms", 50),
+                ("grpc.min_reconnect_backoff_ms", 50),
+                ("grpc.max_reconnect_backoff_ms", 250),
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+            ),
+        )
+        self._base = worker_pb2_grpc.WorkerServiceStub(self._channel)
+        self._trainer = worker_pb2_grpc.TrainerWorkerServiceStub(self._channel)
+        self._sampler = worker_pb2_grpc.SamplerWorkerServiceStub(self._channel)
+
+    @property
+    def spec(self) -> WorkerSpec:
+        """What it was started for."""
+        return self._spec
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    async def describe(self) -> WorkerStatus:
+        """Who it is and where it stands; within 5 s or WORKER_UNAVAILABLE."""
+        return convert.status_from_proto(await self.describe_raw())
+
+    async def describe_raw(self) -> worker_pb2.DescribeResponse:
+        """The description as sent, protocol version included."""
+        try:
+            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                return await self._call(lambda: self._base.Describe(worker_pb2.DescribeRequest()))
+        except TimeoutError:
+            raise FiretitanError(
+                Reason.WORKER_UNAVAILABLE,
+                f"worker {self._spec.worker_id} (pid {self.pid}) lives but did not answer within "
+                f"{DESCRIBE_TIMEOUT_S:g} s",
+                worker=self._spec.worker_id,
+            ) from None
+
+    async def load_model(self) -> ModelInfo:
+        """Load the base model of its specification; again is fine.
+
+        Raises:
+            FiretitanError: MODEL_NOT_FOUND, UNSUPPORTED, DEVICE_OUT_OF_MEMORY.
+        """
+        request = convert.load_request(self._spec)
+        response = await self._call(lambda: self._base.LoadModel(request))
+        return convert.model_from_proto(response.model)
+
+    async def open_session(self, session: Session) -> WorkerSession:
+        """Open the training session; the same one again is fine."""
+        request = convert.open_request(session)
+        response = await self._call(lambda: self._trainer.OpenSession(request))
+        return convert.session_from_proto(response.session)
+
+    async def execute(self, command: Command) -> Outcome:
+        """Run a command once; a repeat waits for or returns the first outcome."""
+        request = convert.execute_request(command)
+        response = await self._call(lambda: self._trainer.Execute(request))
+        return convert.outcome_from_proto(response)
+
+    async def fetch_result(self, session: str, commit_seq: int) -> Outcome | None:
+        """The stored outcome of a command."""
+        request = worker_pb2.FetchResultRequest(session=session, commit_seq=commit_seq)
+        answer = await self._call(lambda: self._trainer.FetchResult(request))
+        return convert.outcome_from_proto(answer.response) if answer.HasField("response") else None
+
+    async def apply(self, layers: Sequence[SnapshotLayer], keep: Sequence[str]) -> Sequence[str]:
+        """Serve the last layer's weights; returns what is loaded."""
+        request = convert.apply_request(layers, keep)
+        response = await self._call(lambda: self._sampler.Apply(request))
+        return tuple(response.loaded_snapshots)
+
+    async def generate(self, request: bytes) -> bytes:
+        """A serialized SampleRequest in, a SampleResponse out; cancelling frees its place."""
+        message = worker_pb2.GenerateRequest(request=request)
+        response = await self._call(lambda: self._sampler.Generate(message))
+        return response.response
+
+    async def exited(self) -> str:
+        """Waits until the process is gone; says how it ended."""
+        return await self._process.wait()
+
+    async def shutdown(self) -> None:
+        """Ask it to end, then make it; returns once the process is gone."""
+        asked = True
+        try:
+            async with asyncio.timeout(SHUTDOWN_RPC_TIMEOUT_S):
+                await self._call(lambda: self._base.Shutdown(worker_pb2.ShutdownRequest()))
+        except (FiretitanError, TimeoutError):
+            asked = False
+        if not (asked and await self._ended_within(SHUTDOWN_STEP_S)):
+            self._process.terminate()
+            if not await self._ended_within(SHUTDOWN_STEP_S):
+                self._process.kill()
+        await self._process.wait()
+        await self.close()
+
+    async def close(self) -> None:
+        """Drop the connection; the process lives on."""
+        await self._channel.close()
+
+    async def _ended_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._process.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _call(self, send: Callable[[], Awaitable[ResponseT]]) -> ResponseT:
+        """Send until there is an answer or no process."""
+        end = asyncio.ensure_future(self._process.wait())
+        try:
+            while True:
+                answer = asyncio.ensure_future(send())
+                try:
+                    await asyncio.wait((answer, end), return_when=asyncio.FIRST_COMPLETED)
+                    if not answer.done():
+                        raise self._gone(await end)
+                finally:
+                    answer.cancel()
+                try:
+                    return answer.result()
+                except grpc.aio.AioRpcError as error:
+                    if not _lost(error):
+                        raise status.from_rpc(error) from error
+                await asyncio.wait((end,), timeout=RETRY_PAUSE_S)
+                if end.done():
+                    raise self._gone(await end)
+        finally:
+            end.cancel()
+
+    def _gone(self, how: str) -> FiretitanError:
+        tail = self._tail()
+        return FiretitanError(
+            Reason.WORKER_UNAVAILABLE,
+            f"worker {self._spec.worker_id} (pid {self.pid}) is gone: {how}"
+            + (f"; its log ends with:\n{tail}" if tail else ""),
+            worker=self._spec.worker_id,
+            cause=how,
+        )
+
+
+def _lost(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the connection broke, rather than the worker having answered."""
+    answered = any(key == status.DETAILS_KEY for key, _ in error.trailing_metadata() or ())
+    return error.code() is grpc.StatusCode.UNAVAILABLE and not answered
