@@ -85,7 +85,7 @@ class LoraLinear(nn.Module):
 def lora_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pair: LoraPair | None
 ) -> torch.Tensor:
-    """x W' + bias, plus scaling * (x A') B' where there is a pair; differentiable in x, A and B."""
+    """Apply x W' + bias, plus scaling * (x A') B' where there is a pair; has all gradients."""
     if pair is None:
         return nn.functional.linear(x, weight, bias)
     result: torch.Tensor = _LoraLinear.apply(x, pair.a, pair.b, weight, bias, pair)

@@ -1,0 +1,226 @@
+"""From datums to tensors: check every field, then lay all positions out in rows.
+
+Knows: datums and the names a loss reads. Must not know: models, formulas, gradients.
+
+Shapes: N positions of a datum, T of all of them, K candidates a position (1 for targets [N]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.engine.api import Array, Datum, Float32Array
+from firetitan_daemon.engine.losses.base import TARGETS, Loss
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the model can take."""
+
+    vocab_size: int
+    """Token ids it embeds."""
+    target_size: int
+    """Token ids it can predict."""
+    max_context_length: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Checked data. Datums with fewer candidates than others are padded; padding weighs 0."""
+
+    sequences: list[torch.Tensor]
+    """Token ids, int64 [N] each."""
+    targets: torch.Tensor
+    """int64 [T, K]."""
+    inputs: dict[str, torch.Tensor]
+    """The loss's other inputs, float32 [T, K]."""
+    shapes: list[tuple[int, ...]]
+    """Of each datum's targets: [N] or [N, K]."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Positions of each datum."""
+        return tuple(len(tokens) for tokens in self.sequences)
+
+    def outputs(self, values_TK: torch.Tensor) -> list[Float32Array]:
+        """Cut rows back into one array a datum, in the shape of its targets."""
+        rows = values_TK.float().cpu().numpy()
+        arrays, start = [], 0
+        for shape in self.shapes:
+            part = rows[start : start + shape[0]]
+            start += shape[0]
+            part = part[:, 0] if len(shape) == 1 else part[:, : shape[1]]
+            arrays.append(np.ascontiguousarray(part))
+        return arrays
+
+    def rows(self, arrays: Sequence[Float32Array], what: str) -> torch.Tensor:
+        """The inverse of `outputs`: float32 [T, K], padding 0.
+
+        Raises:
+            FiretitanError: INVALID_DATUM or NON_FINITE naming `what[i]`.
+        """
+        if len(arrays) != len(self.shapes):
+            raise _bad(what, f"has {len(arrays)} arrays for {len(self.shapes)} datums")
+        for index, (array, shape) in enumerate(zip(arrays, self.shapes, strict=True)):
+            if array.shape != shape:
+                raise _bad(
+                    f"{what}[{index}]",
+                    f"has shape {list(array.shape)}, the logprobs have {list(shape)}",
+                )
+            _check_finite(f"{what}[{index}]", array)
+        return _stack(list(arrays), self.targets.shape[1], 0.0)
+
+    def passes(self, max_tokens: int) -> Iterator[slice]:
+        """Runs of datums with at most `max_tokens` positions in all (a longer one runs alone)."""
+        start, used = 0, 0
+        for index, length in enumerate(self.lengths):
+            if index > start and used + length > max_tokens:
+                yield slice(start, index)
+                start, used = index, 0
+            used += length
+        yield slice(start, len(self.sequences))
+
+    def row_range(self, part: slice) -> slice:
+        """The rows that a run of datums covers."""
+        first = sum(self.lengths[: part.start])
+        return slice(first, first + sum(self.lengths[part]))
+
+
+def make_batch(data: Sequence[Datum], loss: Loss, limits: Limits, *, strict: bool) -> Batch:
+    """Check the data against the loss and the model.
+
+    Args:
+        data: One or more datums.
+        loss: What will read them.
+        limits: Of the model.
+        strict: Refuse inputs the loss does not read; otherwise they are ignored.
+
+    Raises:
+        FiretitanError: INVALID_DATUM, LOSS_INPUT_MISSING or NON_FINITE naming the field.
+    """
+    if not data:
+        raise _bad("data", "is empty; give at least one datum")
+    for index, datum in enumerate(data):
+        _check_datum(f"data[{index}]", datum, loss, limits, strict)
+    targets = [datum.loss_inputs[TARGETS] for datum in data]
+    candidates = max(1 if array.ndim == 1 else array.shape[1] for array in targets)
+    inputs = {}
+    for name in sorted((loss.required | loss.optional) - {TARGETS}):
+        given = [datum.loss_inputs.get(name) for datum in data]
+        missing = [index for index, array in enumerate(given) if array is None]
+        if name != "weights" and missing and len(missing) < len(data):
+            raise FiretitanError(
+                Reason.LOSS_INPUT_MISSING,
+                f"data[{missing[0]}].loss_fn_inputs: missing field '{name}', which other datums "
+                "have; give it to all or to none",
+                field=f'data[{missing[0]}].loss_fn_inputs["{name}"]',
+            )
+        if name == "weights":
+            ones = [np.ones(array.shape, np.float32) for array in targets]
+            given = [
+                one if array is None else array for array, one in zip(given, ones, strict=True)
+            ]
+            missing = []
+        if not missing:
+            arrays = [np.asarray(array, np.float32) for array in given]
+            inputs[name] = _stack(arrays, candidates, 0.0)
+    stacked = _stack([np.asarray(array, np.int64) for array in targets], candidates, 0)
+    return Batch(
+        [torch.from_numpy(datum.token_ids.astype(np.int64)) for datum in data],
+        stacked,
+        inputs,
+        [array.shape for array in targets],
+    )
+
+
+def _stack(arrays: Sequence[np.ndarray], candidates: int, fill: float) -> torch.Tensor:
+    total = sum(len(array) for array in arrays)
+    rows = np.full((total, candidates), fill, arrays[0].dtype)
+    start = 0
+    for array in arrays:
+        columns = array[:, None] if array.ndim == 1 else array
+        rows[start : start + len(columns), : columns.shape[1]] = columns
+        start += len(columns)
+    return torch.from_numpy(rows)
+
+
+def _check_datum(at: str, datum: Datum, loss: Loss, limits: Limits, strict: bool) -> None:
+    tokens, inputs = datum.token_ids, datum.loss_inputs
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise _bad(f"{at}.model_input", "must be a flat list of integer tokens")
+    if not 1 <= len(tokens) <= limits.max_context_length:
+        raise _bad(
+            f"{at}.model_input",
+            f"has {len(tokens)} tokens; 1 to {limits.max_context_length} are possible",
+        )
+    _check_tokens(f"{at}.model_input", tokens, limits.vocab_size)
+    for name in sorted(loss.required - inputs.keys()):
+        raise FiretitanError(
+            Reason.LOSS_INPUT_MISSING,
+            f"{at}.loss_fn_inputs: missing required field '{name}' of loss {loss.name}",
+            field=f'{at}.loss_fn_inputs["{name}"]',
+        )
+    known = loss.required | loss.optional
+    targets = inputs[TARGETS]
+    for name in sorted(inputs.keys(), key=lambda name: (name != TARGETS, name)):
+        where = f'{at}.loss_fn_inputs["{name}"]'
+        if name in known:
+            _check_input(where, name, inputs[name], targets, len(tokens), limits, loss)
+        elif strict:
+            raise _bad(where, f"is not read by {loss.name}; it reads {', '.join(sorted(known))}")
+
+
+def _check_input(
+    where: str,
+    name: str,
+    values: Array,
+    targets: Array,
+    length: int,
+    limits: Limits,
+    loss: Loss,
+) -> None:
+    if name == TARGETS:
+        if values.ndim not in (1, 2) or values.shape[0] != length or 0 in values.shape:
+            raise _bad(
+                where,
+                f"has shape {list(values.shape)}, model_input has {length} tokens; give [N] or "
+                "[N, K], one row per token",
+            )
+        if values.ndim == 2 and values.shape[1] > 1 and not loss.candidates:
+            raise _bad(where, f"has shape {list(values.shape)}; {loss.name} takes one per position")
+        if not np.issubdtype(values.dtype, np.integer):
+            raise _bad(where, f"has dtype {values.dtype}; tokens are integers")
+        _check_tokens(where, values, limits.target_size)
+        return
+    if values.shape != targets.shape:
+        unit = "values" if values.ndim == 1 else f"values in shape {list(values.shape)}"
+        raise _bad(
+            where,
+            f"has {values.size} {unit}, target_tokens has {targets.size}; give one per target",
+        )
+    _check_finite(where, values)
+
+
+def _check_tokens(where: str, tokens: Array, size: int) -> None:
+    outside = (tokens < 0) | (tokens >= size)
+    if outside.any():
+        first = tuple(np.argwhere(outside)[0].tolist())
+        place = "".join(f"[{index}]" for index in first)
+        raise _bad(f"{where}{place}", f"is token {int(tokens[first])}; 0 to {size - 1} exist")
+
+
+def _check_finite(where: str, values: Array) -> None:
+    finite = np.isfinite(values)
+    if not finite.all():
+        first = tuple(np.argwhere(~finite)[0].tolist())
+        place = "".join(f"[{index}]" for index in first)
+        raise _bad(f"{where}{place}", f"is {float(values[first])}", Reason.NON_FINITE)
+
+
+def _bad(where: str, what: str, reason: Reason = Reason.INVALID_DATUM) -> FiretitanError:
+    return FiretitanError(reason, f"{where}: {what}", field=where)

@@ -1,0 +1,135 @@
+"""What a session trains: a LoRA adapter or every parameter, as float32 masters.
+
+Knows: the model's parameters and adapters, which tensors autograd differentiates. Must not know:
+losses, Adam, files.
+
+Masters, gradients and moments are float32 whatever the base's dtype. A bfloat16 model computes with
+rounded copies that `refresh` renews after each write to the masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+from firetitan_daemon.engine.api import LoraSpec
+from firetitan_daemon.engine.head import Head, HeadGradients
+from firetitan_daemon.engine.lora import LoraLinear, LoraPair, attach_lora, unwrap_modules
+from firetitan_daemon.engine.models import LoadedModel
+
+LORA_A = ".lora_A.weight"
+LORA_B = ".lora_B.weight"
+
+
+class Trainables(Protocol):
+    """The trained tensors of one session."""
+
+    masters: dict[str, torch.Tensor]
+    """float32 by name; written in place, then `refresh`."""
+    leaves: dict[str, torch.Tensor]
+    """What autograd differentiates, by the same names; may be the masters themselves."""
+
+    def head(self) -> Head:
+        """The output layer as trained now."""
+
+    def head_gradients(self, grads: HeadGradients) -> dict[str, torch.Tensor]:
+        """The head's own gradients by master name, float32."""
+
+    def refresh(self) -> None:
+        """Make the model compute with what the masters now hold."""
+
+    def detach(self) -> None:
+        """Leave the model as it was found, full-parameter updates aside."""
+
+
+class LoraTrainables:
+    """A fresh adapter on a frozen base.
+
+    Args:
+        loaded: The model; its layers get wrapped.
+        spec: Rank, alpha and which layers.
+        seed: Of A's generator.
+    """
+
+    def __init__(self, loaded: LoadedModel, spec: LoraSpec, seed: int) -> None:
+        self._loaded = loaded
+        self.adapter: Mapping[str, LoraPair] = attach_lora(loaded.model, spec, seed)
+        self.masters = {}
+        for name, pair in self.adapter.items():
+            self.masters[name + LORA_A] = pair.a.requires_grad_()
+            self.masters[name + LORA_B] = pair.b.requires_grad_()
+        self.leaves = self.masters
+
+    def head(self) -> Head:
+        """The output layer with its pair, where it is adapted."""
+        return Head(self._loaded)
+
+    def head_gradients(self, grads: HeadGradients) -> dict[str, torch.Tensor]:
+        """Gradients of the head's pair."""
+        head = self._loaded.head
+        if not isinstance(head, LoraLinear) or grads.lora_a is None or grads.lora_b is None:
+            return {}
+        return {head.name + LORA_A: grads.lora_a, head.name + LORA_B: grads.lora_b}
+
+    def refresh(self) -> None:
+        """Round A and scaling * B into the base's dtype again."""
+        for pair in self.adapter.values():
+            pair.refresh()
+
+    def detach(self) -> None:
+        """Take the adapter out of the model."""
+        unwrap_modules(self._loaded.model)
+
+
+class FullTrainables:
+    """Every parameter; on a bfloat16 model the masters are copies, on a float32 one they are it.
+
+    Args:
+        loaded: The model; its parameters start to require gradients.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        self.leaves = dict(loaded.model.named_parameters())
+        for parameter in self.leaves.values():
+            parameter.requires_grad_()
+        if all(parameter.dtype == torch.float32 for parameter in self.leaves.values()):
+            self.masters = self.leaves
+        else:
+            self.masters = {
+                name: parameter.detach().to(torch.float32, copy=True)
+                for name, parameter in self.leaves.items()
+            }
+        head = loaded.head
+        names = {id(parameter): name for name, parameter in self.leaves.items()}
+        self._weight_name = names[id(head.weight)]
+        bias = getattr(head, "bias", None)
+        self._bias_name = None if bias is None else names[id(bias)]
+
+    def head(self) -> Head:
+        """The output layer, its weight trained."""
+        return Head(self._loaded, train_weight=True)
+
+    def head_gradients(self, grads: HeadGradients) -> dict[str, torch.Tensor]:
+        """Gradients of weight and bias; a tied weight adds to the embedding's."""
+        result = {}
+        if grads.weight is not None:
+            result[self._weight_name] = grads.weight
+        if grads.bias is not None and self._bias_name is not None:
+            result[self._bias_name] = grads.bias
+        return result
+
+    def refresh(self) -> None:
+        """Round the masters into the model."""
+        if self.masters is self.leaves:
+            return
+        with torch.no_grad():
+            for name, parameter in self.leaves.items():
+                parameter.copy_(self.masters[name])
+
+    def detach(self) -> None:
+        """Freeze the parameters again."""
+        for parameter in self.leaves.values():
+            parameter.requires_grad_(False)
