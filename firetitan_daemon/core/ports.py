@@ -233,10 +233,6 @@ class Command:
     """The command's lane, as in its header: known even where the payload cannot be read."""
     seq: int = 0
     """Place in the lane."""
-    client_id: str = ""
-    """Its lane, as in its header."""
-    seq: int = 0
-    """Its place in the lane."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ must be who the bundle says.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -103,8 +104,9 @@ class Bundle:
     def read_exit(self) -> str:
         """How the worker ended, in its own words; empty where it left none."""
         try:
-            return (self.folder / handshake.EXIT).read_text(encoding="utf-8", errors="replace")
-        except OSError:
+            word = json.loads((self.folder / handshake.EXIT).read_text(encoding="utf-8"))
+            return f"exited with code {int(word['code'])}: {word['cause']}"
+        except (OSError, ValueError, KeyError, TypeError):
             return ""
 
     def serves(self) -> bool:

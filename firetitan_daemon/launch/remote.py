@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import grpc
 from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
@@ -71,9 +71,18 @@ class RemoteWorker:
                 ("grpc.max_send_message_length", -1),
             ),
         )
-        self._base = worker_pb2_grpc.WorkerServiceStub(self._channel)
-        self._trainer = worker_pb2_grpc.TrainerWorkerServiceStub(self._channel)
-        self._sampler = worker_pb2_grpc.SamplerWorkerServiceStub(self._channel)
+        self._base = cast(
+            "worker_pb2_grpc.WorkerServiceAsyncStub",
+            worker_pb2_grpc.WorkerServiceStub(self._channel),
+        )
+        self._trainer = cast(
+            "worker_pb2_grpc.TrainerWorkerServiceAsyncStub",
+            worker_pb2_grpc.TrainerWorkerServiceStub(self._channel),
+        )
+        self._sampler = cast(
+            "worker_pb2_grpc.SamplerWorkerServiceAsyncStub",
+            worker_pb2_grpc.SamplerWorkerServiceStub(self._channel),
+        )
 
     @property
     def spec(self) -> WorkerSpec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -119,8 +120,7 @@ def tensor_from_proto(tensor: tensor_pb2.Tensor, field: str) -> Array:
     wanted = math.prod(shape) * dtype.itemsize
     if len(raw) != wanted:
         raise _invalid(field, f"has {len(raw)} bytes, shape {shape} of {dtype.name} takes {wanted}")
-    array: Array = np.frombuffer(raw, dtype=dtype).reshape(shape)
-    return array
+    return cast(Array, np.frombuffer(raw, dtype=dtype).reshape(shape))
 
 
 def float_tensor_to_proto(array: Float32Array) -> tensor_pb2.Tensor:

@@ -20,7 +20,7 @@ from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import ModelInfo, ModelSpec, SampleEngine, TrainEngine
 from firetitan_daemon.worker import convert
 
-EngineT = TypeVar("EngineT", TrainEngine, SampleEngine)
+EngineT = TypeVar("EngineT", bound=TrainEngine | SampleEngine)
 ResultT = TypeVar("ResultT")
 
 EngineFactory = Callable[[ModelSpec], EngineT]
@@ -189,10 +189,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self,
         continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
         ],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Wrap the handler of one call."""
         handler = await continuation(handler_call_details)
         if handler is None or handler.unary_unary is None:
@@ -212,7 +212,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return await status.abort(context, failure)
 
         return grpc.unary_unary_rpc_method_handler(
-            call,
+            call,  # type: ignore[arg-type]  # the stubs know only the blocking kind
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
