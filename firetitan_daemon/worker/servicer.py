@@ -10,7 +10,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import grpc
 from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
@@ -197,7 +197,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler.unary_unary is None:
             return handler
-        inner = handler.unary_unary
+        inner = cast(Callable[[Any, Any], Awaitable[Any]], handler.unary_unary)
         method = str(handler_call_details.method).rpartition("/")[2]
 
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
@@ -212,7 +212,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return await status.abort(context, failure)
 
         return grpc.unary_unary_rpc_method_handler(
-            call,  # type: ignore[arg-type]  # the stubs know only the blocking kind
+            call,
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
