@@ -40,7 +40,9 @@ A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "lora_dropout": (),
-    "init_lora_weights": (),
+    # The others (PiSSA, OLoRA, LoftQ, CorDA) change the base's weights.
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+    "megatron_core": (),
     "inference_mode": (),
     "task_type": (),
     "peft_type": (),
