@@ -1,0 +1,187 @@
+"""The daemon's settings: default < `$FIRETITAN_HOME/config.toml` < environment < command line.
+
+Knows: every setting, its default and where a value came from. Must not know: what uses it.
+A key `section.name` is `[section] name = ...` in the file and `FIRETITAN_SECTION_NAME` in the
+environment. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from firetitan_daemon.core.ports import Limits
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the text names the key, the value and where it came from."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The gRPC server."""
+
+    drain_timeout_s: float = 30.0
+    """How long a stop waits for the running commands; what is left is finished at the next
+    start."""
+    fsync_operations: bool = False
+    """Let accepted commands survive a power loss, not just the death of the process."""
+
+
+@dataclass(frozen=True)
+class WorkersConfig:
+    """The worker processes."""
+
+    num_threads: int = 0
+    """Threads each computes with; 0: as many as there are cores."""
+    adopt_timeout_s: float = 5.0
+    """How long one attempt to reach a worker of a former daemon may take."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """The log, on standard error."""
+
+    level: str = "info"
+    """debug, info, warning or error."""
+
+
+@dataclass(frozen=True)
+class DaemonConfig:
+    """Everything that can be set."""
+
+    home: Path
+    """Where all state lives."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    limits: Limits = field(default_factory=Limits)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+_SECTIONS = ("server", "limits", "workers", "log")
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value and where it came from."""
+
+    key: str
+    value: object
+    origin: str
+    """`default`, the file's path, the variable's name or `command line`."""
+
+
+def default_home(environment: Mapping[str, str] | None = None) -> Path:
+    """`$FIRETITAN_HOME`, else `~/.firetitan`."""
+    variables = os.environ if environment is None else environment
+    return Path(variables.get("FIRETITAN_HOME") or "~/.firetitan").expanduser().absolute()
+
+
+def load_config(
+    *,
+    home: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, object] | None = None,
+) -> tuple[DaemonConfig, list[Setting]]:
+    """Collect the settings.
+
+    Args:
+        home: Overrides FIRETITAN_HOME.
+        environment: Stands in for `os.environ`.
+        flags: Values of the command line by key, e.g. `{"log.level": "debug"}`.
+
+    Returns:
+        The configuration, and every setting with its origin, by key.
+
+    Raises:
+        ConfigError: Unknown key, wrong type, value out of range, or unreadable file.
+    """
+    variables = os.environ if environment is None else environment
+    root = (home.expanduser().absolute() if home else default_home(variables))
+    given = _read_file(root / "config.toml")
+    given.update(_read_environment(variables))
+    given.update(
+        {key: Setting(key, value, "command line") for key, value in (flags or {}).items()}
+    )
+    sections: dict[str, object] = {}
+    settings = [
+        Setting("home", root, "command line" if home else
+                ("FIRETITAN_HOME" if variables.get("FIRETITAN_HOME") else "default"))
+    ]
+    for section, cls in _section_classes().items():
+        values: dict[str, object] = {}
+        hints = typing.get_type_hints(cls)
+        for entry in dataclasses.fields(cls):
+            key = f"{section}.{entry.name}"
+            setting = given.pop(key, None)
+            if setting is not None:
+                values[entry.name] = _convert(setting, hints[entry.name])
+                settings.append(dataclasses.replace(setting, value=values[entry.name]))
+            else:
+                settings.append(Setting(key, entry.default, "default"))
+        sections[section] = cls(**values)
+    if given:
+        unknown = next(iter(given.values()))
+        raise ConfigError(
+            f"{unknown.key}: no such setting (from {unknown.origin}); "
+            "`firetitand config` lists all of them"
+        )
+    return DaemonConfig(home=root, **sections), sorted(settings, key=lambda one: one.key)  # type: ignore[arg-type]
+
+
+def _section_classes() -> dict[str, type]:
+    hints = typing.get_type_hints(DaemonConfig)
+    return {section: hints[section] for section in _SECTIONS}
+
+
+def _read_file(path: Path) -> dict[str, Setting]:
+    try:
+        content = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    found = {}
+    for section, entries in content.items():
+        if not isinstance(entries, dict):
+            raise ConfigError(f"{section}: no such setting (from {path}); settings live in tables")
+        for name, value in entries.items():
+            found[f"{section}.{name}"] = Setting(f"{section}.{name}", value, str(path))
+    return found
+
+
+def _read_environment(variables: Mapping[str, str]) -> dict[str, Setting]:
+    found = {}
+    for variable, value in variables.items():
+        for section in _SECTIONS:
+            prefix = f"FIRETITAN_{section.upper()}_"
+            if variable.startswith(prefix):
+                key = f"{section}.{variable.removeprefix(prefix).lower()}"
+                found[key] = Setting(key, value, variable)
+    return found
+
+
+def _convert(setting: Setting, kind: type) -> object:
+    value, where = setting.value, f"{setting.key} = {setting.value!r} (from {setting.origin})"
+    if kind is bool and isinstance(value, str) and value.lower() in ("0", "1", "false", "true"):
+        return value.lower() in ("1", "true")
+    if kind in (int, float) and isinstance(value, str):
+        try:
+            value = kind(value)
+        except ValueError:
+            raise ConfigError(f"{where}: must be a number") from None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{where}: must be of type {kind.__name__}")
+    if isinstance(value, int | float) and value < 0:
+        raise ConfigError(f"{where}: must not be negative")
+    if setting.key == "log.level" and value not in _LEVELS:
+        raise ConfigError(f"{where}: must be one of {', '.join(_LEVELS)}")
+    return value

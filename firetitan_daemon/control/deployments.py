@@ -1,0 +1,450 @@
+"""Deployments: a base model in a sampler worker, and what it serves.
+
+Knows: deployment records, the pool, pins. Must not know: how weights are put together
+(`weight_sync`), what a prompt is. Provisioning runs in a task of the manager.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+from firetitan_daemon.control.provisioning import check_request, choose_id, new_operation, settled
+from firetitan_daemon.control.services import Services, error_record, internal_error, logger
+from firetitan_daemon.control.workers import WorkerPool
+from firetitan_daemon.core import names
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.ports import Change, Ledger, Worker
+from firetitan_daemon.core.records import (
+    Deployment,
+    ErrorRecord,
+    Operation,
+    ResourceState,
+    WorkerKind,
+)
+
+METHOD = "CreateDeployment"
+_RESTARTS = 3
+_RESTART_WINDOW_S = 60.0
+
+Restore = Callable[[Deployment, Worker], Awaitable[None]]
+"""Makes a fresh worker serve what the deployment served before."""
+
+
+@dataclass(frozen=True)
+class DeploymentRequest:
+    """What a deployment is to be."""
+
+    deployment_id: str
+    """Empty: chosen here."""
+    base_model: str
+    max_context_length: int
+    trainer: str
+    """`trainers/{trainer}`, or empty."""
+    dtype: str
+    request_id: str
+    payload_digest: str
+
+
+class DeploymentManager:
+    """Every deployment by id.
+
+    Owns the records, one lock a deployment for whatever changes its weights, and the pins.
+    """
+
+    def __init__(self, services: Services, pool: WorkerPool) -> None:
+        self._services = services
+        self._pool = pool
+        self._deployments: dict[str, Deployment] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._pins: set[tuple[str, str, str]] = set()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._lock = asyncio.Lock()
+        self._deaths: dict[str, list[float]] = {}
+        self._restore_weights: Restore | None = None
+
+    def connect(self, restore_weights: Restore) -> None:
+        """Say how a fresh worker is made to serve what was served before."""
+        self._restore_weights = restore_weights
+
+    def restore(self, ledger: Ledger) -> None:
+        """Take over the deployments of a former daemon; `recover` reaches their workers."""
+        self._pins = set(ledger.pins)
+        for deployment in ledger.deployments:
+            if deployment.state is ResourceState.ACTIVE:
+                deployment = replace(deployment, state=ResourceState.RECOVERING)
+            self._deployments[deployment.id] = deployment
+
+    def get(self, name: str) -> Deployment:
+        """One deployment, by name or id.
+
+        Raises:
+            FiretitanError: NAME_INVALID, DEPLOYMENT_NOT_FOUND.
+        """
+        deployment_id = names.parse_deployment(name)
+        deployment = self._deployments.get(deployment_id)
+        if deployment is None:
+            raise FiretitanError(
+                Reason.DEPLOYMENT_NOT_FOUND,
+                f"deployments/{deployment_id} does not exist; create it first",
+                deployment=f"deployments/{deployment_id}",
+            )
+        return deployment
+
+    def list(self) -> Sequence[Deployment]:
+        """All deployments, by name."""
+        return sorted(self._deployments.values(), key=lambda one: names.natural_key(one.id))
+
+    def pid(self, deployment: Deployment) -> int:
+        """Process id of its worker; 0 without one."""
+        return self._pool.pid(deployment.worker_id)
+
+    def weights_lock(self, deployment_id: str) -> asyncio.Lock:
+        """Held while a deployment's weights change."""
+        return self._locks.setdefault(deployment_id, asyncio.Lock())
+
+    def pins(self, deployment_id: str) -> list[str]:
+        """Snapshots that clients keep loaded there."""
+        return sorted({pin[1] for pin in self._pins if pin[0] == deployment_id})
+
+    async def ready(self, name: str) -> tuple[Deployment, Worker]:
+        """A deployment that can answer; one being created or restarted is waited for.
+
+        A stopped one is started.
+
+        Raises:
+            FiretitanError: DEPLOYMENT_NOT_FOUND, RECOVERING, WORKER_UNAVAILABLE, or what its
+                creation failed for.
+        """
+        deployment = self.get(name)
+        if deployment.state is ResourceState.STOPPED:
+            deployment = await self.scale(deployment.name, 1)
+        task = self._tasks.get(deployment.id)
+        if task is not None:
+            await asyncio.wait([task])
+        return self.serving(name)
+
+    def serving(self, name: str) -> tuple[Deployment, Worker]:
+        """A deployment that can answer now.
+
+        Raises:
+            FiretitanError: As `ready`.
+        """
+        deployment = self.get(name)
+        worker = self._pool.live(deployment.worker_id)
+        if deployment.state is ResourceState.ACTIVE and worker is not None:
+            return deployment, worker
+        if deployment.state is ResourceState.FAILED and deployment.error is not None:
+            error = deployment.error
+            raise FiretitanError(Reason(error.reason), error.message, **error.metadata)
+        raise FiretitanError(
+            Reason.RECOVERING,
+            f"{deployment.name} is {deployment.state}; try again",
+            retry_after_s="0.2",
+        )
+
+    async def create(self, request: DeploymentRequest) -> Operation:
+        """Start a deployment; one that exists with the same base model is answered as it is.
+
+        A FAILED one gets a new worker. Another trainer than before is noted.
+
+        Raises:
+            FiretitanError: NAME_INVALID, INVALID_ARGUMENT, ALREADY_EXISTS, REQUEST_ID_REUSED.
+        """
+        check_request(request.base_model, request.max_context_length, request.dtype)
+        if request.trainer:
+            names.parse_trainer(request.trainer, "trainer")
+        deployment_id = names.check_id(
+            choose_id("d", request.deployment_id, request.request_id), "deployment_id"
+        )
+        creation = asyncio.create_task(self._create(replace(request, deployment_id=deployment_id)))
+        return await asyncio.shield(creation)
+
+    async def _create(self, request: DeploymentRequest) -> Operation:
+        services, name = self._services, names.deployment_name(request.deployment_id)
+        trainer_id = names.parse_trainer(request.trainer) if request.trainer else ""
+        async with self._lock:
+            former = await services.operations.by_request(
+                name, request.request_id, request.payload_digest
+            )
+            if former is not None:
+                return former
+            now = services.clock.now()
+            operation = new_operation(METHOD, name, request.request_id, request.payload_digest, now)
+            existing = self._deployments.get(request.deployment_id)
+            if existing is not None:
+                self._check_same(existing, request)
+                if existing.state is not ResourceState.FAILED:
+                    return await self._join(existing, trainer_id, operation)
+                await self._pool.stop(existing.worker_id)
+            spec = self._pool.new_spec(
+                WorkerKind.SAMPLER,
+                name,
+                request.base_model,
+                request.dtype,
+                request.max_context_length,
+            )
+            deployment = Deployment(
+                id=request.deployment_id,
+                base_model=request.base_model,
+                max_context_length=request.max_context_length,
+                dtype=request.dtype,
+                state=ResourceState.CREATING,
+                create_time=now,
+                trainer_id=trainer_id,
+                active_snapshot=existing.active_snapshot if existing is not None else "",
+                etag=_etag(),
+                worker_id=spec.worker_id,
+            )
+            await services.operations.write(
+                Change(
+                    deployments=[deployment], workers=[spec], operations=[operation], durable=True
+                )
+            )
+            self._deployments[deployment.id] = deployment
+            self._begin(deployment.id)
+            return operation
+
+    async def _join(
+        self, existing: Deployment, trainer_id: str, operation: Operation
+    ) -> Operation:
+        if existing.state is not ResourceState.CREATING:
+            operation = settled(operation, self._services.clock.now())
+        joined = existing
+        if trainer_id and trainer_id != existing.trainer_id:
+            joined = replace(existing, trainer_id=trainer_id, etag=_etag())
+        await self._services.operations.write(
+            Change(deployments=[joined], operations=[operation], durable=joined != existing)
+        )
+        self._deployments[joined.id] = joined
+        return operation
+
+    def _begin(self, deployment_id: str) -> None:
+        task = asyncio.create_task(self._provision(deployment_id))
+        self._tasks[deployment_id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(deployment_id, None))
+
+    async def _provision(self, deployment_id: str) -> None:
+        deployment = self._deployments[deployment_id]
+        try:
+            spec = self._pool.spec(deployment.worker_id)
+            assert spec is not None, "a deployment's row and its worker's are written together"
+            worker, model = await self._pool.start(spec)
+            async with self.weights_lock(deployment_id):
+                if self._restore_weights is not None:
+                    await self._restore_weights(self._deployments[deployment_id], worker)
+        except FiretitanError as error:
+            await self._pool.stop(deployment.worker_id)
+            await self._fail(deployment_id, error_record(error))
+        except Exception as error:  # a supervisor: the deployment fails, the daemon goes on
+            await self._pool.stop(deployment.worker_id)
+            record = error_record(internal_error(deployment.name, error))
+            await self._fail(deployment_id, record)
+        else:
+            current = self._deployments[deployment_id]
+            await self.write(
+                replace(current, state=ResourceState.ACTIVE, model=model, error=None)
+            )
+            self._watch(deployment_id, worker)
+
+    async def _fail(self, deployment_id: str, error: ErrorRecord) -> None:
+        failed = replace(
+            self._deployments[deployment_id],
+            state=ResourceState.FAILED,
+            error=error,
+            worker_id=None,
+        )
+        await self.write(failed, creation_error=error)
+
+    async def write(
+        self,
+        deployment: Deployment,
+        *,
+        operation: Operation | None = None,
+        creation_error: ErrorRecord | None = None,
+    ) -> Deployment:
+        """Write a deployment under a new etag, with an operation that ends with it.
+
+        Operations that wait for its creation end too, where it stands ACTIVE or FAILED.
+        """
+        deployment = replace(deployment, etag=_etag())
+        operations = [operation] if operation is not None else []
+        if deployment.state in (ResourceState.ACTIVE, ResourceState.FAILED):
+            now = self._services.clock.now()
+            operations += [
+                settled(one, now, creation_error)
+                for one in self._services.operations.open_of(deployment.name, METHOD)
+            ]
+        await self._services.operations.write(
+            Change(deployments=[deployment], operations=operations, durable=True)
+        )
+        self._deployments[deployment.id] = deployment
+        return deployment
+
+    def _watch(self, deployment_id: str, worker: Worker) -> None:
+        async def exited(cause: str) -> None:
+            await self._restart(deployment_id, cause)
+
+        self._pool.watch(worker, exited)
+
+    async def _restart(self, deployment_id: str, cause: str) -> None:
+        deployment = self._deployments.get(deployment_id)
+        if deployment is None or deployment.state is ResourceState.DELETING:
+            return
+        now = self._services.clock.monotonic()
+        deaths = [t for t in self._deaths.get(deployment_id, []) if now - t < _RESTART_WINDOW_S]
+        self._deaths[deployment_id] = [*deaths, now]
+        await self._pool.forget(deployment.worker_id)
+        if len(deaths) >= _RESTARTS:
+            error = ErrorRecord(
+                str(Reason.WORKER_UNAVAILABLE),
+                f"{deployment.name}: its worker ended {len(deaths) + 1} times within "
+                f"{_RESTART_WINDOW_S:.0f} s, at last: {cause}; see its log, then create the "
+                "deployment again",
+                {"cause": cause},
+            )
+            await self._fail(deployment_id, error)
+            return
+        logger.warning("sampler restarts deployment=%s cause=%s", deployment_id, cause)
+        await self._renew(deployment)
+
+    async def _renew(self, deployment: Deployment) -> None:
+        spec = self._pool.new_spec(
+            WorkerKind.SAMPLER,
+            deployment.name,
+            deployment.base_model,
+            deployment.dtype,
+            deployment.max_context_length,
+        )
+        renewed = replace(
+            deployment, state=ResourceState.RECOVERING, worker_id=spec.worker_id, etag=_etag()
+        )
+        await self._services.store.write(
+            Change(deployments=[renewed], workers=[spec], durable=True)
+        )
+        self._deployments[deployment.id] = renewed
+        self._begin(deployment.id)
+
+    async def recover(self, deployment_id: str) -> None:
+        """At start: reach a deployment's worker, or start another."""
+        deployment = self._deployments[deployment_id]
+        if deployment.state is ResourceState.DELETING:
+            await self._delete(deployment_id)
+        elif deployment.state is ResourceState.CREATING:
+            self._begin(deployment_id)
+        elif deployment.state is ResourceState.RECOVERING:
+            spec = self._pool.spec(deployment.worker_id)
+            worker = await self._pool.adopt(spec) if spec is not None else None
+            if worker is None:
+                await self._pool.forget(deployment.worker_id)
+                await self._renew(deployment)
+            else:
+                self._begin(deployment_id)
+
+    async def scale(self, name: str, replicas: int) -> Deployment:
+        """Stop the worker (0) or start it again (1); the record stays.
+
+        Raises:
+            FiretitanError: DEPLOYMENT_NOT_FOUND, UNSUPPORTED for more than one.
+        """
+        deployment = self.get(name)
+        if replicas not in (0, 1):
+            raise FiretitanError(
+                Reason.UNSUPPORTED,
+                f"replicas: {replicas}; a deployment has one worker or none",
+                field="replicas",
+            )
+        return await asyncio.shield(asyncio.create_task(self._scale(deployment.id, replicas)))
+
+    async def _scale(self, deployment_id: str, replicas: int) -> Deployment:
+        async with self._lock:
+            deployment = self.get(deployment_id)
+            if replicas and deployment.state in (ResourceState.STOPPED, ResourceState.FAILED):
+                await self._renew(deployment)
+            elif not replicas and deployment.state is not ResourceState.STOPPED:
+                async with self.weights_lock(deployment_id):
+                    await self._cancel_task(deployment_id)
+                    await self._pool.stop(deployment.worker_id)
+                    stopped = replace(
+                        self.get(deployment_id), state=ResourceState.STOPPED, worker_id=None
+                    )
+                    await self.write(stopped)
+            return self.get(deployment_id)
+
+    async def pin(self, deployment_id: str, snapshot_id: str, holder: str, release: bool) -> None:
+        """Keep a snapshot loaded for a holder, or let it go."""
+        pin = (deployment_id, snapshot_id, holder)
+        if release:
+            await self._services.store.write(Change(deleted_pins=[pin]))
+            self._pins.discard(pin)
+        else:
+            await self._services.store.write(Change(pins=[pin]))
+            self._pins.add(pin)
+
+    async def delete(self, name: str) -> None:
+        """End the worker, forget the deployment. One that is gone already is fine."""
+        deployment_id = names.parse_deployment(name)
+        if deployment_id in self._deployments:
+            await asyncio.shield(asyncio.create_task(self._delete(deployment_id)))
+
+    async def _delete(self, deployment_id: str) -> None:
+        async with self._lock:
+            deployment = self._deployments.get(deployment_id)
+            if deployment is None:
+                return
+            deleting = replace(deployment, state=ResourceState.DELETING)
+            await self._services.store.write(Change(deployments=[deleting], durable=True))
+            self._deployments[deployment_id] = deleting
+            await self._cancel_task(deployment_id)
+            await self._pool.stop(deployment.worker_id)
+            gone = ErrorRecord(str(Reason.CLOSED), f"{deployment.name} was deleted")
+            now = self._services.clock.now()
+            pins = [pin for pin in self._pins if pin[0] == deployment_id]
+            await self._services.operations.write(
+                Change(
+                    deleted_deployments=[deployment_id],
+                    deleted_pins=pins,
+                    operations=[
+                        settled(one, now, gone)
+                        for one in self._services.operations.open_of(deployment.name)
+                    ],
+                    durable=True,
+                )
+            )
+            self._pins.difference_update(pins)
+            del self._deployments[deployment_id]
+
+    async def _cancel_task(self, deployment_id: str) -> None:
+        task = self._tasks.get(deployment_id)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def close(self) -> None:
+        """Stop provisioning; what is half done is finished at the next start."""
+        for deployment_id in list(self._tasks):
+            await self._cancel_task(deployment_id)
+
+    @staticmethod
+    def _check_same(existing: Deployment, request: DeploymentRequest) -> None:
+        if existing.state is ResourceState.DELETING:
+            raise FiretitanError(
+                Reason.CLOSED, f"{existing.name} is being deleted; try again when it is gone"
+            )
+        compared = [("base_model", existing.base_model, request.base_model)]
+        if request.dtype != "auto":
+            compared.append(("dtype", existing.dtype, request.dtype))
+        for field_path, found, asked in compared:
+            if found != asked:
+                raise FiretitanError(
+                    Reason.ALREADY_EXISTS,
+                    f"{field_path}: {asked!r}, but {existing.name} exists with {found!r}; use "
+                    "that, another deployment_id, or delete the deployment first",
+                    field=field_path,
+                )
+
+
+def _etag() -> str:
+    return uuid.uuid4().hex[:16]

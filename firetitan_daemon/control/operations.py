@@ -1,0 +1,222 @@
+"""Operations: the open ones in memory, all of them in the store; who waits and who watches.
+
+Knows: the store, the spool, lanes as keys. Must not know: what an operation does.
+Every change of an operation's row goes through `OperationRegistry.write`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.ports import Change, Ledger, Limits, Spool, Store
+from firetitan_daemon.core.records import Operation
+
+_RETRY_AFTER_S = "0.2"
+
+
+class OperationRegistry:
+    """What was accepted and is not done, and everyone who wants to hear of its end.
+
+    Owns the map of open operations and the quotas counted over it.
+    """
+
+    def __init__(self, store: Store, spool: Spool, limits: Limits) -> None:
+        self._store = store
+        self._spool = spool
+        self._limits = limits
+        self._open: dict[str, Operation] = {}
+        self._reserved_bytes = 0
+        self._reserved: dict[str, int] = {}
+        self._ended: dict[str, asyncio.Event] = {}
+        self._lane_moved: dict[tuple[str, str], asyncio.Event] = {}
+        self._broken_lanes: set[tuple[str, str]] = set()
+        self._closed = False
+
+    def restore(self, ledger: Ledger) -> None:
+        """Take over what a former daemon left open."""
+        self._open = {operation.id: operation for operation in ledger.open_operations}
+        self._broken_lanes = {
+            (lane.session, lane.client_id) for lane in ledger.lanes if lane.broken
+        }
+
+    @property
+    def num_open(self) -> int:
+        """Operations that are not done."""
+        return len(self._open)
+
+    def open_of(self, target: str, method: str | None = None) -> list[Operation]:
+        """Open operations of a target, in order of acceptance."""
+        return [
+            operation
+            for operation in self._open.values()
+            if operation.target == target and method in (None, operation.method)
+        ]
+
+    def current(self, operation_id: str) -> Operation | None:
+        """An open operation; None once it is done."""
+        return self._open.get(operation_id)
+
+    def reserve(self, target: str, size_bytes: int) -> None:
+        """Take a place in the quotas; `release` gives it back.
+
+        Raises:
+            FiretitanError: QUEUE_FULL naming the limit, with `retry_after_s`.
+        """
+        limits = self._limits
+        waiting = [operation for operation in self._open.values() if operation.payload is not None]
+        of_target = sum(1 for operation in waiting if operation.target == target)
+        queued_bytes = sum(one.payload.size_bytes for one in waiting if one.payload is not None)
+        for name, found, allowed in (
+            (
+                "max_session_operations",
+                of_target + self._reserved.get(target, 0) + 1,
+                limits.max_session_operations,
+            ),
+            (
+                "max_operations",
+                len(self._open) + sum(self._reserved.values()) + 1,
+                limits.max_operations,
+            ),
+            (
+                "max_queued_bytes",
+                queued_bytes + self._reserved_bytes + size_bytes,
+                limits.max_queued_bytes,
+            ),
+        ):
+            if found > allowed:
+                raise FiretitanError(
+                    Reason.QUEUE_FULL,
+                    f"{target}: {name} is {allowed} and this command would make it {found}; "
+                    "send it again when earlier ones are done",
+                    limit=name,
+                    retry_after_s=_RETRY_AFTER_S,
+                )
+        self._reserved[target] = self._reserved.get(target, 0) + 1
+        self._reserved_bytes += size_bytes
+
+    def release(self, target: str, size_bytes: int) -> None:
+        """Give a reserved place back; what was accepted meanwhile counts as an open operation."""
+        self._reserved[target] -= 1
+        if not self._reserved[target]:
+            del self._reserved[target]
+        self._reserved_bytes -= size_bytes
+
+    async def write(self, change: Change) -> None:
+        """Write a change, then tell whoever waits for an operation in it.
+
+        Payloads of operations that end with it are removed from the spool.
+        """
+        await self._store.write(change)
+        payloads = []
+        for lane in change.lanes:
+            if lane.broken:
+                self._broken_lanes.add((lane.session, lane.client_id))
+                self._signal_lane(lane.session, lane.client_id)
+        for operation in change.operations:
+            former = self._open.pop(operation.id, None)
+            if not operation.done:
+                self._open[operation.id] = operation
+                continue
+            if former is not None and former.payload is not None:
+                payloads.append(former.payload)
+            ended = self._ended.pop(operation.id, None)
+            if ended is not None:
+                ended.set()
+            self._signal_lane(operation.target, operation.client_id)
+        if payloads:
+            await self._spool.remove(payloads)
+
+    async def get(self, operation_id: str) -> Operation:
+        """One operation.
+
+        Raises:
+            FiretitanError: OPERATION_NOT_FOUND.
+        """
+        operation = self._open.get(operation_id) or await self._store.operation(operation_id)
+        if operation is None:
+            raise FiretitanError(
+                Reason.OPERATION_NOT_FOUND, f"operations/{operation_id}: no such operation"
+            )
+        return operation
+
+    async def by_request(
+        self, target: str, request_id: str, payload_digest: str
+    ) -> Operation | None:
+        """The operation this request made before.
+
+        Raises:
+            FiretitanError: REQUEST_ID_REUSED where it came with another payload.
+        """
+        operation = await self._store.operation_by_request(target, request_id)
+        if operation is not None and operation.payload_digest != payload_digest:
+            raise FiretitanError(
+                Reason.REQUEST_ID_REUSED,
+                f"request_id: {request_id!r} was used on {target} for {operation.name} with "
+                "another payload; use a fresh id for each request",
+                operation=operation.name,
+            )
+        return operation
+
+    async def wait(self, operation_id: str, timeout_s: float) -> Operation:
+        """The operation once it is done, or as it stands when the time is over."""
+        ended = self._ended.setdefault(operation_id, asyncio.Event())
+        operation = await self.get(operation_id)
+        if operation.done:
+            self._ended.pop(operation_id, None)
+            return operation
+        try:
+            async with asyncio.timeout(timeout_s):
+                await ended.wait()
+        except TimeoutError:
+            pass
+        return await self.get(operation_id)
+
+    async def watch(
+        self, session: str, client_id: str, after_seq: int
+    ) -> AsyncIterator[Operation]:
+        """Operations of a lane as they end, in the order of their seq, without gaps.
+
+        Only of a broken lane, where some seq will never come, are gaps passed over.
+        """
+        cursor, key = after_seq, (session, client_id)
+        while not self._closed:
+            moved = self._lane_moved.setdefault(key, asyncio.Event())
+            for operation in await self._store.lane_operations(session, client_id, cursor):
+                if operation.seq != cursor + 1 and not self._may_skip(key, operation.seq):
+                    break
+                cursor = operation.seq
+                yield operation
+            await moved.wait()
+
+    async def acknowledge(self, session: str, client_id: str, through_seq: int) -> None:
+        """The lane has taken its results up to a seq: forget them."""
+        refs = await self._store.acknowledge(session, client_id, through_seq)
+        if refs:
+            await self._spool.remove(refs)
+
+    async def page(
+        self, target: str, *, pending_only: bool, after_id: str, limit: int
+    ) -> Sequence[Operation]:
+        """Operations of a session in order of acceptance."""
+        return await self._store.operations(
+            target, pending_only=pending_only, after_id=after_id, limit=limit
+        )
+
+    def close(self) -> None:
+        """End every watch and every wait."""
+        self._closed = True
+        for event in (*self._lane_moved.values(), *self._ended.values()):
+            event.set()
+
+    def _may_skip(self, key: tuple[str, str], seq: int) -> bool:
+        return key in self._broken_lanes and not any(
+            (operation.target, operation.client_id) == key and operation.seq < seq
+            for operation in self._open.values()
+        )
+
+    def _signal_lane(self, session: str, client_id: str) -> None:
+        moved = self._lane_moved.pop((session, client_id), None)
+        if moved is not None:
+            moved.set()

@@ -1,0 +1,82 @@
+"""What creating a trainer and creating a deployment have in common.
+
+Knows: records. Must not know: managers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from dataclasses import replace
+
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.records import ErrorRecord, Operation, OperationState, SpoolRef
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def check_request(base_model: str, max_context_length: int, dtype: str) -> None:
+    """Refuse what no worker could load.
+
+    Raises:
+        FiretitanError: INVALID_ARGUMENT naming the field.
+    """
+    if not base_model or "\0" in base_model or len(base_model) > 4096:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"base_model: {base_model[:80]!r} names no model; give a Hugging Face id or a folder",
+            field="base_model",
+        )
+    if max_context_length < 0:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"max_context_length: {max_context_length} is negative; 0 takes the model's own limit",
+            field="max_context_length",
+        )
+    if dtype not in DTYPES:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}",
+            field="dtype",
+        )
+
+
+def choose_id(prefix: str, wanted: str, request_id: str) -> str:
+    """The wanted id, else one made from the request's, so that a repeat finds what it made."""
+    if wanted:
+        return wanted
+    if not request_id:
+        return f"{prefix}-{uuid.uuid4().hex[:8]}"
+    return f"{prefix}-{hashlib.blake2b(request_id.encode(), digest_size=4).hexdigest()}"
+
+
+def new_operation(
+    method: str,
+    target: str,
+    request_id: str,
+    payload_digest: str,
+    now: float,
+    payload: SpoolRef | None = None,
+) -> Operation:
+    """An accepted operation on a trainer or a deployment."""
+    return Operation(
+        id=uuid.uuid4().hex,
+        method=method,
+        target=target,
+        request_id=request_id or uuid.uuid4().hex,
+        payload_digest=payload_digest,
+        state=OperationState.ACCEPTED,
+        create_time=now,
+        payload=payload,
+    )
+
+
+def settled(operation: Operation, now: float, error: ErrorRecord | None = None) -> Operation:
+    """The operation, ended."""
+    return replace(
+        operation,
+        state=OperationState.FAILED if error is not None else OperationState.DONE,
+        error=error,
+        finish_time=now,
+        payload=None,
+    )

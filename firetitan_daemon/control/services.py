@@ -1,0 +1,55 @@
+"""What every manager works with; put together once, by the composition root.
+
+Knows: the ports. Must not know: which implementations stand behind them.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from dataclasses import dataclass
+
+from firetitan_daemon.control.codec import Codec
+from firetitan_daemon.control.operations import OperationRegistry
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.ports import Clock, Folders, Limits, Spool, Store, WorkerLauncher
+from firetitan_daemon.core.records import ErrorRecord
+
+logger = logging.getLogger("firetitan.control")
+
+
+@dataclass(frozen=True)
+class Services:
+    """The ports, and the registry of operations on them."""
+
+    store: Store
+    spool: Spool
+    folders: Folders
+    launcher: WorkerLauncher
+    clock: Clock
+    codec: Codec
+    limits: Limits
+    operations: OperationRegistry
+    num_threads: int = 0
+    """Threads a worker computes with; 0: as many as there are cores."""
+    adopt_timeout_s: float = 5.0
+    """How long one attempt to reach a worker of a former daemon may take."""
+
+
+def error_record(error: FiretitanError) -> ErrorRecord:
+    """A failure as it is kept."""
+    metadata = dict(error.metadata)
+    if error.field is not None:
+        metadata["field"] = error.field
+    return ErrorRecord(str(error.reason), error.message, metadata)
+
+
+def internal_error(what: str, error: BaseException) -> FiretitanError:
+    """An unforeseen failure: an id for people, the traceback for the log."""
+    identity = uuid.uuid4().hex[:12]
+    logger.error("internal error id=%s what=%s", identity, what, exc_info=error)
+    return FiretitanError(
+        Reason.INTERNAL,
+        f"{what}: internal error {identity}; the daemon's log says more under this id",
+        id=identity,
+    )

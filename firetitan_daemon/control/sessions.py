@@ -1,0 +1,301 @@
+"""Sessions: opening, joining, finding them; each has a pipeline of its own.
+
+Knows: session records, which settings two clients must agree on. Must not know: how commands run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from firetitan_daemon.control.checkpoints import CheckpointManager
+from firetitan_daemon.control.codec import Header
+from firetitan_daemon.control.commands import CommandPipeline
+from firetitan_daemon.control.services import Services
+from firetitan_daemon.core import names
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.ports import Change, Ledger, Worker
+from firetitan_daemon.core.records import (
+    Lane,
+    LoraSettings,
+    Operation,
+    Session,
+    SessionState,
+    Trainer,
+)
+from firetitan_daemon.core.sequencer import SessionSequencer
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Settings as a client names them; None is not compared and takes the default."""
+
+    base_model: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    train_attn: bool | None = None
+    train_mlp: bool | None = None
+    train_unembed: bool | None = None
+    seed: int | None = None
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class SessionManager:
+    """Every session by name.
+
+    Owns the map of pipelines; one session a trainer is open at a time.
+    """
+
+    def __init__(self, services: Services, checkpoints: CheckpointManager) -> None:
+        self._services = services
+        self._checkpoints = checkpoints
+        self._pipelines: dict[str, CommandPipeline] = {}
+        self._opening = asyncio.Lock()
+        self._made: dict[str, str] = {}
+        self._refusal: FiretitanError | None = None
+
+    async def restore(self, ledger: Ledger) -> None:
+        """Take over the sessions of a former daemon; they answer RECOVERING until `resume`."""
+        for session in ledger.sessions:
+            lanes = [lane for lane in ledger.lanes if lane.session == session.name]
+            operations = [one for one in ledger.open_operations if one.target == session.name]
+            for lane in lanes:
+                # Cancelled while they were held: the lane must not wait for them.
+                operations += await self._services.store.lane_operations(
+                    session.name, lane.client_id, lane.next_seq - 1
+                )
+            if session.state is SessionState.ACTIVE:
+                session = replace(session, state=SessionState.RECOVERING)
+            sequencer = SessionSequencer.restore(
+                session, lanes, operations, self._services.clock.monotonic()
+            )
+            self._pipelines[session.name] = self._pipeline(session, sequencer)
+
+    async def create(
+        self, trainer: Trainer, worker: Worker, wanted: Wanted, request_id: str
+    ) -> tuple[Session, bool]:
+        """Open the trainer's session, or return the open one where the settings agree.
+
+        Returns:
+            The session, and whether this request opened it.
+
+        Raises:
+            FiretitanError: INVALID_ARGUMENT or ALREADY_EXISTS naming the setting that differs.
+        """
+        self._check_trainer(trainer, wanted)
+        async with self._opening:
+            for pipeline in self._of_trainer(trainer.id):
+                self._check_same(pipeline.session, wanted, Reason.ALREADY_EXISTS)
+                if pipeline.session.state is SessionState.LOST:
+                    await pipeline.reopen(worker)
+                    self._made[request_id] = pipeline.session.name
+                made = self._made.get(request_id) == pipeline.session.name
+                return pipeline.current, made and bool(request_id)
+            session = self._new_session(trainer, wanted)
+            # The row first: a daemon that dies here finds the session and opens it then.
+            await self._services.operations.write(Change(sessions=[session], durable=True))
+            try:
+                await worker.open_session(session)
+            except FiretitanError:
+                closed = replace(session, state=SessionState.CLOSED)
+                await self._services.operations.write(Change(sessions=[closed]))
+                raise
+            pipeline = self._pipeline(session, SessionSequencer(session.name))
+            if self._refusal is not None:
+                pipeline.refuse(self._refusal)
+            self._pipelines[session.name] = pipeline
+            pipeline.start(worker)
+            self._made[request_id] = session.name
+            return session, True
+
+    def attach(self, name: str, client_id: str, wanted: Wanted) -> tuple[Session, Lane]:
+        """Open or resume a lane; changes no weights.
+
+        Args:
+            name: A session, or a trainer that has exactly one.
+            client_id: The lane.
+            wanted: Settings to insist on.
+
+        Raises:
+            FiretitanError: SESSION_NOT_FOUND, INVALID_ARGUMENT naming the setting that differs,
+                LANE_BROKEN, RECOVERING.
+        """
+        pipeline = self._find(name)
+        self._check_same(pipeline.session, wanted, Reason.INVALID_ARGUMENT)
+        lane = pipeline.attach(client_id)
+        return pipeline.current, lane
+
+    def get(self, name: str) -> Session:
+        """One session.
+
+        Raises:
+            FiretitanError: NAME_INVALID, SESSION_NOT_FOUND.
+        """
+        return self._find(name).current
+
+    def list(self, parent: str) -> list[Session]:
+        """Sessions, all or of one trainer, by name."""
+        trainer = names.parse_trainer(parent, "parent") if parent else None
+        return sorted(
+            (
+                pipeline.current
+                for pipeline in self._pipelines.values()
+                if trainer in (None, pipeline.session.trainer_id)
+            ),
+            key=lambda session: names.natural_key(session.name),
+        )
+
+    def of_trainer(self, trainer_id: str) -> Session | None:
+        """The open session of a trainer."""
+        for pipeline in self._of_trainer(trainer_id):
+            return pipeline.current
+        return None
+
+    async def submit(self, header: Header, method: str, payload: bytes) -> Operation:
+        """Accept a command; see `CommandPipeline.submit`."""
+        return await self._find(header.session, "header.session").submit(header, method, payload)
+
+    async def cancel(self, operation: Operation) -> Operation:
+        """Cancel an operation that has not started; one that has goes on."""
+        pipeline = self._pipelines.get(operation.target)
+        if pipeline is None or operation.done:
+            return operation
+        return await pipeline.cancel(operation)
+
+    async def resume(self, trainer_id: str, worker: Worker) -> None:
+        """Go on with a trainer's sessions on its adopted worker.
+
+        Raises:
+            FiretitanError: WORKER_UNAVAILABLE where it ended meanwhile.
+        """
+        for pipeline in self._of_trainer(trainer_id):
+            if pipeline.session.state is SessionState.RECOVERING:
+                await worker.open_session(pipeline.session)
+                pipeline.start(worker)
+
+    async def lose(self, trainer_id: str, cause: str) -> None:
+        """The trainer's worker is gone."""
+        for pipeline in self._of_trainer(trainer_id):
+            if pipeline.session.state is not SessionState.LOST:
+                await pipeline.lose(cause)
+
+    async def close_trainer(self, trainer_id: str) -> None:
+        """Finish what a trainer's sessions accepted and close them."""
+        for pipeline in self._of_trainer(trainer_id):
+            await pipeline.close()
+
+    def refuse(self, error: FiretitanError) -> None:
+        """Answer every further command with an error; accepted ones go on."""
+        self._refusal = error
+        for pipeline in self._pipelines.values():
+            pipeline.refuse(error)
+
+    async def pause(self, timeout_s: float) -> None:
+        """Let running commands end and start no others."""
+        await asyncio.gather(*(one.pause(timeout_s) for one in self._pipelines.values()))
+
+    async def expire(self) -> None:
+        """Close lanes whose missing command is overdue."""
+        for pipeline in list(self._pipelines.values()):
+            await pipeline.expire()
+
+    def _find(self, name: str, field_path: str = "name") -> CommandPipeline:
+        pipeline = self._pipelines.get(name)
+        if pipeline is not None:
+            return pipeline
+        if "/sessions/" in name:
+            names.parse_session(name, field_path)
+            raise FiretitanError(
+                Reason.SESSION_NOT_FOUND, f"{field_path}: {name} does not exist", field=field_path
+            )
+        trainer = names.parse_trainer(name, field_path)
+        for pipeline in self._of_trainer(trainer):
+            return pipeline
+        raise FiretitanError(
+            Reason.SESSION_NOT_FOUND,
+            f"{field_path}: trainers/{trainer} has no open session; open one first",
+            field=field_path,
+        )
+
+    def _of_trainer(self, trainer_id: str) -> Sequence[CommandPipeline]:
+        return [
+            pipeline
+            for pipeline in self._pipelines.values()
+            if pipeline.session.trainer_id == trainer_id
+            and pipeline.session.state is not SessionState.CLOSED
+        ]
+
+    def _pipeline(self, session: Session, sequencer: SessionSequencer) -> CommandPipeline:
+        return CommandPipeline(session, sequencer, self._services, self._checkpoints)
+
+    def _new_session(self, trainer: Trainer, wanted: Wanted) -> Session:
+        suffixes = {pipeline.session.suffix for pipeline in self._pipelines.values()}
+        suffix = uuid.uuid4().hex[:8]
+        while suffix in suffixes:
+            suffix = uuid.uuid4().hex[:8]
+        default = LoraSettings(rank=trainer.lora_rank)
+        lora = LoraSettings(
+            rank=trainer.lora_rank,
+            alpha=default.alpha if wanted.alpha is None else wanted.alpha,
+            train_attn=wanted.train_attn is not False,
+            train_mlp=wanted.train_mlp is not False,
+            train_unembed=wanted.train_unembed is not False,
+        )
+        return Session(
+            name=names.session_name(trainer.id, suffix),
+            trainer_id=trainer.id,
+            base_model=trainer.base_model,
+            lora=lora,
+            seed=random.getrandbits(31) if wanted.seed is None else wanted.seed,
+            suffix=suffix,
+            state=SessionState.ACTIVE,
+            create_time=self._services.clock.now(),
+            user_metadata=wanted.user_metadata,
+        )
+
+    @staticmethod
+    def _check_trainer(trainer: Trainer, wanted: Wanted) -> None:
+        for field_path, found, asked in (
+            ("base_model", trainer.base_model, wanted.base_model),
+            ("lora.rank", trainer.lora_rank, wanted.rank),
+        ):
+            if asked is not None and asked != found:
+                raise FiretitanError(
+                    Reason.INVALID_ARGUMENT,
+                    f"{field_path}: {asked!r}, but {trainer.name} was created with {found!r}; "
+                    "leave it out or use another trainer",
+                    field=field_path,
+                )
+        if wanted.alpha is not None and not 0 < wanted.alpha < float("inf"):
+            raise FiretitanError(
+                Reason.INVALID_ARGUMENT,
+                f"lora.alpha: {wanted.alpha} is not a positive number",
+                field="lora.alpha",
+            )
+
+    @staticmethod
+    def _check_same(session: Session, wanted: Wanted, reason: Reason) -> None:
+        compared: list[tuple[str, object, object]] = [
+            ("base_model", session.base_model, wanted.base_model),
+            ("lora.rank", session.lora.rank, wanted.rank),
+            ("seed", session.seed, wanted.seed),
+        ]
+        if session.lora.rank:
+            compared += [
+                ("lora.alpha", session.lora.alpha, wanted.alpha),
+                ("lora.train_attn", session.lora.train_attn, wanted.train_attn),
+                ("lora.train_mlp", session.lora.train_mlp, wanted.train_mlp),
+                ("lora.train_unembed", session.lora.train_unembed, wanted.train_unembed),
+            ]
+        for field_path, found, asked in compared:
+            if asked is not None and asked != found:
+                raise FiretitanError(
+                    reason,
+                    f"{field_path}: {asked!r}, but {session.name} has {found!r}; leave it out to "
+                    "join the session, or use another trainer",
+                    field=field_path,
+                    session=session.name,
+                )

@@ -1,0 +1,132 @@
+"""What happens without anybody asking: taking over at start, expiring, letting go at the end.
+
+Knows: the managers. Must not know: RPCs. The server answers from the start; what is not reached yet
+answers RECOVERING.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable
+
+from firetitan_daemon.control.deployments import DeploymentManager
+from firetitan_daemon.control.services import Services, internal_error, logger
+from firetitan_daemon.control.sessions import SessionManager
+from firetitan_daemon.control.trainers import TrainerManager
+from firetitan_daemon.control.weight_sync import WeightSyncer
+from firetitan_daemon.control.workers import WorkerPool
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.ports import Ledger
+
+_TICK_S = 0.25
+
+
+class Supervisor:
+    """Takes over a former daemon's work, and hands it on."""
+
+    def __init__(
+        self,
+        services: Services,
+        pool: WorkerPool,
+        sessions: SessionManager,
+        trainers: TrainerManager,
+        deployments: DeploymentManager,
+        syncer: WeightSyncer,
+    ) -> None:
+        self._services = services
+        self._pool = pool
+        self._sessions = sessions
+        self._trainers = trainers
+        self._deployments = deployments
+        self._syncer = syncer
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.draining = False
+
+    async def restore(self) -> Ledger:
+        """Load the ledger and clean up after a former daemon; before anything is served."""
+        services = self._services
+        ledger = await services.store.load()
+        swept = await services.spool.sweep(ledger.spool)
+        folders = await services.folders.sweep(ledger.folders)
+        services.operations.restore(ledger)
+        self._pool.restore(ledger)
+        await self._sessions.restore(ledger)
+        self._trainers.restore(ledger)
+        self._deployments.restore(ledger)
+        logger.info(
+            "restored trainers=%d sessions=%d deployments=%d open_operations=%d workers=%d "
+            "swept_files=%d swept_folders=%d",
+            len(ledger.trainers),
+            len(ledger.sessions),
+            len(ledger.deployments),
+            len(ledger.open_operations),
+            len(ledger.workers),
+            swept,
+            folders,
+        )
+        return ledger
+
+    def begin(self, ledger: Ledger) -> None:
+        """Reach the workers, all at once; while the server already answers."""
+        named = {one.worker_id for one in (*ledger.trainers, *ledger.deployments)}
+        for trainer in ledger.trainers:
+            self._spawn(trainer.name, self._trainers.recover(trainer.id))
+        for deployment in ledger.deployments:
+            self._spawn(deployment.name, self._deployments.recover(deployment.id))
+        for spec in ledger.workers:
+            if spec.worker_id not in named:
+                self._spawn(spec.worker_id, self._pool.stop(spec.worker_id))
+        self._spawn("hotloads", self._syncer.resume())
+        self._spawn("lanes", self._tick())
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            await self._sessions.expire()
+
+    def _spawn(self, what: str, work: Awaitable[None]) -> None:
+        async def run() -> None:
+            try:
+                await work
+            except Exception as error:  # a supervisor: one resource's trouble stays its own
+                internal_error(what, error)
+
+        task = asyncio.create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def refuse_new_work(self) -> int:
+        """Take no more commands; returns how many are left in the spool."""
+        self.draining = True
+        self._sessions.refuse(draining())
+        return self._services.operations.num_open
+
+    async def stop(self, timeout_s: float) -> None:
+        """Let the running commands end, leave the rest for the next start, keep the workers.
+
+        Args:
+            timeout_s: How long to wait for running commands; one that runs on is taken over by
+                the next daemon from its worker.
+        """
+        self.refuse_new_work()
+        for task in list(self._tasks):
+            task.cancel()
+        with contextlib.suppress(ValueError):
+            await asyncio.wait(list(self._tasks))
+        await self._sessions.pause(timeout_s)
+        await self._syncer.close()
+        await self._trainers.close()
+        await self._deployments.close()
+        await self._pool.close()
+        self._services.operations.close()
+
+
+def draining() -> FiretitanError:
+    """The answer to new work while the daemon ends."""
+    return FiretitanError(
+        Reason.DAEMON_DRAINING,
+        "the daemon takes no new work: it is about to end; what was accepted is kept, send the "
+        "request again when a daemon runs",
+        retry_after_s="0.5",
+    )

@@ -1,0 +1,316 @@
+"""Trainers: a base model in a worker of its own.
+
+Knows: trainer records, the pool, the sessions on a trainer. Must not know: RPCs. Provisioning runs
+in a task of the manager; a caller that goes away changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from firetitan_daemon.control.provisioning import (
+    check_request,
+    choose_id,
+    new_operation,
+    settled,
+)
+from firetitan_daemon.control.services import Services, error_record, internal_error
+from firetitan_daemon.control.sessions import SessionManager
+from firetitan_daemon.control.workers import WorkerPool
+from firetitan_daemon.core import names
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.failpoints import failpoint
+from firetitan_daemon.core.ports import Change, Ledger, Worker
+from firetitan_daemon.core.records import (
+    ErrorRecord,
+    Operation,
+    ResourceState,
+    Trainer,
+    WorkerKind,
+)
+
+METHOD = "CreateTrainer"
+
+
+@dataclass(frozen=True)
+class TrainerRequest:
+    """What a trainer is to be."""
+
+    trainer_id: str
+    """Empty: chosen here."""
+    base_model: str
+    lora_rank: int
+    max_context_length: int
+    dtype: str
+    request_id: str
+    payload_digest: str
+
+
+class TrainerManager:
+    """Every trainer by id.
+
+    Owns the records; each changes in memory when its row is written.
+    """
+
+    def __init__(self, services: Services, pool: WorkerPool, sessions: SessionManager) -> None:
+        self._services = services
+        self._pool = pool
+        self._sessions = sessions
+        self._trainers: dict[str, Trainer] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._lock = asyncio.Lock()
+
+    def restore(self, ledger: Ledger) -> None:
+        """Take over the trainers of a former daemon; `recover` reaches their workers."""
+        for trainer in ledger.trainers:
+            if trainer.state is ResourceState.ACTIVE:
+                trainer = replace(trainer, state=ResourceState.RECOVERING)
+            self._trainers[trainer.id] = trainer
+
+    def get(self, name: str) -> Trainer:
+        """One trainer, by name or id.
+
+        Raises:
+            FiretitanError: NAME_INVALID, TRAINER_NOT_FOUND.
+        """
+        trainer_id = names.parse_trainer(name)
+        trainer = self._trainers.get(trainer_id)
+        if trainer is None:
+            raise FiretitanError(
+                Reason.TRAINER_NOT_FOUND,
+                f"trainers/{trainer_id} does not exist; create it first",
+                trainer=f"trainers/{trainer_id}",
+            )
+        return trainer
+
+    def list(self) -> Sequence[Trainer]:
+        """All trainers, by name."""
+        return sorted(self._trainers.values(), key=lambda one: names.natural_key(one.id))
+
+    def pid(self, trainer: Trainer) -> int:
+        """Process id of its worker; 0 without one."""
+        return self._pool.pid(trainer.worker_id)
+
+    async def ready(self, name: str) -> tuple[Trainer, Worker]:
+        """A trainer that can work; one that is being created is waited for.
+
+        Raises:
+            FiretitanError: TRAINER_NOT_FOUND, RECOVERING, or what its creation failed for.
+        """
+        task = self._tasks.get(self.get(name).id)
+        if task is not None:
+            await asyncio.wait([task])
+        trainer = self.get(name)
+        worker = self._pool.live(trainer.worker_id)
+        if trainer.state is ResourceState.ACTIVE and worker is not None:
+            return trainer, worker
+        if trainer.state is ResourceState.FAILED and trainer.error is not None:
+            raise FiretitanError(
+                Reason(trainer.error.reason), trainer.error.message, **trainer.error.metadata
+            )
+        raise FiretitanError(
+            Reason.RECOVERING,
+            f"{trainer.name} is {trainer.state}; try again",
+            retry_after_s="0.2",
+        )
+
+    async def create(self, request: TrainerRequest) -> Operation:
+        """Start a trainer; one that exists with an equal specification is answered as it is.
+
+        A FAILED trainer gets a new worker.
+
+        Raises:
+            FiretitanError: NAME_INVALID, INVALID_ARGUMENT, ALREADY_EXISTS naming the field that
+                differs, REQUEST_ID_REUSED, CLOSED while it is being deleted.
+        """
+        check_request(request.base_model, request.max_context_length, request.dtype)
+        if not 0 <= request.lora_rank <= 4096:
+            raise FiretitanError(
+                Reason.INVALID_ARGUMENT,
+                f"lora_rank: {request.lora_rank} is not between 0 (full-parameter) and 4096",
+                field="lora_rank",
+            )
+        trainer_id = names.check_id(
+            choose_id("t", request.trainer_id, request.request_id), "trainer_id"
+        )
+        creation = asyncio.create_task(self._create(replace(request, trainer_id=trainer_id)))
+        return await asyncio.shield(creation)
+
+    async def _create(self, request: TrainerRequest) -> Operation:
+        services, name = self._services, names.trainer_name(request.trainer_id)
+        async with self._lock:
+            former = await services.operations.by_request(
+                name, request.request_id, request.payload_digest
+            )
+            if former is not None:
+                return former
+            operation = new_operation(
+                METHOD, name, request.request_id, request.payload_digest, services.clock.now()
+            )
+            existing = self._trainers.get(request.trainer_id)
+            if existing is not None:
+                self._check_same(existing, request)
+                if existing.state in (ResourceState.ACTIVE, ResourceState.RECOVERING):
+                    operation = settled(operation, services.clock.now())
+                if existing.state is not ResourceState.FAILED:
+                    await services.operations.write(Change(operations=[operation]))
+                    return operation
+                await self._pool.stop(existing.worker_id)
+            spec = self._pool.new_spec(
+                WorkerKind.TRAINER,
+                name,
+                request.base_model,
+                request.dtype,
+                request.max_context_length,
+            )
+            trainer = Trainer(
+                id=request.trainer_id,
+                base_model=request.base_model,
+                lora_rank=request.lora_rank,
+                max_context_length=request.max_context_length,
+                dtype=request.dtype,
+                state=ResourceState.CREATING,
+                create_time=services.clock.now(),
+                worker_id=spec.worker_id,
+            )
+            await services.operations.write(
+                Change(trainers=[trainer], workers=[spec], operations=[operation], durable=True)
+            )
+            self._trainers[trainer.id] = trainer
+            self._begin(trainer.id)
+            return operation
+
+    def _begin(self, trainer_id: str) -> None:
+        task = asyncio.create_task(self._provision(trainer_id))
+        self._tasks[trainer_id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(trainer_id, None))
+
+    async def _provision(self, trainer_id: str) -> None:
+        trainer = self._trainers[trainer_id]
+        spec = self._pool.spec(trainer.worker_id)
+        assert spec is not None, "a trainer's row and its worker's are written together"
+        try:
+            worker, model = await self._pool.start(spec)
+        except FiretitanError as error:
+            await self._failed(trainer, error_record(error))
+            return
+        except Exception as error:  # a supervisor: the trainer fails, the daemon goes on
+            await self._failed(trainer, error_record(internal_error(trainer.name, error)))
+            return
+        failpoint("create.loaded")
+        active = replace(trainer, state=ResourceState.ACTIVE, model=model, error=None)
+        await self._write(active)
+        self._watch(trainer_id, worker)
+
+    async def _failed(self, trainer: Trainer, error: ErrorRecord) -> None:
+        await self._write(
+            replace(trainer, state=ResourceState.FAILED, error=error, worker_id=None), error
+        )
+
+    async def _write(self, trainer: Trainer, error: ErrorRecord | None = None) -> None:
+        now = self._services.clock.now()
+        operations = [
+            settled(one, now, error)
+            for one in self._services.operations.open_of(trainer.name, METHOD)
+        ]
+        await self._services.operations.write(
+            Change(trainers=[trainer], operations=operations, durable=True)
+        )
+        self._trainers[trainer.id] = trainer
+
+    def _watch(self, trainer_id: str, worker: Worker) -> None:
+        async def exited(cause: str) -> None:
+            await self._lost(trainer_id, cause)
+
+        self._pool.watch(worker, exited)
+
+    async def _lost(self, trainer_id: str, cause: str) -> None:
+        trainer = self._trainers[trainer_id]
+        error = ErrorRecord(
+            str(Reason.WORKER_UNAVAILABLE),
+            f"{trainer.name}: its worker ended: {cause}; create the trainer again with the same "
+            "id, then load the last checkpoint",
+            {"cause": cause},
+        )
+        await self._pool.forget(trainer.worker_id)
+        await self._failed(trainer, error)
+        await self._sessions.lose(trainer_id, cause)
+
+    async def recover(self, trainer_id: str) -> None:
+        """At start: reach a trainer's worker, or say what was lost."""
+        trainer = self._trainers[trainer_id]
+        if trainer.state is ResourceState.DELETING:
+            await self._delete(trainer_id)
+        elif trainer.state is ResourceState.CREATING:
+            self._begin(trainer_id)
+        elif trainer.state is ResourceState.RECOVERING:
+            spec = self._pool.spec(trainer.worker_id)
+            worker = await self._pool.adopt(spec) if spec is not None else None
+            if worker is None:
+                await self._lost(trainer_id, "it was gone when the daemon started")
+                return
+            failpoint("adopt.adopted")
+            await self._sessions.resume(trainer_id, worker)
+            await self._write(replace(trainer, state=ResourceState.ACTIVE))
+            self._watch(trainer_id, worker)
+
+    async def delete(self, name: str) -> None:
+        """Finish what its session accepted, end the worker, forget the trainer.
+
+        Checkpoints and snapshots stay. One that is gone already is fine.
+        """
+        trainer_id = names.parse_trainer(name)
+        if trainer_id in self._trainers:
+            await asyncio.shield(asyncio.create_task(self._delete(trainer_id)))
+
+    async def _delete(self, trainer_id: str) -> None:
+        async with self._lock:
+            trainer = self._trainers.get(trainer_id)
+            if trainer is None:
+                return
+            deleting = replace(trainer, state=ResourceState.DELETING)
+            await self._services.store.write(Change(trainers=[deleting], durable=True))
+            self._trainers[trainer_id] = deleting
+            task = self._tasks.get(trainer_id)
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+            gone = ErrorRecord(str(Reason.CLOSED), f"{trainer.name} was deleted")
+            now = self._services.clock.now()
+            operations = [
+                settled(one, now, gone)
+                for one in self._services.operations.open_of(trainer.name, METHOD)
+            ]
+            await self._sessions.close_trainer(trainer_id)
+            await self._pool.stop(trainer.worker_id)
+            await self._services.operations.write(
+                Change(deleted_trainers=[trainer_id], operations=operations, durable=True)
+            )
+            del self._trainers[trainer_id]
+
+    async def close(self) -> None:
+        """Stop provisioning; what is half done is finished at the next start."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    @staticmethod
+    def _check_same(existing: Trainer, request: TrainerRequest) -> None:
+        if existing.state is ResourceState.DELETING:
+            raise FiretitanError(
+                Reason.CLOSED, f"{existing.name} is being deleted; try again when it is gone"
+            )
+        for field_path in ("base_model", "lora_rank", "max_context_length", "dtype"):
+            found, asked = getattr(existing, field_path), getattr(request, field_path)
+            if found != asked:
+                raise FiretitanError(
+                    Reason.ALREADY_EXISTS,
+                    f"{field_path}: {asked!r}, but {existing.name} exists with {found!r}; use "
+                    "that, another trainer_id, or delete the trainer first",
+                    field=field_path,
+                )
+

@@ -1,0 +1,228 @@
+"""Moving a deployment to a snapshot: plan the way, have the worker apply it, write it down.
+
+Knows: the chain's rules, deployments. Must not know: how weights are read or swapped. A failure
+leaves what was served and says why in the deployment's `error`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from dataclasses import replace
+
+from firetitan_daemon.control.checkpoints import find_snapshot
+from firetitan_daemon.control.codec import HotloadArguments
+from firetitan_daemon.control.deployments import DeploymentManager
+from firetitan_daemon.control.provisioning import new_operation, settled
+from firetitan_daemon.control.services import Services, error_record, internal_error, logger
+from firetitan_daemon.core import chain, names
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.failpoints import failpoint
+from firetitan_daemon.core.ports import Change, SnapshotLayer, Worker
+from firetitan_daemon.core.records import Deployment, ErrorRecord, Operation, Snapshot
+
+METHOD = "HotloadSnapshot"
+
+
+class WeightSyncer:
+    """Hotloads, one at a time a deployment."""
+
+    def __init__(self, services: Services, deployments: DeploymentManager) -> None:
+        self._services = services
+        self._deployments = deployments
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._accepting = asyncio.Lock()
+
+    async def hotload(
+        self, arguments: HotloadArguments, request_id: str, payload: bytes
+    ) -> Operation:
+        """Begin to serve a snapshot.
+
+        Raises:
+            FiretitanError: DEPLOYMENT_NOT_FOUND, SNAPSHOT_NOT_FOUND, NAME_INVALID, ETAG_MISMATCH,
+                REQUEST_ID_REUSED, INVALID_ARGUMENT where the snapshot is of another base model.
+        """
+        acceptance = asyncio.create_task(self._accept(arguments, request_id, payload))
+        return await asyncio.shield(acceptance)
+
+    async def _accept(
+        self, arguments: HotloadArguments, request_id: str, payload: bytes
+    ) -> Operation:
+        deployment = self._deployments.get(arguments.deployment)
+        services = self._services
+        ref = await services.spool.write(payload)
+        try:
+            async with self._accepting:
+                former = await services.operations.by_request(
+                    deployment.name, request_id, ref.digest
+                )
+                if former is not None:
+                    await services.spool.remove([ref])
+                    return former
+                snapshot = await find_snapshot(services.store, arguments.snapshot)
+                _check_base(deployment, snapshot)
+                _check_etag(deployment, arguments.etag)
+                operation = new_operation(
+                    METHOD, deployment.name, request_id, ref.digest, services.clock.now(), ref
+                )
+                await services.operations.write(Change(operations=[operation]))
+        except BaseException:
+            await services.spool.remove([ref])
+            raise
+        self._begin(operation, snapshot.id)
+        return operation
+
+    async def resume(self) -> None:
+        """At start: go on with the hotloads that a former daemon accepted."""
+        for deployment in self._deployments.list():
+            for operation in self._services.operations.open_of(deployment.name, METHOD):
+                assert operation.payload is not None
+                payload = await self._services.spool.read(operation.payload)
+                reference = self._services.codec.hotload(payload).snapshot
+                self._begin(operation, names.parse_snapshot(reference))
+
+    def _begin(self, operation: Operation, snapshot_id: str) -> None:
+        task = asyncio.create_task(self._run(operation, snapshot_id))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, operation: Operation, snapshot_id: str) -> None:
+        try:
+            while True:
+                try:
+                    await self._move(operation, snapshot_id)
+                    return
+                except FiretitanError as error:
+                    if error.reason is not Reason.RECOVERING:
+                        raise
+                    await asyncio.sleep(0.1)
+        except FiretitanError as error:
+            await self._fail(operation, error_record(error))
+        except Exception as error:  # a supervisor: the hotload fails, the daemon goes on
+            await self._fail(operation, error_record(internal_error(operation.name, error)))
+
+    async def _move(self, operation: Operation, snapshot_id: str) -> None:
+        await self._deployments.ready(operation.target)
+        async with self._deployments.weights_lock(names.last_segment(operation.target)):
+            deployment, worker = self._deployments.serving(operation.target)
+            await self._apply(deployment, worker, snapshot_id)
+            failpoint("hotload.applied")
+            await self._deployments.write(
+                replace(
+                    self._deployments.get(operation.target),
+                    active_snapshot=snapshot_id,
+                    error=None,
+                ),
+                operation=settled(operation, self._services.clock.now()),
+            )
+        logger.info("hotloaded deployment=%s snapshot=%s", deployment.id, snapshot_id)
+
+    async def restore(self, deployment: Deployment, worker: Worker) -> None:
+        """Make a fresh or adopted worker serve what its deployment is recorded to serve."""
+        if deployment.active_snapshot:
+            await self._apply(deployment, worker, deployment.active_snapshot)
+
+    async def _apply(self, deployment: Deployment, worker: Worker, snapshot_id: str) -> None:
+        status = await worker.describe()
+        active = names.last_segment(status.active_snapshot)
+        if active == snapshot_id:
+            return
+        loaded = {names.last_segment(name) for name in status.loaded_snapshots}
+        # A loaded one that is not active is applied again from what it stands on.
+        layers = await self._plan(snapshot_id, loaded - {snapshot_id})
+        keep = [names.snapshot_name(pin) for pin in self._deployments.pins(deployment.id)]
+        await worker.apply(layers, keep)
+
+    async def _plan(self, snapshot_id: str, loaded: Collection[str]) -> list[SnapshotLayer]:
+        known: dict[str, Snapshot] = {}
+        following: str | None = snapshot_id
+        while following is not None and following not in known:
+            snapshot = await self._services.store.snapshot(following)
+            if snapshot is None:
+                break
+            known[following] = snapshot
+            following = snapshot.parent if snapshot.kind == chain.DELTA else None
+        return [
+            SnapshotLayer(
+                name=one.name,
+                kind=one.kind,
+                format=one.format,
+                path=one.folder,
+                digest=one.digest,
+                result_digest=one.result_digest,
+            )
+            for one in chain.plan(snapshot_id, loaded, known.get)
+        ]
+
+    async def _fail(self, operation: Operation, error: ErrorRecord) -> None:
+        logger.warning("hotload failed op=%s reason=%s", operation.id, error.reason)
+        current = self._services.operations.current(operation.id)
+        if current is None:
+            return
+        failed = settled(current, self._services.clock.now(), error)
+        try:
+            deployment, _ = self._deployments.serving(operation.target)
+        except FiretitanError:
+            # Deleted or down: its record tells of that already.
+            await self._services.operations.write(Change(operations=[failed]))
+        else:
+            await self._deployments.write(replace(deployment, error=error), operation=failed)
+
+    async def pin(self, name: str, reference: str, holder: str, release: bool) -> None:
+        """Keep a snapshot loaded for a client bound to it, or let it go.
+
+        Raises:
+            FiretitanError: DEPLOYMENT_NOT_FOUND, SNAPSHOT_NOT_ACTIVE where it is not loaded.
+        """
+        deployment = self._deployments.get(name)
+        snapshot_id = names.parse_snapshot(reference)
+        if release:
+            await self._deployments.pin(deployment.id, snapshot_id, holder, True)
+            return
+        if not holder:
+            raise FiretitanError(
+                Reason.INVALID_ARGUMENT, "holder: is empty; name who pins", field="holder"
+            )
+        await self._deployments.ready(name)
+        async with self._deployments.weights_lock(deployment.id):
+            deployment, worker = self._deployments.serving(name)
+            status = await worker.describe()
+            loaded = {names.last_segment(one) for one in status.loaded_snapshots}
+            if snapshot_id not in loaded:
+                raise FiretitanError(
+                    Reason.SNAPSHOT_NOT_ACTIVE,
+                    f"snapshots/{snapshot_id} is not loaded in {deployment.name}, which serves "
+                    f"{deployment.active_snapshot or 'the base model'}; hotload it first",
+                    snapshot=f"snapshots/{snapshot_id}",
+                )
+            await self._deployments.pin(deployment.id, snapshot_id, holder, False)
+
+    async def close(self) -> None:
+        """Stop; what is half done is finished at the next start."""
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks))
+
+
+def _check_base(deployment: Deployment, snapshot: Snapshot) -> None:
+    if snapshot.base_model != deployment.base_model:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"snapshot: {snapshot.name} is of base model {snapshot.base_model!r}, but "
+            f"{deployment.name} serves {deployment.base_model!r}; hotload it into a deployment of "
+            "its own base model",
+            field="snapshot",
+            snapshot=snapshot.name,
+        )
+
+
+def _check_etag(deployment: Deployment, etag: str) -> None:
+    if etag and etag != deployment.etag:
+        raise FiretitanError(
+            Reason.ETAG_MISMATCH,
+            f"etag: {etag!r}, but {deployment.name} has {deployment.etag!r} now: someone changed "
+            "it since; read it again and decide anew",
+            field="etag",
+            etag=deployment.etag,
+        )

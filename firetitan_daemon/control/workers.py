@@ -1,0 +1,165 @@
+"""Worker processes: starting, finding again, watching and ending them.
+
+Knows: specifications and the launcher. Must not know: what a worker computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+
+from firetitan_daemon.control.services import Services, internal_error
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.ports import Change, Ledger, Worker
+from firetitan_daemon.core.records import ModelInfo, WorkerKind, WorkerSpec
+
+logger = logging.getLogger("firetitan.workers")
+_ADOPT_RETRY_S = 1.0
+
+Exited = Callable[[str], Awaitable[None]]
+"""Called with how a worker ended, once."""
+
+
+class WorkerPool:
+    """Every worker this daemon is responsible for.
+
+    Owns the specifications and the handles. A specification's row is written before its process
+    is started and removed after it ended, so that no process is ever forgotten.
+    """
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._specs: dict[str, WorkerSpec] = {}
+        self._live: dict[str, Worker] = {}
+        self._watches: dict[str, asyncio.Task[None]] = {}
+
+    def restore(self, ledger: Ledger) -> None:
+        """Take over what a former daemon started."""
+        self._specs = {spec.worker_id: spec for spec in ledger.workers}
+
+    def spec(self, worker_id: str | None) -> WorkerSpec | None:
+        """What a worker was started for."""
+        return self._specs.get(worker_id or "")
+
+    def specs(self) -> list[WorkerSpec]:
+        """Every worker's specification."""
+        return list(self._specs.values())
+
+    def live(self, worker_id: str | None) -> Worker | None:
+        """A worker that is reached; None where it is not (yet, or any more)."""
+        return self._live.get(worker_id or "")
+
+    def pid(self, worker_id: str | None) -> int:
+        """Process id of a live worker, else 0."""
+        worker = self.live(worker_id)
+        return worker.pid if worker is not None else 0
+
+    def new_spec(
+        self, kind: WorkerKind, target: str, base_model: str, dtype: str, max_context_length: int
+    ) -> WorkerSpec:
+        """A specification under a fresh id; its row is for the caller to write before `start`."""
+        spec = WorkerSpec(
+            worker_id=f"{kind}-{uuid.uuid4().hex[:12]}",
+            kind=kind,
+            target=target,
+            base_model=base_model,
+            dtype=dtype,
+            max_context_length=max_context_length,
+            num_threads=self._services.num_threads,
+        )
+        self._specs[spec.worker_id] = spec
+        return spec
+
+    async def start(self, spec: WorkerSpec) -> tuple[Worker, ModelInfo]:
+        """Launch a worker, or find the one that runs already, and load its model.
+
+        Raises:
+            FiretitanError: MODEL_NOT_FOUND, UNSUPPORTED, DEVICE_OUT_OF_MEMORY,
+                WORKER_UNAVAILABLE; the process is gone then.
+        """
+        self._specs[spec.worker_id] = spec
+        try:
+            worker = await self._services.launcher.adopt(spec)
+            if worker is None:
+                worker = await self._services.launcher.launch(spec)
+                logger.info(
+                    "worker started worker=%s target=%s pid=%d",
+                    spec.worker_id,
+                    spec.target,
+                    worker.pid,
+                )
+            self._live[spec.worker_id] = worker
+            return worker, await worker.load_model()
+        except Exception:
+            # Not where this is cancelled: then the next start of the daemon goes on with it.
+            await self.stop(spec.worker_id)
+            raise
+
+    async def adopt(self, spec: WorkerSpec) -> Worker | None:
+        """The live worker a former daemon left, or None where it is dead.
+
+        One that lives but does not answer is waited for.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(self._services.adopt_timeout_s):
+                    worker = await self._services.launcher.adopt(spec)
+                break
+            except TimeoutError:
+                logger.warning("worker does not answer worker=%s", spec.worker_id)
+            except FiretitanError as error:
+                if error.reason is not Reason.WORKER_UNAVAILABLE:
+                    raise
+                logger.warning("worker cannot be reached worker=%s: %s", spec.worker_id, error)
+            await asyncio.sleep(_ADOPT_RETRY_S)
+        if worker is not None:
+            logger.info("worker adopted worker=%s pid=%d", spec.worker_id, worker.pid)
+            self._live[spec.worker_id] = worker
+        return worker
+
+    def watch(self, worker: Worker, exited: Exited) -> None:
+        """Call back once when a worker ends by itself; not where `stop` ended it."""
+        worker_id = worker.spec.worker_id
+
+        async def wait() -> None:
+            cause = await worker.exited()
+            self._live.pop(worker_id, None)
+            self._watches.pop(worker_id, None)
+            logger.error("worker ended worker=%s cause=%s", worker_id, cause)
+            try:
+                await exited(cause)
+            except Exception as error:  # a supervisor: the daemon goes on
+                internal_error(f"handling the end of worker {worker_id}", error)
+
+        self._watches[worker_id] = asyncio.create_task(wait())
+
+    async def stop(self, worker_id: str | None) -> None:
+        """End a worker, found or not, and forget it."""
+        spec = self._specs.get(worker_id or "")
+        if spec is None:
+            return
+        watch = self._watches.pop(spec.worker_id, None)
+        if watch is not None:
+            watch.cancel()
+        worker = self._live.pop(spec.worker_id, None)
+        if worker is None:
+            worker = await self._services.launcher.adopt(spec)
+        if worker is not None:
+            await worker.shutdown()
+        await self.forget(spec.worker_id)
+
+    async def forget(self, worker_id: str | None) -> None:
+        """Remove what is left of a worker whose process is gone."""
+        spec = self._specs.pop(worker_id or "", None)
+        if spec is not None:
+            await self._services.launcher.discard(spec)
+            await self._services.store.write(Change(deleted_workers=[spec.worker_id]))
+
+    async def close(self) -> None:
+        """Let go of every worker; the processes stay."""
+        for watch in self._watches.values():
+            watch.cancel()
+        if self._watches:
+            await asyncio.wait(list(self._watches.values()))

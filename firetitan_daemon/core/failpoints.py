@@ -1,0 +1,87 @@
+"""Places where a test may stop the process: no-ops unless FIRETITAN_FAILPOINTS is set.
+
+Knows: names and actions. Must not know: what happens at the places. The variable holds
+`name=action` pairs separated by `;`, an action being a chain of `[count*]what` joined by `->`:
+`commands.spooled=2*off->kill` kills the process the third time the place is reached. What there is:
+`off`, `kill` (SIGKILL to this process), `enospc` (OSError ENOSPC), `delay(ms)`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import time
+from dataclasses import dataclass
+
+NAMES = (
+    "commands.spooled",
+    "commands.accepted",
+    "commands.dispatched",
+    "commands.applied",
+    "commands.result_spooled",
+    "commands.published",
+    "commands.settled",
+    "hotload.applied",
+    "create.loaded",
+    "adopt.adopted",
+)
+"""Every place, in the order a command passes them."""
+
+_STEP = re.compile(r"(?:(\d+)\*)?(off|kill|enospc|delay)(?:\((\d+)\))?")
+
+
+@dataclass
+class _Step:
+    left: int | None
+    what: str
+    argument: int
+
+
+def parse(text: str) -> dict[str, list[_Step]]:
+    """Read the variable's syntax.
+
+    Raises:
+        ValueError: An unknown place or action.
+    """
+    points: dict[str, list[_Step]] = {}
+    for pair in filter(None, (part.strip() for part in text.split(";"))):
+        name, _, chain = pair.partition("=")
+        if name not in NAMES:
+            raise ValueError(f"FIRETITAN_FAILPOINTS: no place is named {name!r}; there are {NAMES}")
+        steps = []
+        for step in chain.split("->"):
+            match = _STEP.fullmatch(step.strip())
+            if match is None:
+                raise ValueError(f"FIRETITAN_FAILPOINTS: cannot read {step!r} of {name!r}")
+            count, what, argument = match.groups()
+            steps.append(_Step(int(count) if count else None, what, int(argument or 0)))
+        points[name] = steps
+    return points
+
+
+_points = parse(os.environ.get("FIRETITAN_FAILPOINTS", ""))
+
+
+def failpoint(name: str) -> None:
+    """Do what FIRETITAN_FAILPOINTS asks for at this place; nothing where it is not named.
+
+    Args:
+        name: One of `NAMES`.
+
+    Raises:
+        OSError: ENOSPC where the action is `enospc`.
+    """
+    for step in _points.get(name, ()):
+        if step.left == 0:
+            continue
+        if step.left is not None:
+            step.left -= 1
+        if step.what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif step.what == "enospc":
+            raise OSError(errno.ENOSPC, f"failpoint {name}")
+        elif step.what == "delay":
+            time.sleep(step.argument / 1000)
+        return
