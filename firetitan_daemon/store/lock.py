@@ -77,11 +77,14 @@ class StateLock:
 
 
 def _owner(path: Path) -> int | None:
-    """The pid in a lock file, waited for: its owner writes it just after taking the lock."""
+    """The pid in a lock file, waited for: its owner writes it just after taking the lock.
+
+    Until then the file is empty or names the owner before, which is gone.
+    """
     until = time.monotonic() + _PID_WAIT_S
     while True:
         text = path.read_text().strip()
-        if text.isdecimal():
+        if text.isdecimal() and Path(f"/proc/{text}").exists():
             return int(text)
         if time.monotonic() > until:
             return None
