@@ -12,7 +12,12 @@ import pytest
 from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine import delta
-from firetitan_daemon.engine.raw import RawTensor, read_safetensors, result_digest
+from firetitan_daemon.engine.raw import (
+    RawTensor,
+    read_safetensors,
+    result_digest,
+    write_safetensors,
+)
 
 Weights = dict[str, RawTensor]
 
@@ -121,7 +126,7 @@ def test_digest_tells_apart(what: str) -> None:
         case "shape":
             other["layer.bias"] = RawTensor(tensor.dtype, (5, 1), tensor.data)
         case "bytes":
-            other["layer.bias"] = RawTensor(tensor.dtype, tensor.shape, tensor.data ^ 1)
+            other["layer.bias"] = RawTensor(tensor.dtype, tensor.shape, tensor.data ^ np.uint8(1))
     assert result_digest(other) != result_digest(base)
     assert result_digest(dict(reversed(base.items()))) == result_digest(base)
 
@@ -163,7 +168,7 @@ def test_damaged_stream_names_the_tensor(tmp_path: Path) -> None:
     packed = read_safetensors(file)
     packed = {n: RawTensor(t.dtype, t.shape, t.data.copy()) for n, t in packed.items()}
     packed["layer.bias"].data[:4] = 0
-    delta.write_safetensors(file, packed)
+    write_safetensors(file, packed)
     _reseal(tmp_path / "d")
     with pytest.raises(FiretitanError, match=r'"layer\.bias" does not decompress') as caught:
         delta.apply_delta(tmp_path / "d", before)
@@ -178,7 +183,7 @@ def test_stream_of_another_length_names_the_tensor(tmp_path: Path, longer: bool)
     packed = read_safetensors(file)
     other = packed["layer.weight" if longer else "scalar"]
     packed["layer.bias"] = RawTensor(other.dtype, other.shape, other.data.copy())
-    delta.write_safetensors(file, packed)
+    write_safetensors(file, packed)
     _reseal(tmp_path / "d")
     with pytest.raises(FiretitanError, match=r'"layer\.bias" does not hold 20 bytes'):
         delta.apply_delta(tmp_path / "d", before)

@@ -19,7 +19,7 @@ from firetitan_daemon.engine.api import LoraSpec, ModelInfo, SnapshotFormat, Sna
 from firetitan_daemon.engine.delta import apply_delta
 from firetitan_daemon.engine.export import SnapshotWriter, read_full, write_full
 from firetitan_daemon.engine.lora import attach_lora
-from firetitan_daemon.engine.raw import result_digest
+from firetitan_daemon.engine.raw import result_digest, write_safetensors
 from firetitan_daemon.engine.tensors import from_raw, stored_dtypes, to_raw
 
 ARCHITECTURES = ["llama", "qwen3", "gemma2", "gpt_neox"]
@@ -272,7 +272,7 @@ def test_malformed_adapters_are_refused(tmp_path: Path, damage: str) -> None:
         case "unpaired":
             tensors = read_adapter(adapter)[1]
             tensors.pop(next(name for name in tensors if "lora_B" in name))
-            export.write_safetensors(weights, tensors)
+            write_safetensors(weights, tensors)
         case "rank":
             config.write_text(json.dumps(json.loads(config.read_bytes()) | {"r": 8}))
         case "truncated":
