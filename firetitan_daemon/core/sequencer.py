@@ -153,9 +153,12 @@ class SessionSequencer:
         return sequencer
 
     def taken(self, client_id: str, seq: int) -> bool:
-        """Whether a command was admitted at this place: look its operation up for `decide`."""
+        """Whether a command may have been admitted at this place: look it up for `decide`."""
         state = self._lanes.get(client_id)
-        return state is not None and (0 < seq < state.row.next_seq or seq in state.held)
+        if state is None:
+            return False
+        # A broken lane has forgotten what it held.
+        return state.row.broken or 0 < seq < state.row.next_seq or seq in state.held
 
     def decide(self, command: Incoming, existing: Operation | None = None) -> Replay | Admit:
         """What to do with a command; changes nothing.
