@@ -132,9 +132,7 @@ def apply_delta(
 def _compress(before: Bytes, now: Bytes) -> Bytes:
     compressor = zstandard.ZstdCompressor(level=_LEVEL).compressobj(size=now.nbytes)
     parts = [
-        compressor.compress(
-            (before[at : at + _BLOCK_BYTES] ^ now[at : at + _BLOCK_BYTES]).tobytes()
-        )
+        compressor.compress((before[at : at + _BLOCK_BYTES] ^ now[at : at + _BLOCK_BYTES]).data)
         for at in range(0, now.nbytes, _BLOCK_BYTES)
     ]
     return np.frombuffer(b"".join([*parts, compressor.flush()]), np.uint8)
