@@ -125,7 +125,7 @@ class CheckpointManager:
             raise FiretitanError(Reason.CHECKPOINT_NOT_FOUND, f"name: {name} does not exist")
         return checkpoint
 
-    async def list(self, parent: str) -> list[Checkpoint]:
+    async def list_checkpoints(self, parent: str) -> list[Checkpoint]:
         """Checkpoints of a trainer or a session, by name, numbers in them by value."""
         trainer, session = names.parse_parent(parent)
         rows = await self._services.store.checkpoints(trainer)

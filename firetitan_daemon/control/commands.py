@@ -65,7 +65,9 @@ class CommandPipeline:
         self._idle = asyncio.Event()
         self._idle.set()
         self._running: str | None = None
-        self._parked = False
+        self._settled = asyncio.Event()
+        """Set while nothing is on its way from the worker to the store."""
+        self._settled.set()
         self._settled_through = session.commit_seq
         self._worker: Worker | None = None
         self._task: asyncio.Task[None] | None = None
@@ -218,7 +220,7 @@ class CommandPipeline:
 
     def start(self, worker: Worker) -> None:
         """Begin to run commands on a worker; those not settled are sent again, in order."""
-        self._worker, self._pausing, self._parked = worker, False, False
+        self._worker, self._pausing = worker, False
         self.session = replace(self.session, state=SessionState.ACTIVE)
         waiting = [
             operation
@@ -255,10 +257,12 @@ class CommandPipeline:
             if operation is None:
                 continue
             self._running = operation.id
+            self._settled.clear()
             try:
                 await self._process(operation)
             finally:
                 self._running = None
+                self._settled.set()
             if self._pausing or not self._ready:
                 self._wake.set()
 
@@ -328,7 +332,7 @@ class CommandPipeline:
                 raise
             # The worker is gone: whoever watches it calls `lose`, which ends this task.
             logger.warning("worker gone session=%s op=%s", self.session.name, operation.id)
-            self._parked = True
+            self._settled.set()
             await asyncio.Event().wait()
             raise
 
@@ -573,8 +577,7 @@ class CommandPipeline:
     async def _park(self) -> None:
         """Wait until no command is being settled: none runs, or one waits for a dead worker."""
         self._pausing = True
-        while self._running is not None and not self._parked:
-            await asyncio.sleep(0.01)
+        await self._settled.wait()
 
     async def _stop_task(self) -> None:
         task, self._task = self._task, None

@@ -93,7 +93,7 @@ class DeploymentManager:
             )
         return deployment
 
-    def list(self) -> Sequence[Deployment]:
+    def all(self) -> Sequence[Deployment]:
         """All deployments, by name."""
         return sorted(self._deployments.values(), key=lambda one: names.natural_key(one.id))
 

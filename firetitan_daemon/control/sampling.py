@@ -1,7 +1,7 @@
 """Sampling: find the worker, pass the bytes.
 
-Knows: deployments. Must not know: prompts or tokens. Nothing is kept: a request whose worker dies is
-answered WORKER_UNAVAILABLE, and the same request with its seed gives the same tokens again.
+Knows: deployments. Must not know: prompts or tokens. Nothing is kept: a request whose worker dies
+is answered WORKER_UNAVAILABLE, and the same request with its seed gives the same tokens again.
 """
 
 from __future__ import annotations

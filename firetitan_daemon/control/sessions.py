@@ -136,7 +136,7 @@ class SessionManager:
         """
         return self._find(name).current
 
-    def list(self, parent: str) -> list[Session]:
+    def all(self, parent: str) -> list[Session]:
         """Sessions, all or of one trainer, by name."""
         trainer = names.parse_trainer(parent, "parent") if parent else None
         return sorted(

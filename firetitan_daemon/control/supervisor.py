@@ -69,7 +69,8 @@ class Supervisor:
 
     def begin(self, ledger: Ledger) -> None:
         """Reach the workers, all at once; while the server already answers."""
-        named = {one.worker_id for one in (*ledger.trainers, *ledger.deployments)}
+        named = {trainer.worker_id for trainer in ledger.trainers}
+        named |= {deployment.worker_id for deployment in ledger.deployments}
         for trainer in ledger.trainers:
             self._spawn(trainer.name, self._trainers.recover(trainer.id))
         for deployment in ledger.deployments:
@@ -95,6 +96,15 @@ class Supervisor:
         task = asyncio.create_task(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def check_admitting(self) -> None:
+        """Refuse new work while the daemon ends.
+
+        Raises:
+            FiretitanError: DAEMON_DRAINING.
+        """
+        if self.draining:
+            raise draining()
 
     def refuse_new_work(self) -> int:
         """Take no more commands; returns how many are left in the spool."""

@@ -85,7 +85,7 @@ class TrainerManager:
             )
         return trainer
 
-    def list(self) -> Sequence[Trainer]:
+    def all(self) -> Sequence[Trainer]:
         """All trainers, by name."""
         return sorted(self._trainers.values(), key=lambda one: names.natural_key(one.id))
 

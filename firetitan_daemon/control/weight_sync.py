@@ -74,7 +74,7 @@ class WeightSyncer:
 
     async def resume(self) -> None:
         """At start: go on with the hotloads that a former daemon accepted."""
-        for deployment in self._deployments.list():
+        for deployment in self._deployments.all():
             for operation in self._services.operations.open_of(deployment.name, METHOD):
                 assert operation.payload is not None
                 payload = await self._services.spool.read(operation.payload)

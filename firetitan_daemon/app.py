@@ -1,0 +1,202 @@
+"""Puts the daemon together: the only module that knows every class.
+
+Knows: constructors, the order of starting and stopping. Must not know: any rule.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import json
+import logging
+import os
+import resource
+import signal
+import time
+import uuid
+
+from firetitan_daemon import durable
+from firetitan_daemon.config import DaemonConfig
+from firetitan_daemon.control.checkpoints import CheckpointManager
+from firetitan_daemon.control.deployments import DeploymentManager
+from firetitan_daemon.control.operations import OperationRegistry
+from firetitan_daemon.control.sampling import SamplingRouter
+from firetitan_daemon.control.services import Services
+from firetitan_daemon.control.sessions import SessionManager
+from firetitan_daemon.control.supervisor import Supervisor
+from firetitan_daemon.control.trainers import TrainerManager
+from firetitan_daemon.control.weight_sync import WeightSyncer
+from firetitan_daemon.control.workers import WorkerPool
+from firetitan_daemon.core.ports import Clock, WorkerLauncher
+from firetitan_daemon.launch.local import LocalLauncher
+from firetitan_daemon.places import Places
+from firetitan_daemon.rpc.checkpoints import CheckpointServicer
+from firetitan_daemon.rpc.codec import ProtobufCodec
+from firetitan_daemon.rpc.deployments import DeploymentServicer
+from firetitan_daemon.rpc.operations import OperationMessages, OperationServicer
+from firetitan_daemon.rpc.sampling import SamplingServicer
+from firetitan_daemon.rpc.server import RpcServer
+from firetitan_daemon.rpc.system import Identity, SystemServicer
+from firetitan_daemon.rpc.trainers import TrainerServicer
+from firetitan_daemon.rpc.training import Commands, TrainingServicer
+from firetitan_daemon.store.folders import FileFolders
+from firetitan_daemon.store.lock import StateLock
+from firetitan_daemon.store.spool import FileSpool
+from firetitan_daemon.store.sqlite import SqliteStore
+
+logger = logging.getLogger("firetitan.app")
+_RPC_GRACE_S = 1.0
+
+
+class SystemClock(Clock):
+    """The machine's clocks."""
+
+    def now(self) -> float:
+        """Unix seconds."""
+        return time.time()
+
+    def monotonic(self) -> float:
+        """Seconds that never jump."""
+        return time.monotonic()
+
+
+class Daemon:
+    """One daemon on one home.
+
+    Args:
+        config: Its settings.
+        launcher: Starts workers; None: real processes.
+    """
+
+    def __init__(self, config: DaemonConfig, launcher: WorkerLauncher | None = None) -> None:
+        self.config = config
+        self.places = Places(config.home)
+        self.address = ""
+        self._launcher = launcher
+        self._stopping = asyncio.Event()
+        self._draining: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> str:
+        """Take the state over and serve; returns the address.
+
+        Raises:
+            PlaceError: The home cannot be used.
+            StateOwned: Another daemon owns the state.
+            FiretitanError: The ledger cannot be opened.
+        """
+        started = time.monotonic()
+        config, places = self.config, self.places
+        places.make()
+        self._lock = StateLock(places.lock)
+        places.announcement.unlink(missing_ok=True)
+        self._store = SqliteStore(
+            places.database, fsync_operations=config.server.fsync_operations
+        )
+        self._spool = FileSpool(places.spool, fsync=config.server.fsync_operations)
+        self._folders = FileFolders(places.store)
+        services = Services(
+            store=self._store,
+            spool=self._spool,
+            folders=self._folders,
+            launcher=self._launcher or LocalLauncher(places.workers, places.run),
+            clock=SystemClock(),
+            codec=ProtobufCodec(),
+            limits=config.limits,
+            operations=OperationRegistry(self._store, self._spool, config.limits),
+            num_threads=config.workers.num_threads,
+            adopt_timeout_s=config.workers.adopt_timeout_s,
+        )
+        self._server = self._compose(services)
+        ledger = await self._supervisor.restore()
+        self.address = await self._server.start()
+        self._supervisor.begin(ledger)
+        self._announce()
+        logger.info(
+            "serving address=%s pid=%d start_s=%.3f",
+            self.address,
+            os.getpid(),
+            time.monotonic() - started,
+        )
+        return self.address
+
+    def _compose(self, services: Services) -> RpcServer:
+        pool = WorkerPool(services)
+        checkpoints = CheckpointManager(services)
+        sessions = SessionManager(services, checkpoints)
+        trainers = TrainerManager(services, pool, sessions)
+        deployments = DeploymentManager(services, pool)
+        syncer = WeightSyncer(services, deployments)
+        deployments.connect(syncer.restore)
+        self._supervisor = supervisor = Supervisor(
+            services, pool, sessions, trainers, deployments, syncer
+        )
+        messages = OperationMessages(services.spool, trainers, deployments, sessions)
+        self._identity = Identity(
+            version=importlib.metadata.version("firetitan"),
+            instance_id=uuid.uuid4().hex,
+            pid=os.getpid(),
+            home=self.places.home,
+            start_time=services.clock.now(),
+        )
+        servicers = (
+            TrainingServicer(sessions, trainers, supervisor),
+            CheckpointServicer(checkpoints),
+            OperationServicer(services.operations, sessions, messages),
+            SamplingServicer(SamplingRouter(deployments), supervisor),
+            DeploymentServicer(deployments, syncer, messages, supervisor),
+            TrainerServicer(trainers, sessions, messages, supervisor),
+            SystemServicer(self._identity, services.limits, supervisor, pool, self._stopping.set),
+        )
+        return RpcServer(
+            self.places.socket,
+            servicers,
+            Commands(sessions, messages).submit,
+            services.limits.max_message_bytes,
+        )
+
+    def _announce(self) -> None:
+        announcement = {
+            "address": self.address,
+            "pid": self._identity.pid,
+            "instance_id": self._identity.instance_id,
+            "version": self._identity.version,
+        }
+        durable.publish_file(
+            self.places.announcement, json.dumps(announcement).encode(), fsync=False
+        )
+
+    def request_stop(self) -> None:
+        """Begin to stop; `run` returns when that is done."""
+        self._stopping.set()
+
+    async def stop(self) -> None:
+        """Refuse new work, let running commands end, keep the workers, close the state."""
+        logger.info("stopping")
+        self.places.announcement.unlink(missing_ok=True)
+        self._supervisor.refuse_new_work()
+        await self._server.drain()
+        await self._supervisor.stop(self.config.server.drain_timeout_s)
+        await self._server.stop(_RPC_GRACE_S)
+        await self._store.close()
+        await self._spool.close()
+        await self._folders.close()
+        self._lock.release()
+        logger.info("stopped")
+
+    async def run(self) -> None:
+        """Serve until SIGTERM, SIGINT or Drain."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.request_stop)
+        await self.start()
+        await self._stopping.wait()
+        await self.stop()
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as the system lets this user have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

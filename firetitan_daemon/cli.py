@@ -1,0 +1,209 @@
+"""`firetitand`: serve, status, stop, drain, config.
+
+Knows: the command line, exit codes, how a running daemon is found. Must not know: how it works.
+Exit codes: 0 done, 1 failed, 2 wrong usage or setting, 3 another daemon owns the state, 4 no daemon
+runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from firetitan_daemon.config import ConfigError, DaemonConfig, default_home, load_config
+from firetitan_daemon.handshake import socket_owner
+from firetitan_daemon.places import PlaceError, Places
+
+EXIT_FAILED, EXIT_USAGE, EXIT_OWNED, EXIT_NOT_RUNNING = 1, 2, 3, 4
+_STOP_MARGIN_S = 15.0
+
+_home_option = click.option(
+    "--home",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where all state lives; default $FIRETITAN_HOME, else ~/.firetitan.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="firetitan", prog_name="firetitand")
+def main() -> None:
+    """A local daemon that trains and samples language models."""
+
+
+@main.command()
+@_home_option
+@click.option("--log-level", help="debug, info, warning or error.")
+def serve(home: Path | None, log_level: str | None) -> None:
+    """Serve in the foreground until SIGTERM or Ctrl-C; workers go on without it."""
+    config = _config(home, {"log.level": log_level} if log_level else {})
+    logging.basicConfig(
+        level=config.log.level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
+    from firetitan_daemon.app import Daemon, raise_file_limit
+    from firetitan_daemon.core.errors import FiretitanError
+    from firetitan_daemon.store.lock import StateOwned
+
+    async def run() -> None:
+        await Daemon(config).run()
+
+    raise_file_limit()
+    try:
+        asyncio.run(run())
+    except StateOwned as error:
+        _fail(str(error), EXIT_OWNED)
+    except (FiretitanError, PlaceError, OSError) as error:
+        _fail(str(error), EXIT_FAILED)
+
+
+@main.command()
+@_home_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def status(home: Path | None, as_json: bool) -> None:
+    """Show the running daemon and its workers."""
+    places = _places(home)
+    running = _running(places)
+    from google.protobuf.json_format import MessageToDict
+
+    info = _system_info(running["address"])
+    if as_json:
+        fields = MessageToDict(info, preserving_proto_field_name=True)
+        click.echo(json.dumps({"address": running["address"], **fields}))
+        return
+    state = "draining" if info.draining else "running"
+    click.echo(f"firetitand {info.version} {state}, pid {info.pid}, {running['address']}")
+    click.echo(f"home {info.home}, since {info.start_time.ToJsonString()}")
+    for worker in info.workers:
+        click.echo(
+            f"  {worker.kind:8} {worker.target:32} {worker.state:9} pid {worker.pid:<8} "
+            f"{worker.memory_bytes / 2**20:8.0f} MiB"
+        )
+
+
+@main.command()
+@_home_option
+def stop(home: Path | None) -> None:
+    """Stop the daemon: running commands end, the rest waits in the spool, workers go on."""
+    places = _places(home)
+    running = _running(places)
+    pid = _listener(places.socket)
+    if pid is None or pid != running["pid"]:
+        _fail(
+            f"{places.announcement} names process {running['pid']}, but {pid} serves "
+            f"{places.socket}; nothing was stopped",
+            EXIT_FAILED,
+        )
+    os.kill(pid, signal.SIGTERM)
+    _wait_gone(places, pid, home)
+    click.echo(f"stopped firetitand (pid {pid})")
+
+
+@main.command()
+@_home_option
+def drain(home: Path | None) -> None:
+    """As stop, asked for over the socket; says how many commands wait for the next start."""
+    places = _places(home)
+    running = _running(places)
+    import grpc
+    from firetitan.v1 import system_service_pb2, system_service_pb2_grpc
+
+    with grpc.insecure_channel(running["address"]) as channel:
+        stub = system_service_pb2_grpc.SystemServiceStub(channel)
+        try:
+            answer = stub.Drain(system_service_pb2.DrainRequest(), timeout=10)
+        except grpc.RpcError as error:
+            _fail(f"the daemon does not answer: {error}", EXIT_FAILED)
+    _wait_gone(places, running["pid"], home)
+    click.echo(f"drained firetitand (pid {running['pid']}), {answer.pending_operations} pending")
+
+
+@main.command()
+@_home_option
+@click.option("--origin", is_flag=True, help="Also say where each value came from.")
+def config(home: Path | None, origin: bool) -> None:
+    """Show every setting."""
+    try:
+        _, settings = load_config(home=home)
+    except ConfigError as error:
+        _fail(str(error), EXIT_USAGE)
+    for setting in settings:
+        value = str(setting.value) if isinstance(setting.value, Path) else setting.value
+        line = f"{setting.key} = {json.dumps(value)}"
+        click.echo(f"{line:56} # {setting.origin}" if origin else line)
+
+
+def _config(home: Path | None, flags: dict[str, object]) -> DaemonConfig:
+    try:
+        return load_config(home=home, flags=flags)[0]
+    except ConfigError as error:
+        _fail(str(error), EXIT_USAGE)
+
+
+def _places(home: Path | None) -> Places:
+    return Places(home.expanduser().absolute() if home else default_home())
+
+
+def _running(places: Places) -> dict[str, Any]:
+    """What the running daemon announced; ends the program where none runs."""
+    try:
+        announced: dict[str, Any] = json.loads(places.announcement.read_text())
+    except (OSError, json.JSONDecodeError):
+        _fail(f"no firetitand runs on {places.home}; start it: firetitand serve", EXIT_NOT_RUNNING)
+    if _listener(places.socket) is None:
+        _fail(
+            f"no firetitand runs on {places.home} (process {announced['pid']} is gone); start it: "
+            "firetitand serve",
+            EXIT_NOT_RUNNING,
+        )
+    return announced
+
+
+def _listener(path: Path) -> int | None:
+    """Process id of whoever listens on a Unix socket, as the kernel knows it."""
+    try:
+        return socket_owner(path)[0]
+    except OSError:
+        return None
+
+
+def _system_info(address: str) -> Any:
+    import grpc
+    from firetitan.v1 import system_service_pb2, system_service_pb2_grpc
+
+    with grpc.insecure_channel(address) as channel:
+        stub = system_service_pb2_grpc.SystemServiceStub(channel)
+        try:
+            return stub.GetSystemInfo(system_service_pb2.GetSystemInfoRequest(), timeout=10)
+        except grpc.RpcError as error:
+            _fail(f"the daemon does not answer: {error}", EXIT_FAILED)
+
+
+def _wait_gone(places: Places, pid: int, home: Path | None) -> None:
+    deadline = time.monotonic() + _config(home, {}).server.drain_timeout_s + _STOP_MARGIN_S
+    while _alive(pid):
+        if time.monotonic() > deadline:
+            _fail(f"firetitand (pid {pid}) still runs; see its log", EXIT_FAILED)
+        time.sleep(0.02)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        # A zombie waits for its parent only: it holds nothing any more.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"firetitand: {message}", err=True)
+    sys.exit(code)

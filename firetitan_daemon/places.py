@@ -1,0 +1,112 @@
+"""Where everything lives under FIRETITAN_HOME, and how its folders are kept to their owner.
+
+Knows: names of files and folders. Must not know: what is in them.
+
+    config.toml     settings, if there are any
+    lock            held by the daemon that owns the state
+    state.db        the ledger
+    spool/          payloads and results
+    store/          checkpoints and snapshots
+    workers/{id}/   what a worker was started for, its log
+    run/            sockets; in the temporary directory where this path is too long for one
+    daemon.json     address and process id of the running daemon
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_SOCKET_PATH = 107
+"""Bytes of the longest path a Unix socket can be bound to."""
+_LONGEST_NAME = 40
+"""More than any socket's file name has."""
+
+
+class PlaceError(RuntimeError):
+    """A folder that cannot be used; the text says which and why."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Paths below one home."""
+
+    home: Path
+
+    @property
+    def lock(self) -> Path:
+        """Held by the daemon that owns the state."""
+        return self.home / "lock"
+
+    @property
+    def database(self) -> Path:
+        """The ledger."""
+        return self.home / "state.db"
+
+    @property
+    def spool(self) -> Path:
+        """Payloads and results."""
+        return self.home / "spool"
+
+    @property
+    def store(self) -> Path:
+        """Checkpoints and snapshots."""
+        return self.home / "store"
+
+    @property
+    def workers(self) -> Path:
+        """A folder a worker."""
+        return self.home / "workers"
+
+    @property
+    def announcement(self) -> Path:
+        """Address and process id of the running daemon."""
+        return self.home / "daemon.json"
+
+    @property
+    def run(self) -> Path:
+        """Folder of the sockets."""
+        wanted = self.home / "run"
+        if len(os.fsencode(wanted)) + 1 + _LONGEST_NAME <= MAX_SOCKET_PATH:
+            return wanted
+        digest = hashlib.blake2b(os.fsencode(self.home), digest_size=8).hexdigest()
+        return Path(tempfile.gettempdir()) / f"firetitan-{os.getuid()}-{digest}"
+
+    @property
+    def socket(self) -> Path:
+        """Where the daemon serves."""
+        return self.run / "firetitan.sock"
+
+    def make(self) -> None:
+        """Make the folders that are missing, for this user alone.
+
+        Raises:
+            PlaceError: One cannot be made, or belongs to someone else.
+        """
+        for folder in (self.home, self.spool, self.store, self.workers, self.run):
+            make_private(folder)
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that only this user can enter.
+
+    Raises:
+        PlaceError: It cannot be made, is not a folder, or belongs to someone else.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            raise PlaceError(f"{folder} is not a folder (or a link to one); move it away")
+        if found.st_uid != os.getuid():
+            raise PlaceError(
+                f"{folder} belongs to user {found.st_uid}, not to you ({os.getuid()}); move it away"
+            )
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            folder.chmod(0o700)
+    except OSError as error:
+        raise PlaceError(f"{folder} cannot be used: {error.strerror or error}") from error

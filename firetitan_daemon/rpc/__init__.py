@@ -1,0 +1,1 @@
+"""The gRPC side: translates, decides nothing. One servicer per service."""

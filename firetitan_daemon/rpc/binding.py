@@ -1,0 +1,133 @@
+"""Binds a servicer's methods to its service: parsing, errors, commands as raw bytes.
+
+Knows: descriptors, grpc.aio. Must not know: any single RPC. Requests come in as bytes and are
+parsed here, so that malformed ones are answered INVALID_ARGUMENT; session commands, whose first
+field is a CommandHeader, are handed over as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+from google.protobuf import message
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message_factory import GetMessageClass
+
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.rpc.errors import DETAILS_KEY, code_of, to_status
+
+logger = logging.getLogger("firetitan.rpc")
+
+Context = grpc.aio.ServicerContext[bytes, bytes]
+Call = Callable[[Any], Awaitable[message.Message]]
+"""An ordinary RPC: request message in, response message out."""
+CommandCall = Callable[[str, bytes], Awaitable[Any]]
+"""A session command: the RPC's name and the request's bytes in, its Operation out."""
+
+
+def is_command(method: MethodDescriptor) -> bool:
+    """Whether an RPC is a session command."""
+    first = method.input_type.fields_by_number.get(1)
+    return (
+        first is not None
+        and first.message_type is not None
+        and first.message_type.full_name == "firetitan.v1.CommandHeader"
+    )
+
+
+def bind(
+    service: ServiceDescriptor, servicer: object, submit: CommandCall | None = None
+) -> grpc.GenericRpcHandler:
+    """A handler for every RPC of a service.
+
+    Args:
+        service: Its descriptor.
+        servicer: Has a coroutine for every unary RPC, an async generator for every stream.
+        submit: Takes the session commands.
+    """
+    handlers = {}
+    for method in service.methods:
+        if is_command(method):
+            assert submit is not None
+            handlers[method.name] = _command(method, submit)
+        elif method.server_streaming:
+            handlers[method.name] = _stream(method, getattr(servicer, method.name))
+        else:
+            handlers[method.name] = _unary(method, getattr(servicer, method.name))
+    return grpc.method_handlers_generic_handler(service.full_name, handlers)
+
+
+def _unary(method: MethodDescriptor, call: Call) -> grpc.RpcMethodHandler[bytes, bytes]:
+    async def handle(request: bytes, context: Context) -> bytes:
+        try:
+            return (await call(_parse(method, request))).SerializeToString()
+        except Exception as error:  # the outermost place: every failure leaves as a status
+            await _abort(context, method, error)
+
+    return grpc.unary_unary_rpc_method_handler(handle)
+
+
+def _command(method: MethodDescriptor, submit: CommandCall) -> grpc.RpcMethodHandler[bytes, bytes]:
+    response = GetMessageClass(method.output_type)
+
+    async def handle(request: bytes, context: Context) -> bytes:
+        try:
+            return response(operation=await submit(method.name, request)).SerializeToString()
+        except Exception as error:  # the outermost place: every failure leaves as a status
+            await _abort(context, method, error)
+
+    return grpc.unary_unary_rpc_method_handler(handle)
+
+
+def _stream(
+    method: MethodDescriptor, call: Callable[[AsyncIterator[Any]], AsyncIterator[message.Message]]
+) -> grpc.RpcMethodHandler[bytes, bytes]:
+    async def handle(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        async def parsed() -> AsyncIterator[message.Message]:
+            async for request in requests:
+                yield _parse(method, request)
+
+        try:
+            async for response in call(parsed()):
+                yield response.SerializeToString()
+        except Exception as error:  # the outermost place: every failure leaves as a status
+            await _abort(context, method, error)
+
+    return grpc.stream_stream_rpc_method_handler(handle)
+
+
+def _parse(method: MethodDescriptor, request: bytes) -> message.Message:
+    try:
+        return GetMessageClass(method.input_type).FromString(request)
+    except message.DecodeError as error:
+        raise malformed(method.input_type.name) from error
+
+
+def malformed(kind: str) -> FiretitanError:
+    """Bytes that are no such message."""
+    return FiretitanError(
+        Reason.INVALID_ARGUMENT,
+        f"the request's bytes are not a {kind}; is the client generated from the same protos?",
+    )
+
+
+async def _abort(context: Context, method: MethodDescriptor, error: Exception) -> NoReturn:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, FiretitanError):
+        identity = uuid.uuid4().hex[:12]
+        logger.error("internal error id=%s rpc=%s", identity, method.full_name, exc_info=error)
+        error = FiretitanError(
+            Reason.INTERNAL,
+            f"{method.name}: internal error {identity}; the daemon's log says more under this id",
+            id=identity,
+        )
+    status = to_status(error)
+    await context.abort(
+        code_of(status), status.message, ((DETAILS_KEY, status.SerializeToString()),)
+    )

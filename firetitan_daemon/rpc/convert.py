@@ -1,0 +1,248 @@
+"""Records <-> firetitan.v1 messages.
+
+Knows: both sides' fields. Must not know: managers.
+"""
+
+from __future__ import annotations
+
+from firetitan.v1 import (
+    checkpoint_pb2,
+    command_pb2,
+    deployment_pb2,
+    operation_pb2,
+    session_pb2,
+    trainer_pb2,
+)
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from firetitan_daemon.control.codec import Header
+from firetitan_daemon.control.sessions import Wanted
+from firetitan_daemon.core import names
+from firetitan_daemon.core.records import (
+    Checkpoint,
+    Deployment,
+    ModelInfo,
+    Operation,
+    ResourceState,
+    Session,
+    SessionState,
+    Snapshot,
+    Trainer,
+)
+from firetitan_daemon.rpc.errors import record_to_status
+
+_TRAINER_STATES = {
+    ResourceState.CREATING: trainer_pb2.Trainer.STATE_CREATING,
+    ResourceState.ACTIVE: trainer_pb2.Trainer.STATE_ACTIVE,
+    ResourceState.RECOVERING: trainer_pb2.Trainer.STATE_RECOVERING,
+    ResourceState.FAILED: trainer_pb2.Trainer.STATE_FAILED,
+    ResourceState.DELETING: trainer_pb2.Trainer.STATE_DELETING,
+}
+_DEPLOYMENT_STATES = {
+    ResourceState.CREATING: deployment_pb2.Deployment.STATE_CREATING,
+    ResourceState.ACTIVE: deployment_pb2.Deployment.STATE_ACTIVE,
+    ResourceState.RECOVERING: deployment_pb2.Deployment.STATE_RECOVERING,
+    ResourceState.STOPPED: deployment_pb2.Deployment.STATE_STOPPED,
+    ResourceState.FAILED: deployment_pb2.Deployment.STATE_FAILED,
+    ResourceState.DELETING: deployment_pb2.Deployment.STATE_DELETING,
+}
+_SESSION_STATES = {
+    SessionState.ACTIVE: session_pb2.Session.STATE_ACTIVE,
+    SessionState.RECOVERING: session_pb2.Session.STATE_RECOVERING,
+    SessionState.LOST: session_pb2.Session.STATE_LOST,
+    SessionState.CLOSED: session_pb2.Session.STATE_CLOSED,
+}
+_KINDS = {
+    "base": checkpoint_pb2.Snapshot.KIND_BASE,
+    "delta": checkpoint_pb2.Snapshot.KIND_DELTA,
+}
+KIND_NAMES = {value: name for name, value in _KINDS.items()}
+_FORMATS = {
+    "peft_adapter": checkpoint_pb2.Snapshot.FORMAT_PEFT_ADAPTER,
+    "hf_full": checkpoint_pb2.Snapshot.FORMAT_HF_FULL,
+    "xor_zstd": checkpoint_pb2.Snapshot.FORMAT_XOR_ZSTD,
+}
+
+
+def timestamp(seconds: float) -> Timestamp:
+    """Unix seconds as a Timestamp."""
+    stamp = Timestamp()
+    stamp.FromNanoseconds(int(seconds * 1e9))
+    return stamp
+
+
+def header(message: command_pb2.CommandHeader) -> Header:
+    """A command's header."""
+    return Header(
+        session=message.session,
+        epoch=message.epoch,
+        client_id=message.client_id,
+        seq=message.seq,
+        request_id=message.request_id,
+        part=message.part,
+        parts=message.parts,
+        seen_failure=message.seen_failure,
+    )
+
+
+def wanted(
+    base_model: str, lora: session_pb2.LoraConfig | None, seed: int | None, notes: dict[str, str]
+) -> Wanted:
+    """Settings as a client names them."""
+    if lora is None:
+        return Wanted(base_model=base_model or None, seed=seed, user_metadata=notes)
+
+    def given(name: str) -> bool:
+        return bool(lora.HasField(name))  # type: ignore[arg-type]
+
+    return Wanted(
+        base_model=base_model or None,
+        rank=lora.rank,
+        alpha=lora.alpha if given("alpha") else None,
+        train_attn=lora.train_attn if given("train_attn") else None,
+        train_mlp=lora.train_mlp if given("train_mlp") else None,
+        train_unembed=lora.train_unembed if given("train_unembed") else None,
+        seed=seed,
+        user_metadata=notes,
+    )
+
+
+def model_info(base_model: str, model: ModelInfo) -> trainer_pb2.ModelInfo:
+    """What was loaded."""
+    return trainer_pb2.ModelInfo(
+        base_model=base_model,
+        path=model.path,
+        source=model.source,
+        fingerprint=model.fingerprint,
+        architecture=model.architecture,
+        dtype=model.dtype,
+        device=model.device,
+        vocab_size=model.vocab_size,
+        max_context_length=model.max_context_length,
+        num_parameters=model.num_parameters,
+        packed=model.packed,
+        num_threads=model.num_threads,
+        notes=model.notes,
+        versions=dict(model.versions),
+    )
+
+
+def trainer(record: Trainer, worker_pid: int, session: str) -> trainer_pb2.Trainer:
+    """A trainer."""
+    message = trainer_pb2.Trainer(
+        name=record.name,
+        base_model=record.base_model,
+        lora_rank=record.lora_rank,
+        max_context_length=record.max_context_length,
+        state=_TRAINER_STATES[record.state],
+        create_time=timestamp(record.create_time),
+        worker_pid=worker_pid,
+        session=session,
+    )
+    if record.error is not None:
+        message.error.CopyFrom(record_to_status(record.error))
+    if record.model is not None:
+        message.model.CopyFrom(model_info(record.base_model, record.model))
+        message.max_context_length = record.max_context_length or record.model.max_context_length
+    return message
+
+
+def deployment(record: Deployment, worker_pid: int) -> deployment_pb2.Deployment:
+    """A deployment."""
+    active = names.snapshot_name(record.active_snapshot) if record.active_snapshot else ""
+    message = deployment_pb2.Deployment(
+        name=record.name,
+        base_model=record.base_model,
+        max_context_length=record.max_context_length,
+        trainer=names.trainer_name(record.trainer_id) if record.trainer_id else "",
+        state=_DEPLOYMENT_STATES[record.state],
+        active_snapshot=active,
+        etag=record.etag,
+        create_time=timestamp(record.create_time),
+        worker_pid=worker_pid,
+    )
+    if record.error is not None:
+        message.error.CopyFrom(record_to_status(record.error))
+    if record.model is not None:
+        message.model.CopyFrom(model_info(record.base_model, record.model))
+        message.max_context_length = record.max_context_length or record.model.max_context_length
+    return message
+
+
+def session(record: Session) -> session_pb2.Session:
+    """A session."""
+    return session_pb2.Session(
+        name=record.name,
+        base_model=record.base_model,
+        lora=session_pb2.LoraConfig(
+            rank=record.lora.rank,
+            alpha=record.lora.alpha,
+            train_attn=record.lora.train_attn,
+            train_mlp=record.lora.train_mlp,
+            train_unembed=record.lora.train_unembed,
+        ),
+        seed=record.seed,
+        state=_SESSION_STATES[record.state],
+        epoch=record.epoch,
+        step=record.step,
+        commit_seq=record.commit_seq,
+        suffix=record.suffix,
+        user_metadata=dict(record.user_metadata),
+        create_time=timestamp(record.create_time),
+    )
+
+
+def checkpoint(record: Checkpoint) -> checkpoint_pb2.Checkpoint:
+    """A checkpoint."""
+    return checkpoint_pb2.Checkpoint(
+        name=record.name,
+        session=record.session,
+        base_model=record.base_model,
+        lora_rank=record.lora_rank,
+        step=record.step,
+        commit_seq=record.commit_seq,
+        digest=record.digest,
+        size_bytes=record.size_bytes,
+        create_time=timestamp(record.create_time),
+        user_metadata=dict(record.user_metadata),
+    )
+
+
+def snapshot(record: Snapshot) -> checkpoint_pb2.Snapshot:
+    """A snapshot."""
+    return checkpoint_pb2.Snapshot(
+        name=record.name,
+        session=record.session,
+        kind=_KINDS.get(record.kind, checkpoint_pb2.Snapshot.KIND_UNSPECIFIED),
+        format=_FORMATS.get(record.format, checkpoint_pb2.Snapshot.FORMAT_UNSPECIFIED),
+        parent=names.snapshot_name(record.parent) if record.parent else "",
+        step=record.step,
+        commit_seq=record.commit_seq,
+        digest=record.digest,
+        result_digest=record.result_digest,
+        size_bytes=record.size_bytes,
+        base_model=record.base_model,
+        lora_rank=record.lora_rank,
+        path=record.folder,
+        create_time=timestamp(record.create_time),
+        notes=record.notes,
+    )
+
+
+def operation(record: Operation) -> operation_pb2.Operation:
+    """An operation without its result; an error is set."""
+    message = operation_pb2.Operation(
+        name=record.name,
+        done=record.done,
+        method=record.method,
+        target=record.target,
+        client_id=record.client_id,
+        seq=record.seq,
+        commit_seq=record.commit_seq,
+        create_time=timestamp(record.create_time),
+    )
+    if record.done:
+        message.finish_time.CopyFrom(timestamp(record.finish_time))
+        if record.error is not None:
+            message.error.CopyFrom(record_to_status(record.error))
+    return message

@@ -1,0 +1,129 @@
+"""The gRPC server: a Unix socket for its owner, health, reflection, limits.
+
+Knows: grpc.aio, every service's descriptor. Must not know: what the services do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from firetitan.v1 import (
+    checkpoint_service_pb2,
+    deployment_service_pb2,
+    operation_service_pb2,
+    sampling_service_pb2,
+    system_service_pb2,
+    trainer_service_pb2,
+    training_service_pb2,
+)
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from firetitan_daemon.rpc.binding import CommandCall, bind
+from firetitan_daemon.rpc.checkpoints import CheckpointServicer
+from firetitan_daemon.rpc.deployments import DeploymentServicer
+from firetitan_daemon.rpc.operations import OperationServicer
+from firetitan_daemon.rpc.sampling import SamplingServicer
+from firetitan_daemon.rpc.system import SystemServicer
+from firetitan_daemon.rpc.trainers import TrainerServicer
+from firetitan_daemon.rpc.training import TrainingServicer
+
+_SLACK_BYTES = 1024 * 1024
+"""Room for what surrounds a payload of exactly the published limit."""
+_FILES = (
+    (training_service_pb2, "TrainingService", TrainingServicer),
+    (checkpoint_service_pb2, "CheckpointService", CheckpointServicer),
+    (operation_service_pb2, "OperationService", OperationServicer),
+    (sampling_service_pb2, "SamplingService", SamplingServicer),
+    (deployment_service_pb2, "DeploymentService", DeploymentServicer),
+    (trainer_service_pb2, "TrainerService", TrainerServicer),
+    (system_service_pb2, "SystemService", SystemServicer),
+)
+
+Servicer = (
+    TrainingServicer
+    | CheckpointServicer
+    | OperationServicer
+    | SamplingServicer
+    | DeploymentServicer
+    | TrainerServicer
+    | SystemServicer
+)
+
+
+class RpcServer:
+    """Serves the services on one Unix socket.
+
+    Args:
+        socket: Its path, in a folder only the owner can enter.
+        servicers: One for each service.
+        submit: Takes the session commands of all of them.
+        max_message_bytes: Largest request.
+    """
+
+    def __init__(
+        self,
+        socket: Path,
+        servicers: Sequence[Servicer],
+        submit: CommandCall,
+        max_message_bytes: int,
+    ) -> None:
+        self._socket = socket
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(
+            options=(
+                ("grpc.max_receive_message_length", max_message_bytes + _SLACK_BYTES),
+                ("grpc.max_send_message_length", -1),
+                # The state's lock says who may serve; a port that is taken must be an error.
+                ("grpc.so_reuseport", 0),
+            )
+        )
+        names = [reflection.SERVICE_NAME, health.SERVICE_NAME]
+        for module, name, kind in _FILES:
+            service: ServiceDescriptor = module.DESCRIPTOR.services_by_name[name]
+            servicer = next(one for one in servicers if isinstance(one, kind))
+            self._server.add_generic_rpc_handlers((bind(service, servicer, submit),))
+            names.append(service.full_name)
+        self._services = ["", *names]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self) -> str:
+        """Bind and serve; returns the address.
+
+        Raises:
+            OSError: The socket cannot be bound.
+        """
+        if self._socket.exists() or self._socket.is_symlink():
+            # Left by a daemon that died: whoever holds the lock owns it.
+            self._socket.unlink()
+        # gRPC creates the file with the mode the umask leaves; nothing else runs yet.
+        before = os.umask(0o177)
+        try:
+            self._server.add_insecure_port(f"unix:{self._socket}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {self._socket}: {error}") from error
+        finally:
+            os.umask(before)
+        await self._server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        return f"unix:{self._socket}"
+
+    async def drain(self) -> None:
+        """Tell health checks that no new work is taken."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, let running ones end for a while, close the socket."""
+        await self._server.stop(grace_s)
+        await asyncio.to_thread(self._socket.unlink, missing_ok=True)
+
+    async def _set_health(self, state: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in self._services:
+            await self._health.set(name, state)
