@@ -184,6 +184,8 @@ class RemoteWorker:
 
     async def _call(self, send: Callable[[], Awaitable[ResponseT]]) -> ResponseT:
         """Send until there is an answer or no process."""
+        if not self._process.alive:
+            raise self._gone(await self._process.wait())
         end = asyncio.ensure_future(self._process.wait())
         try:
             while True:

@@ -1,0 +1,150 @@
+"""A trainer whose engine is slow, broken or out of disk: the worker itself stays well."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from support.commands import SESSION, TRAINER_SPEC, CommandWriter
+
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.ports import Worker
+from firetitan_daemon.engine.api import (
+    AdamParams,
+    ModelSpec,
+    Normalization,
+    SavedFiles,
+    TrainEngine,
+)
+from firetitan_daemon.engine.toy import ToyTrainEngine
+from firetitan_daemon.launch.in_process import InProcessLauncher
+
+pytestmark = pytest.mark.timeout(30)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> CommandWriter:
+    return CommandWriter(tmp_path)
+
+
+class GatedEngine(ToyTrainEngine):
+    """The toy, whose step waits until the test opens the gate."""
+
+    gate = threading.Event()
+    steps = 0
+
+    def optim_step(
+        self, params: AdamParams, normalization: Normalization, expected_step: int | None = None
+    ) -> dict[str, float]:
+        assert self.gate.wait(10)
+        type(self).steps += 1
+        return super().optim_step(params, normalization, expected_step)
+
+
+class BusyEngine(ToyTrainEngine):
+    """The toy, whose step holds the interpreter for a while."""
+
+    def optim_step(
+        self, params: AdamParams, normalization: Normalization, expected_step: int | None = None
+    ) -> dict[str, float]:
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:
+            pass
+        return super().optim_step(params, normalization, expected_step)
+
+
+class BrokenEngine(ToyTrainEngine):
+    """The toy, whose saves and steps break in ways of the system."""
+
+    def save_state(self, staging: Path) -> SavedFiles:
+        raise OSError(errno.ENOSPC, "No space left on device", str(staging))
+
+    def optim_step(
+        self, params: AdamParams, normalization: Normalization, expected_step: int | None = None
+    ) -> dict[str, float]:
+        raise ZeroDivisionError("secret detail")
+
+    def forward(self, *arguments: object, **more: object) -> object:  # type: ignore[override]
+        raise MemoryError
+
+
+async def opened(launcher: InProcessLauncher) -> Worker:
+    worker = await launcher.launch(TRAINER_SPEC)
+    await worker.load_model()
+    await worker.open_session(SESSION)
+    return worker
+
+
+async def test_a_repeat_joins_the_run_in_progress(tmp_path: Path, write: CommandWriter) -> None:
+    GatedEngine.gate.clear()
+    GatedEngine.steps = 0
+    worker = await opened(InProcessLauncher(tmp_path / "run", train=GatedEngine))
+    await worker.execute(write.forward_backward())
+    step = write.optim_step()
+    first = asyncio.create_task(worker.execute(step))
+    await asyncio.sleep(0.05)
+    second = asyncio.create_task(worker.execute(step))
+    left = asyncio.create_task(worker.execute(step))
+    await asyncio.sleep(0.05)
+    left.cancel()
+    assert await worker.fetch_result(SESSION.name, step.commit_seq) is None
+    assert (await worker.describe()).sessions[0].applied_commit_seq == 1
+    assert not first.done() and not second.done()
+    GatedEngine.gate.set()
+    assert await first == await second
+    assert GatedEngine.steps == 1
+    await worker.shutdown()
+
+
+async def test_the_worker_answers_while_it_computes(tmp_path: Path, write: CommandWriter) -> None:
+    worker = await opened(InProcessLauncher(tmp_path / "run", train=BusyEngine))
+    await worker.execute(write.forward_backward())
+    step = asyncio.create_task(worker.execute(write.optim_step()))
+    await asyncio.sleep(0.1)
+    asked = time.monotonic()
+    await worker.describe()
+    assert time.monotonic() - asked < 0.7 and not step.done()
+    assert (await step).session.step == 1
+    await worker.shutdown()
+
+
+async def test_a_broken_engine_fails_its_command_only(
+    tmp_path: Path, write: CommandWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = await opened(InProcessLauncher(tmp_path / "run", train=BrokenEngine))
+    full = (await worker.execute(write.save_state(tmp_path))).error
+    assert full is not None and full.reason == Reason.STATE_DISK_FULL
+    assert str(tmp_path) in full.message
+    broken = (await worker.execute(write.optim_step(seen_failure=1))).error
+    assert broken is not None and broken.reason == Reason.INTERNAL
+    assert "secret" not in broken.message
+    assert broken.metadata["error_id"] in caplog.text and "secret detail" in caplog.text
+    memory = (await worker.execute(write.forward(lane="b"))).error
+    assert memory is not None and memory.reason == Reason.DEVICE_OUT_OF_MEMORY
+    outcome = await worker.execute(write.forward_backward(seen_failure=2))
+    assert outcome.error is None and outcome.session.applied_commit_seq == 4
+    await worker.shutdown()
+
+
+async def test_one_load_serves_all_who_ask_and_a_failed_one_can_be_tried_again(
+    tmp_path: Path,
+) -> None:
+    loads = []
+
+    def make(spec: ModelSpec) -> TrainEngine:
+        loads.append(spec)
+        time.sleep(0.05)
+        if len(loads) == 1:
+            raise FiretitanError(Reason.MODEL_NOT_FOUND, "not yet")
+        return ToyTrainEngine(spec)
+
+    worker = await InProcessLauncher(tmp_path / "run", train=make).launch(TRAINER_SPEC)
+    with pytest.raises(FiretitanError, match="not yet"):
+        await worker.load_model()
+    infos = await asyncio.gather(*(worker.load_model() for _ in range(5)))
+    assert infos == [infos[0]] * 5 and len(loads) == 2
+    await worker.shutdown()
