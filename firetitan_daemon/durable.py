@@ -114,8 +114,8 @@ def verify_folder(folder: Path, digest: str | None = None) -> dict[str, Any]:
     found = blake3(raw).hexdigest()
     if digest is not None and found != digest:
         raise _mismatch(path, digest, found)
-    manifest: dict[str, Any] = json.loads(raw)
-    for name, entry in manifest["files"].items():
+    manifest, files = _read(path, raw)
+    for name, entry in files.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != entry["size_bytes"]:
             size = file.stat().st_size if file.is_file() else "no file"
@@ -132,6 +132,22 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _read(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """A manifest and its file table, refused where it is none or names a file elsewhere."""
+    try:
+        manifest = json.loads(raw)
+        files = {str(name): dict(entry) for name, entry in manifest["files"].items()}
+        sound = all(
+            Path(name).name == name and isinstance(entry["size_bytes"], int) and entry["blake3"]
+            for name, entry in files.items()
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _mismatch(path, "a manifest", f"{type(error).__name__} reading it") from error
+    if not sound:
+        raise _mismatch(path, "plain file names with size and hash", "others")
+    return manifest, files
 
 
 def _mismatch(path: Path, expected: str, found: str) -> FiretitanError:

@@ -239,6 +239,10 @@ class SessionSequencer:
             raise _broken(row)
         return row
 
+    def lane(self, client_id: str) -> Lane:
+        """A client's lane as it is, broken or not yet used too."""
+        return self._state(client_id).row
+
     def lanes(self) -> Sequence[Lane]:
         """All lanes that had a command."""
         return [state.row for state in self._lanes.values()]

@@ -39,6 +39,8 @@ class FileFolders(Folders):
         self._root = root
         for name in (STAGING, *KINDS):
             (root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        durable.fsync_path(root)
+        durable.fsync_path(root.parent)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="firetitan-folders")
 
     def staging(self) -> Path:

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Change, Ledger, Store
 from firetitan_daemon.core.records import (
@@ -171,6 +172,7 @@ class SqliteStore(Store):
             db.execute("BEGIN IMMEDIATE")
             db.execute("COMMIT")
             self._ballast.ensure()
+            durable.fsync_path(self._path.parent)
         except sqlite3.Error as error:
             db.close()
             raise self._failure(error) from error

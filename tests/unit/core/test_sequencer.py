@@ -145,6 +145,7 @@ def test_a_lane_that_misses_a_command_is_closed_for_good() -> None:
     assert refused(sequencer, incoming(2)).reason == Reason.LANE_BROKEN
     with pytest.raises(FiretitanError, match="new client_id"):
         sequencer.attach("a")
+    assert sequencer.lane("a") == expired.lane
     assert take(sequencer, incoming(2, "b")).commit_seq == 3
 
 
