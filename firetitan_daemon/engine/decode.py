@@ -5,9 +5,9 @@ temperatures, snapshots.
 
 A prompt runs alone. In a decode step the attention of a branch (some continuations of one prompt)
 has shapes of its own; only matrix products see rows of several branches, and there the bits of a
-row may depend on how many rows there are: BLAS picks other kernels for few rows, or for few rows a
-thread. So rows are padded to a multiple of a quantum, and the quantum is measured on this model on
-this machine. Where none keeps rows apart (mixtures of experts, mostly) branches run alone.
+row may depend on how many rows there are. So rows are padded to a multiple of a quantum, measured
+for this model on this machine (`rows`). Where none keeps rows apart, as in mixtures of experts,
+branches run alone.
 
 Shapes: P prompt tokens, R rows of a step, V vocabulary.
 """
@@ -25,13 +25,14 @@ import torch
 from firetitan_daemon.engine.api import Float32Array, Int32Array
 from firetitan_daemon.engine.attention import KVCache, Segments
 from firetitan_daemon.engine.draw import token_logprob
+from firetitan_daemon.engine.lora import Adapter
 from firetitan_daemon.engine.models import LoadedModel
+from firetitan_daemon.engine.rows import RowQuantum, linear_shapes, routes_tokens
 
 _CHUNK = 512
 """Prompt tokens run at once; bounds the memory of a long prompt."""
 _HEAD_ROWS = 256
 """Prompt rows whose logits exist at once."""
-_QUANTA = (4, 8, 16, 32)
 _PROBE_TOKENS = 5
 
 
@@ -82,9 +83,7 @@ def make_decoder(loaded: LoadedModel, max_rows: int) -> PackedDecoder | CachedDe
     """Choose the decoder for a model; measures the row quantum where rows are shared."""
     if not loaded.info.packed:
         return CachedDecoder(loaded)
-    decoder = PackedDecoder(loaded, max_rows)
-    decoder.measure()
-    return decoder
+    return PackedDecoder(loaded, max_rows)
 
 
 class PackedDecoder:
@@ -96,14 +95,16 @@ class PackedDecoder:
 
     def __init__(self, loaded: LoadedModel, max_rows: int) -> None:
         self._loaded = loaded
-        self._max_rows = max_rows
-        self._quanta = [*(each for each in _QUANTA if each < max_rows), max_rows]
-        self.bytes_per_token = 0
+        self._mixes = routes_tokens(loaded.model)
+        self._rows = RowQuantum(loaded.dtype, loaded.device, max_rows)
+        self.measure(None)
+        probe = self.prefill(np.zeros(_PROBE_TOKENS, np.int32), logprobs=False)
+        self.bytes_per_token: int = probe.state.num_bytes // _PROBE_TOKENS
 
     @property
     def quantum(self) -> int | None:
         """Rows of a step are padded to a multiple of this; None runs every branch alone."""
-        return self._quanta[0] if self._quanta else None
+        return None if self._mixes else self._rows.value
 
     @property
     def note(self) -> str:
@@ -136,18 +137,13 @@ class PackedDecoder:
     def step(self, parts: Sequence[tuple[KVCache, Sequence[int]]]) -> list[Float32Array]:
         """See `Decoder`."""
         if self.quantum is None:
-            return [self._run([part], self._max_rows)[0] for part in parts]
+            return [self._run([part], 1)[0] for part in parts]
         return self._run(parts, self.quantum)
 
-    def measure(self) -> None:
-        """Find the smallest quantum under which rows do not depend on their mates; keep it.
-
-        Runs a handful of decode steps with the weights and the adapter selected now. Kernels
-        depend on shapes alone, so a quantum holds for other weights of the same shapes; measured
-        again, it only grows, so it still holds for what it was measured with before.
-        """
-        while self._quanta and not self._keeps_rows_apart(self._quanta[0]):
-            self._quanta.pop(0)
+    @torch.no_grad()
+    def measure(self, adapter: Adapter | None) -> None:
+        """Make sure rows stay apart with this adapter's shapes too; known shapes cost nothing."""
+        self._rows.measure(linear_shapes(self._loaded.model, adapter))
 
     @torch.no_grad()
     def _run(
@@ -171,30 +167,6 @@ class PackedDecoder:
         return [
             logits[end - length : end] for end, length in zip(ends, layout.lengths, strict=True)
         ]
-
-    def _keeps_rows_apart(self, quantum: int) -> bool:
-        """Whether a branch gets the same logits alone and in batches of several sizes."""
-        vocab = self._loaded.info.vocab_size
-        prompts = [
-            (np.arange(_PROBE_TOKENS, dtype=np.int32) * (7 + 2 * i) + i) % vocab for i in (0, 1)
-        ]
-        ours, others = (self.prefill(prompt, logprobs=False) for prompt in prompts)
-        self.bytes_per_token = ours.state.num_bytes // _PROBE_TOKENS
-        rows = min(2, self._max_rows)
-        tokens = [3 % vocab, 5 % vocab][:rows]
-        expected: Float32Array | None = None
-        for total in _probe_totals(rows, quantum, self._max_rows):
-            for place in (0, 1):
-                parts = [(self.fork(ours, rows), tokens)]
-                if total > rows:
-                    mates = [i % vocab for i in range(total - rows)]
-                    parts.insert(1 - place, (self.fork(others, len(mates)), mates))
-                found = self._run(parts, quantum)[place if total > rows else 0]
-                if expected is None:
-                    expected = found
-                if not np.array_equal(found, expected, equal_nan=True):
-                    return False
-        return True
 
 
 class CachedDecoder:
@@ -228,7 +200,7 @@ class CachedDecoder:
         tokens, cache = prefill.state
         return _CachedBranch([(list(tokens), copy.deepcopy(cache)) for _ in range(rows)])
 
-    def measure(self) -> None:
+    def measure(self, adapter: Adapter | None) -> None:
         """Nothing to find out: rows never meet."""
 
     @torch.no_grad()
@@ -279,9 +251,3 @@ def _prompt_logprobs(
         for row in range(min(_HEAD_ROWS, count - start)):
             found[start + row] = token_logprob(logits[row], int(targets[start + row]))
     return found
-
-
-def _probe_totals(rows: int, quantum: int, max_rows: int) -> list[int]:
-    """Batch sizes worth trying: each first multiple of the quantum, then some up to the limit."""
-    totals = {rows, quantum, 2 * quantum, 3 * quantum, 5 * quantum, max_rows // 2, max_rows}
-    return sorted(total for total in totals if rows <= total <= max_rows)

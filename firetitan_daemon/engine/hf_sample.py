@@ -124,10 +124,8 @@ class HfSampleEngine:
 
     def _prepare(self, version: Version) -> None:
         """On the model's thread: make the model able to run the version at a pointer's notice."""
-        probe = self._weights.wrap_for(version)
-        if probe is not None:
-            self._weights.select(probe)
-            self._decoder.measure()
+        self._weights.wrap_for(version)
+        self._decoder.measure(version.content.adapter)
 
     def _decode_text(self, tokens: Sequence[int]) -> str:
         text: str = self._loaded.tokenizer.decode(

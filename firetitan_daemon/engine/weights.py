@@ -50,7 +50,7 @@ class ModelWeights:
         self._loaded = loaded
         self._parameters = dict(loaded.model.named_parameters())
         self._slot: LoraSlot | None = None
-        self._adapter_shapes: set[frozenset[tuple[str, int]]] = set()
+        self._wrapped: set[str] = set()
         self._selected: Version | None = None
 
     def base(self) -> Version:
@@ -93,23 +93,13 @@ class ModelWeights:
             self._slot.active = content.adapter
         self._selected = version
 
-    def wrap_for(self, version: Version) -> Version | None:
-        """Give every layer the version adapts a LoRA layer.
-
-        Returns:
-            A version with a random adapter of the same shapes where these shapes are new here:
-            something to measure kernels with. None otherwise.
-        """
-        adapter: Adapter = version.content.adapter or {}
-        shapes = frozenset((name, pair.a.shape[0]) for name, pair in adapter.items())
-        if not shapes or shapes in self._adapter_shapes:
-            return None
-        self._adapter_shapes.add(shapes)
-        self._slot = wrap_modules(self._loaded.model, sorted(adapter))
-        self._selected = None
-        generator = torch.Generator().manual_seed(0)
-        probe = {name: _random_pair(pair, generator) for name, pair in adapter.items()}
-        return Version("", "", False, Content(version.content.parameters, probe, None))
+    def wrap_for(self, version: Version) -> None:
+        """Give every layer the version adapts a LoRA layer, where it has none yet."""
+        new = set(version.content.adapter or ()) - self._wrapped
+        if new:
+            self._slot = wrap_modules(self._loaded.model, sorted(new))
+            self._wrapped |= new
+            self._selected = None
 
     def _build_adapter(
         self, layer: SnapshotLayer, find: Callable[[str], Version | None]
@@ -239,13 +229,6 @@ def _check_result(layer: SnapshotLayer, tensors: RawTensors) -> None:
             expected=layer.result_digest,
             found=found,
         )
-
-
-def _random_pair(like: LoraPair, generator: torch.Generator) -> LoraPair:
-    a, b = (
-        torch.randn(each.shape, generator=generator).to(each.device) for each in (like.a, like.b)
-    )
-    return LoraPair(a, b, like.scaling, like.compute_dtype)
 
 
 def _misfit(name: str, what: str) -> FiretitanError:
