@@ -7,8 +7,6 @@ field is a CommandHeader, are handed over as they are.
 
 from __future__ import annotations
 
-import logging
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -18,10 +16,9 @@ from google.protobuf import message
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
 
+from firetitan_daemon import status
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.rpc.errors import DETAILS_KEY, code_of, to_status
-
-logger = logging.getLogger("firetitan.rpc")
+from firetitan_daemon.rpc.errors import to_status
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 Call = Callable[[Any], Awaitable[message.Message]]
@@ -120,14 +117,9 @@ async def _abort(context: Context, method: MethodDescriptor, error: Exception) -
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if not isinstance(error, FiretitanError):
-        identity = uuid.uuid4().hex[:12]
-        logger.error("internal error id=%s rpc=%s", identity, method.full_name, exc_info=error)
-        error = FiretitanError(
-            Reason.INTERNAL,
-            f"{method.name}: internal error {identity}; the daemon's log says more under this id",
-            id=identity,
-        )
-    status = to_status(error)
+        error = status.unforeseen(error, method.name)
     await context.abort(
-        code_of(status), status.message, ((DETAILS_KEY, status.SerializeToString()),)
+        grpc.StatusCode[error.code],
+        error.message,
+        ((status.DETAILS_KEY, to_status(error).SerializeToString()),),
     )
