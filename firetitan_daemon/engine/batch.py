@@ -62,15 +62,20 @@ class Batch:
         """The inverse of `outputs`: float32 [T, K], padding 0.
 
         Raises:
-            FiretitanError: INVALID_DATUM or NON_FINITE naming `what[i]`.
+            FiretitanError: INVALID_ARGUMENT or NON_FINITE naming `what[i]`.
         """
         if len(arrays) != len(self.shapes):
-            raise _bad(what, f"has {len(arrays)} arrays for {len(self.shapes)} datums")
+            raise _bad(
+                what,
+                f"has {len(arrays)} arrays for {len(self.shapes)} datums",
+                Reason.INVALID_ARGUMENT,
+            )
         for index, (array, shape) in enumerate(zip(arrays, self.shapes, strict=True)):
             if array.shape != shape:
                 raise _bad(
                     f"{what}[{index}]",
                     f"has shape {list(array.shape)}, the logprobs have {list(shape)}",
+                    Reason.INVALID_ARGUMENT,
                 )
             _check_finite(f"{what}[{index}]", array)
         return _stack(list(arrays), self.targets.shape[1], 0.0)

@@ -180,7 +180,7 @@ class HfTrainEngine:
         `loss:sum` is that of the surrogate, sum of dC/dlogprob * logprob.
 
         Raises:
-            FiretitanError: GRAPH_EXPIRED where the graph is gone; INVALID_DATUM or NON_FINITE
+            FiretitanError: GRAPH_EXPIRED where the graph is gone; INVALID_ARGUMENT or NON_FINITE
                 naming the array (the graph is kept then).
         """
         session = self._session()

@@ -12,7 +12,8 @@ Shapes: B sequences, T tokens in all, L tokens of the longest, H hidden size, V 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -157,9 +158,10 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     """
     device = _device(spec.device)
     resolved = resolve_model(spec.base_model)
-    config = AutoConfig.from_pretrained(
-        resolved.path, trust_remote_code=False, local_files_only=True
-    )
+    with _loading(spec.base_model):
+        config = AutoConfig.from_pretrained(
+            resolved.path, trust_remote_code=False, local_files_only=True
+        )
     text_config = config.get_text_config()
     limit = int(getattr(text_config, "max_position_embeddings", None) or _NO_LIMIT)
     context = limit if spec.max_context_length is None else spec.max_context_length
@@ -220,7 +222,7 @@ def _load_weights(path: Path, spec: ModelSpec, device: torch.device) -> Any:
             f"dtype is {spec.dtype!r}; auto, float32 or bfloat16",
             field="dtype",
         )
-    try:
+    with _loading(spec.base_model):
         model = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=_DTYPES.get(spec.dtype, "auto"),
@@ -229,21 +231,28 @@ def _load_weights(path: Path, spec: ModelSpec, device: torch.device) -> Any:
             trust_remote_code=False,
             local_files_only=True,
         )
+    if model.get_input_embeddings().weight.dtype == torch.float16:
+        model = model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return model.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def _loading(base_model: str) -> Iterator[None]:
+    """Say in our own terms why transformers cannot load a model."""
+    try:
+        yield
     except (ValueError, KeyError, ImportError) as error:
         raise FiretitanError(
             Reason.UNSUPPORTED,
-            f"{spec.base_model} cannot be loaded as a causal language model: {error}",
+            f"{base_model} cannot be loaded as a causal language model: {error}",
             field="base_model",
         ) from error
     except OSError as error:
         raise FiretitanError(
             Reason.MODEL_NOT_FOUND,
-            f"the weights of {spec.base_model} cannot be read: {error}",
+            f"{base_model} cannot be read: {error}",
             field="base_model",
         ) from error
-    if model.get_input_embeddings().weight.dtype == torch.float16:
-        model = model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return model.to(device).eval().requires_grad_(False)
 
 
 def _head_spec(config: Any) -> HeadSpec:

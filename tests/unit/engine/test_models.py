@@ -1,0 +1,146 @@
+"""Loading: which architectures run packed, which padded, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.models import save_tiny
+
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.engine import models as models_module
+from firetitan_daemon.engine.api import ModelSpec
+from firetitan_daemon.engine.models import HeadSpec, load_model
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+PACKED = {
+    "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=5),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=5),
+    "granite": lambda: transformers.GraniteConfig(
+        **SMALL, logits_scaling=4.0, attention_multiplier=0.2, embedding_multiplier=3.0
+    ),
+    "cohere": lambda: transformers.CohereConfig(**SMALL, logit_scale=0.3),
+    "phi3": lambda: transformers.Phi3Config(**SMALL),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SMALL, head_dim=8, **EXPERTS),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64
+    ),
+}
+PADDED = {
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **SMALL, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=5
+    ),
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(
+        **SMALL,
+        **EXPERTS,
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+}
+
+
+def save(folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> str:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    model.to(dtype).save_pretrained(folder)
+    return str(folder)
+
+
+def own_logits(folder: str, sequences: list[torch.Tensor]) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    with torch.no_grad():
+        return torch.cat([model(input_ids=tokens[None]).logits[0] for tokens in sequences]).float()
+
+
+@pytest.mark.parametrize("name", [*PACKED, *PADDED])
+def test_logits_are_the_models_own(tmp_path: Path, name: str) -> None:
+    folder = save(tmp_path, (PACKED | PADDED)[name]())
+    loaded = load_model(ModelSpec(folder))
+    assert loaded.info.packed is (name in PACKED)
+    assert bool(loaded.info.notes) is (name in PADDED)
+    sequences = [torch.randint(0, 64, (length,)) for length in (3, 30, 11)]
+    with torch.no_grad():
+        found = loaded.logits(loaded.hidden_states(sequences))
+    torch.testing.assert_close(found, own_logits(folder, sequences), atol=2e-5, rtol=1e-4)
+
+
+def test_experts_in_bfloat16_run_packed(tmp_path: Path) -> None:
+    loaded = load_model(ModelSpec(save(tmp_path, PACKED["qwen3_moe"](), torch.bfloat16)))
+    assert loaded.info.packed and loaded.info.dtype == "bfloat16"
+
+
+def test_info_says_what_was_loaded(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", dtype="bfloat16")
+    info = load_model(ModelSpec(str(folder))).info
+    assert (info.architecture, info.dtype, info.device) == ("LlamaForCausalLM", "bfloat16", "cpu")
+    assert (info.path, info.source) == (str(folder), "folder")
+    assert (info.vocab_size, info.max_context_length) == (272, 256)
+    assert info.num_threads == torch.get_num_threads()
+    assert {"torch", "transformers", "cpu_capability"} <= info.versions.keys()
+    assert load_model(ModelSpec(str(folder), dtype="float32")).info.dtype == "float32"
+    assert load_model(ModelSpec(str(folder), max_context_length=16)).info.max_context_length == 16
+
+
+def test_a_head_that_does_more_than_known_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny(tmp_path / "model", "gemma2")
+    monkeypatch.setattr(models_module, "_head_spec", lambda config: HeadSpec(factor=0.5))
+    with pytest.raises(FiretitanError, match="head") as caught:
+        load_model(ModelSpec(str(folder)))
+    assert caught.value.reason is Reason.UNSUPPORTED
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        ({"dtype": "float64"}, "dtype"),
+        ({"device": "tpu"}, "device"),
+        ({"max_context_length": 257}, "max_context_length"),
+        ({"max_context_length": 0}, "max_context_length"),
+    ],
+)
+def test_bad_specs_are_named(tmp_path: Path, spec: dict[str, Any], field: str) -> None:
+    folder = save_tiny(tmp_path / "model")
+    with pytest.raises(FiretitanError) as caught:
+        load_model(ModelSpec(str(folder), **spec))
+    assert (caught.value.reason, caught.value.field) == (Reason.INVALID_ARGUMENT, field)
+
+
+def test_no_gpu_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(FiretitanError, match="no GPU") as caught:
+        load_model(ModelSpec(str(save_tiny(tmp_path / "model")), device="cuda"))
+    assert caught.value.reason is Reason.OUT_OF_DEVICES
+
+
+def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    config = (folder / "config.json").read_text().replace('"llama"', '"no_such_model"')
+    (folder / "config.json").write_text(config)
+    with pytest.raises(FiretitanError) as caught:
+        load_model(ModelSpec(str(folder)))
+    assert caught.value.reason is Reason.UNSUPPORTED
