@@ -13,7 +13,6 @@ import struct
 from pathlib import Path
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.ports import Limits
 
 PROTOCOL_VERSION = 1
 OLDEST_PROTOCOL_VERSION = 1
@@ -26,9 +25,8 @@ BOOTSTRAP = "bootstrap.json"
 EXIT = "exit.json"
 """Written by the worker as its last act; absent after a crash."""
 LOG = "worker.log"
-
-WORKER_MESSAGE_BYTES = Limits().max_message_bytes + 1024 * 1024
-"""Largest message a worker takes: the public limit and room for the envelope."""
+LOCK = "worker.lock"
+"""Locked by the launcher before the start and held by the worker, from exec to its end."""
 
 MAX_SOCKET_PATH_BYTES = 107
 

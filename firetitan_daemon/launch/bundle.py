@@ -7,6 +7,7 @@ must be who the bundle says.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -57,11 +58,35 @@ class Bundle:
         return self.folder / handshake.LOG
 
     def prepare(self, spec: worker_pb2.WorkerSpec) -> None:
-        """Make the folder, forget a former start (its log stays), write the specification."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """Forget a former start (its log stays), write the specification; under the lock."""
         self.forget()
         text = json_format.MessageToJson(spec, always_print_fields_with_no_presence=True)
         publish_file(self.folder / handshake.SPEC, text.encode())
+
+    def lock(self) -> int | None:
+        """Take the lock that a worker holds for as long as it lives.
+
+        Returns:
+            An open descriptor to hand to the worker; None where one lives, serving or not yet.
+        """
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(self.folder / handshake.LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def locked(self) -> bool:
+        """Whether a worker lives in this folder."""
+        if not self.folder.is_dir():
+            return False
+        descriptor = self.lock()
+        if descriptor is None:
+            return True
+        os.close(descriptor)
+        return False
 
     def check_owned(self) -> None:
         """Refuse a folder that someone else could have written to.
@@ -131,6 +156,7 @@ class Bundle:
     def discard(self) -> None:
         """Remove everything but the log; without a log the folder too."""
         self.forget()
+        (self.folder / handshake.LOCK).unlink(missing_ok=True)
         if self.folder.is_dir() and not self.log.exists():
             shutil.rmtree(self.folder)
 

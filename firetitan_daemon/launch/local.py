@@ -64,7 +64,6 @@ class LocalLauncher:
     Args:
         workers: Folder of the bundles, `$FIRETITAN_HOME/workers`.
         run: Folder of the sockets, short and this user's alone.
-        max_message_bytes: Largest answer taken from a worker.
         start_timeout_s: How long a start may take until the worker serves.
     """
 
@@ -73,12 +72,10 @@ class LocalLauncher:
         workers: Path,
         run: Path,
         *,
-        max_message_bytes: int = handshake.WORKER_MESSAGE_BYTES,
         start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         self._workers = workers
         self._run = run
-        self._max_message_bytes = max_message_bytes
         self._start_timeout_s = start_timeout_s
 
     async def launch(self, spec: WorkerSpec) -> RemoteWorker:
@@ -89,29 +86,38 @@ class LocalLauncher:
                 of its log, where it died or did not serve in time.
         """
         bundle = Bundle(self._workers, spec.worker_id)
-        held = self._hold(bundle)
-        if held is not None:
+        incarnation = uuid.uuid4().hex
+        socket = handshake.socket_path(self._run, spec.worker_id, incarnation)
+        self._run.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = bundle.lock()
+        if lock is None:
             raise FiretitanError(
                 Reason.ALREADY_EXISTS,
-                f"worker {spec.worker_id} runs already (pid {held.pid}); adopt it or end it first",
+                f"worker {spec.worker_id} runs already; adopt it or end it first",
             )
-        incarnation = uuid.uuid4().hex
-        self._run.mkdir(mode=0o700, parents=True, exist_ok=True)
-        socket = handshake.socket_path(self._run, spec.worker_id, incarnation)
-        bundle.prepare(convert.spec_to_proto(spec, f"unix:{socket}", incarnation))
-        process = start(spec, bundle)
+        try:
+            bundle.check_owned()
+            bundle.prepare(convert.spec_to_proto(spec, f"unix:{socket}", incarnation))
+            process = start(spec, bundle, lock)
+        except BundleError as error:
+            raise FiretitanError(
+                Reason.WORKER_UNAVAILABLE, f"worker {spec.worker_id} was not started: {error}"
+            ) from error
+        finally:
+            os.close(lock)
         try:
             await self._wait_until_serving(bundle, process)
             worker = self._connect(spec, bundle, process, socket)
             await self._check(worker, bundle, socket, incarnation)
-        except BundleError as error:
-            process.kill()
-            raise FiretitanError(
-                Reason.WORKER_UNAVAILABLE, f"worker {spec.worker_id} did not start right: {error}"
-            ) from error
-        except BaseException:
+        except BaseException as error:
             # Nobody else knows of this process.
             process.kill()
+            await process.wait()
+            if isinstance(error, BundleError):
+                raise FiretitanError(
+                    Reason.WORKER_UNAVAILABLE,
+                    f"worker {spec.worker_id} did not start right: {error}",
+                ) from error
             raise
         log.info("event=launched worker=%s pid=%d", spec.worker_id, process.pid)
         return worker
@@ -125,17 +131,18 @@ class LocalLauncher:
             FiretitanError: WORKER_UNAVAILABLE where it lives but does not answer.
         """
         bundle = Bundle(self._workers, spec.worker_id)
-        process: OsProcess | None = None
         try:
+            if not bundle.locked():
+                return None
             bundle.check_owned()
             known = bundle.read_spec()
-            address = f"unix:{handshake.socket_path(self._run, spec.worker_id, known.incarnation)}"
-            if known != convert.spec_to_proto(spec, address, known.incarnation):
+            socket = handshake.socket_path(self._run, spec.worker_id, known.incarnation)
+            wanted = convert.spec_to_proto(spec, f"unix:{socket}", known.incarnation)
+            wanted.protocol_version = known.protocol_version
+            if known != wanted:
                 raise BundleError("its specification is not the one that is looked for")
+            await self._wait_for_bootstrap(bundle)
             process = self._hold(bundle)
-            if process is None:
-                raise BundleError(bundle.read_exit() or "its process is gone")
-            socket = Path(address.removeprefix("unix:"))
             worker = self._connect(spec, bundle, process, socket)
             await self._check(worker, bundle, socket, known.incarnation)
         except BundleError as error:
@@ -145,18 +152,11 @@ class LocalLauncher:
         return worker
 
     async def discard(self, spec: WorkerSpec) -> None:
-        """Remove what is left of a dead worker but its log.
-
-        Raises:
-            FiretitanError: ALREADY_EXISTS where it still runs.
-        """
+        """Remove what is left of a dead worker but its log; a live one is left alone."""
         bundle = Bundle(self._workers, spec.worker_id)
-        held = self._hold(bundle)
-        if held is not None:
-            raise FiretitanError(
-                Reason.ALREADY_EXISTS,
-                f"worker {spec.worker_id} still runs (pid {held.pid}); end it first",
-            )
+        if bundle.locked():
+            log.warning("event=left_alone worker=%s cause='it still runs'", spec.worker_id)
+            return
         try:
             incarnation = bundle.read_spec().incarnation
         except BundleError:
@@ -166,16 +166,20 @@ class LocalLauncher:
             socket.unlink(missing_ok=True)
         bundle.discard()
 
-    def _hold(self, bundle: Bundle) -> OsProcess | None:
-        """The process a bundle names, if it lives and is the one that wrote it."""
+    @staticmethod
+    def _hold(bundle: Bundle) -> OsProcess:
+        """The process a bundle names, if it lives and is the one that wrote it.
+
+        Raises:
+            BundleError: It is not.
+        """
+        word = bundle.read_bootstrap()
+        if word.boot_id != handshake.boot_id() or word.pid < 2:
+            raise BundleError("its bootstrap is from another boot of this machine")
         try:
-            bundle.check_owned()
-            word = bundle.read_bootstrap()
-            if word.boot_id != handshake.boot_id() or word.pid < 2:
-                return None
             pidfd = os.pidfd_open(word.pid)
-        except (BundleError, ProcessLookupError):
-            return None
+        except ProcessLookupError as error:
+            raise BundleError(f"no process {word.pid}") from error
         try:
             # After the descriptor is held, so the id cannot come to mean another process.
             same = handshake.start_ticks(word.pid) == word.start_ticks
@@ -183,9 +187,8 @@ class LocalLauncher:
             same = False
         if not same:
             os.close(pidfd)
-            return None
-        process = OsProcess(word.pid, pidfd, bundle.read_exit)
-        return process
+            raise BundleError(f"process {word.pid} is another than the one that wrote the bundle")
+        return OsProcess(word.pid, pidfd, bundle.read_exit)
 
     def _connect(
         self, spec: WorkerSpec, bundle: Bundle, process: OsProcess, socket: Path
@@ -194,7 +197,6 @@ class LocalLauncher:
             spec,
             process,
             f"unix:{socket}",
-            max_message_bytes=self._max_message_bytes,
             tail=bundle.log_tail,
         )
 
@@ -227,6 +229,16 @@ class LocalLauncher:
         if answer.protocol_version not in spoken:
             raise BundleError(f"it speaks protocol {answer.protocol_version}, not {spoken}")
 
+    async def _wait_for_bootstrap(self, bundle: Bundle) -> None:
+        """Wait for a worker that its launcher did not see come up."""
+        deadline = time.monotonic() + self._start_timeout_s
+        while not bundle.serves():
+            if not bundle.locked():
+                raise BundleError("it died at its start")
+            if time.monotonic() > deadline:
+                raise BundleError(f"it did not serve within {self._start_timeout_s:g} s")
+            await asyncio.sleep(START_POLL_S)
+
     async def _wait_until_serving(self, bundle: Bundle, process: OsProcess) -> None:
         deadline = time.monotonic() + self._start_timeout_s
         while not bundle.serves():
@@ -237,12 +249,14 @@ class LocalLauncher:
             await asyncio.sleep(START_POLL_S)
 
 
-def start(spec: WorkerSpec, bundle: Bundle) -> OsProcess:
+def start(spec: WorkerSpec, bundle: Bundle, lock: int) -> OsProcess:
     """Exec a worker for a prepared bundle.
 
     Args:
         spec: What it is for.
         bundle: Holds the specification; takes the log.
+        lock: The bundle's lock; the worker inherits it, never looks at it, and so holds it until
+            its end, however that comes.
     """
     command = [
         sys.executable,
@@ -262,6 +276,7 @@ def start(spec: WorkerSpec, bundle: Bundle) -> OsProcess:
             env=environment(os.environ, spec.num_threads),
             start_new_session=True,
             close_fds=True,
+            pass_fds=(lock,),
         )
     adopt_child(child)
     return OsProcess(child.pid, os.pidfd_open(child.pid), bundle.read_exit)

@@ -14,7 +14,7 @@ from typing import TypeVar, cast
 import grpc
 from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
 
-from firetitan_daemon import handshake, status
+from firetitan_daemon import status
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import (
     Command,
@@ -43,7 +43,6 @@ class RemoteWorker:
         spec: What it was started for.
         process: Its process; the end of it ends every call.
         address: Its socket, `unix:...`.
-        max_message_bytes: Largest answer taken.
         tail: Reads the last lines of its log, for errors.
     """
 
@@ -53,7 +52,6 @@ class RemoteWorker:
         process: Process,
         address: str,
         *,
-        max_message_bytes: int = handshake.WORKER_MESSAGE_BYTES,
         tail: Callable[[], str] = str,
     ) -> None:
         self._spec = spec
@@ -67,7 +65,7 @@ class RemoteWorker:
                 ("grpc.initial_reconnect_backoff_ms", 50),
                 ("grpc.min_reconnect_backoff_ms", 50),
                 ("grpc.max_reconnect_backoff_ms", 250),
-                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_receive_message_length", -1),
                 ("grpc.max_send_message_length", -1),
             ),
         )

@@ -11,7 +11,6 @@ from pathlib import Path
 import grpc
 from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
 
-from firetitan_daemon import handshake
 from firetitan_daemon.engine.api import SampleEngine, TrainEngine
 from firetitan_daemon.worker.sampler import SamplerServicer
 from firetitan_daemon.worker.servicer import (
@@ -27,8 +26,9 @@ from firetitan_daemon.worker.trainer import TrainerServicer
 TRAINER = "trainer"
 SAMPLER = "sampler"
 
+# The daemon's own limit on public messages bounds these.
 _OPTIONS = (
-    ("grpc.max_receive_message_length", handshake.WORKER_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.so_reuseport", 0),
 )

@@ -29,8 +29,10 @@ from firetitan_daemon import handshake
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Command, Outcome, SnapshotLayer, Worker, WorkerLauncher
 from firetitan_daemon.core.records import LoraSettings
+from firetitan_daemon.launch import convert
+from firetitan_daemon.launch.bundle import Bundle
 from firetitan_daemon.launch.in_process import InProcessLauncher
-from firetitan_daemon.launch.local import LocalLauncher
+from firetitan_daemon.launch.local import LocalLauncher, start
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -384,8 +386,7 @@ async def test_a_new_daemon_finds_its_worker(
     with pytest.raises(FiretitanError) as caught:
         await launcher.launch(TRAINER_SPEC)
     assert caught.value.reason is Reason.ALREADY_EXISTS
-    with pytest.raises(FiretitanError, match="still runs"):
-        await launcher.discard(TRAINER_SPEC)
+    await launcher.discard(TRAINER_SPEC)
     found = await launcher.adopt(TRAINER_SPEC)
     assert found is not None and found.pid == trainer.pid
     assert await found.execute(step) == first
@@ -481,6 +482,37 @@ async def test_the_worker_is_a_session_leader_with_a_scrubbed_environment(
     assert path.stat().st_mode & 0o777 == 0o600
     assert len(os.fsencode(path.name)) <= 24
     assert (tmp_path / "workers" / "trainer-1").stat().st_mode & 0o077 == 0
+
+
+async def test_a_worker_whose_launcher_died_right_after_exec_is_found(
+    local: LocalLauncher, ends: list[Worker], tmp_path: Path
+) -> None:
+    bundle = Bundle(tmp_path / "workers", "trainer-1")
+    lock = bundle.lock()
+    assert lock is not None
+    (tmp_path / "run").mkdir(mode=0o700)
+    path = handshake.socket_path(tmp_path / "run", "trainer-1", "a" * 32)
+    bundle.prepare(convert.spec_to_proto(TRAINER_SPEC, f"unix:{path}", "a" * 32))
+    process = start(TRAINER_SPEC, bundle, lock)
+    os.close(lock)
+    assert not bundle.serves()
+    with pytest.raises(FiretitanError) as caught:
+        await local.launch(TRAINER_SPEC)
+    assert caught.value.reason is Reason.ALREADY_EXISTS
+    worker = await local.adopt(TRAINER_SPEC)
+    assert worker is not None and worker.pid == process.pid
+    ends.append(worker)
+
+
+async def test_a_worker_of_the_protocol_before_is_adopted_an_older_one_is_not(
+    local: LocalLauncher, ends: list[Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = await local.launch(TRAINER_SPEC)
+    ends.append(worker)
+    monkeypatch.setattr(handshake, "PROTOCOL_VERSION", 2)
+    assert await local.adopt(TRAINER_SPEC) is not None
+    monkeypatch.setattr(handshake, "OLDEST_PROTOCOL_VERSION", 2)
+    assert await local.adopt(TRAINER_SPEC) is None
 
 
 @pytest.fixture
