@@ -1,0 +1,141 @@
+"""Where the daemon is, and starting one.
+
+Knows: FIRETITAN_HOME, `daemon.json`, the forms an address can take, the command that starts a
+daemon. Must not know: gRPC, what is asked of the daemon.
+
+Nothing here or elsewhere in the client ever dials out: a cloud URL means the local daemon.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from firetitan_client.errors import DaemonNotRunning
+
+logger = logging.getLogger("firetitan")
+
+START_COMMAND = "firetitand serve"
+_ENDPOINT = "firetitan+"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An address and, where it names one, a trainer on it."""
+
+    address: str
+    """A gRPC target, e.g. `unix:/home/me/.firetitan/run/firetitan.sock`."""
+    trainer_id: str | None = None
+
+    @property
+    def base_url(self) -> str:
+        """As text that any process can pass as `base_url`."""
+        return f"{_ENDPOINT}{self.address}" + (f"#{self.trainer_id}" if self.trainer_id else "")
+
+
+def home() -> Path:
+    """`$FIRETITAN_HOME`, else `~/.firetitan`."""
+    return Path(os.environ.get("FIRETITAN_HOME") or "~/.firetitan").expanduser().absolute()
+
+
+def resolve(base_url: str | None = None, address: str | None = None) -> Endpoint:
+    """Find the daemon: `address`, an address in `base_url`, FIRETITAN_ADDRESS, FIRETITAN_HOME.
+
+    Args:
+        base_url: None or a cloud URL (both mean the local daemon), or an address, or an endpoint
+            `firetitan+unix:/path#trainer`.
+        address: `unix:/path` or `/path`; wins.
+
+    Raises:
+        ValueError: Not an address.
+    """
+    trainer_id = None
+    if base_url and base_url.startswith(_ENDPOINT):
+        base_url, _, fragment = base_url.removeprefix(_ENDPOINT).partition("#")
+        trainer_id = fragment or None
+    elif base_url and base_url.startswith(("http://", "https://")):
+        logger.info("base_url=%s is not dialled: the local daemon serves", base_url)
+        base_url = None
+    given = address or base_url or os.environ.get("FIRETITAN_ADDRESS")
+    return Endpoint(_normalise(given) if given else _local_address(), trainer_id)
+
+
+def _normalise(address: str) -> str:
+    if address.startswith(_ENDPOINT):
+        address = address.removeprefix(_ENDPOINT).partition("#")[0]
+    path = address.removeprefix("unix://") if address.startswith("unix:///") else (
+        address.removeprefix("unix:")
+    )
+    if path.startswith(("/", "~", "./")):
+        return f"unix:{Path(path).expanduser().absolute()}"
+    raise ValueError(
+        f"address: {address!r} is not a Unix socket; give unix:/path/to/firetitan.sock "
+        f"(the daemon writes its own to {home() / 'daemon.json'})"
+    )
+
+
+def _local_address() -> str:
+    try:
+        return str(json.loads((home() / "daemon.json").read_text())["address"])
+    except (OSError, ValueError, KeyError):
+        return f"unix:{home() / 'run' / 'firetitan.sock'}"
+
+
+def not_running(address: str) -> DaemonNotRunning:
+    """The error for an address where nobody listens."""
+    return DaemonNotRunning(f"no daemon at {address}; start one with: {START_COMMAND}")
+
+
+def autostart_wanted(autostart: bool | None) -> bool:
+    """Whether to start a daemon: the argument, else FIRETITAN_AUTOSTART."""
+    if autostart is not None:
+        return autostart
+    return os.environ.get("FIRETITAN_AUTOSTART", "").lower() in ("1", "true", "yes")
+
+
+def start_daemon(timeout_s: float = 30.0) -> str:
+    """Start a detached daemon on this home and wait until it serves; returns its address.
+
+    Raises:
+        DaemonNotRunning: It ended or did not serve in time; the text ends with its log.
+    """
+    command = _command()
+    log_path = home() / "log" / "firetitand.log"
+    log_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    record = home() / "daemon.json"
+    before = record.stat().st_mtime_ns if record.exists() else 0
+    with log_path.open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={name: value for name, value in os.environ.items() if name != "FIRETITAN_ADDRESS"},
+        )
+    logger.warning("no daemon was running: started `%s`, pid %d", " ".join(command), process.pid)
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if record.exists() and record.stat().st_mtime_ns != before:
+            return _local_address()
+        code = process.poll()
+        if code == 3:  # another process was faster: its daemon owns the state
+            return _local_address()
+        if code is not None:
+            break
+        time.sleep(0.02)
+    tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-10:])
+    raise DaemonNotRunning(f"`{' '.join(command)}` does not serve; the end of {log_path}:\n{tail}")
+
+
+def _command() -> list[str]:
+    beside = Path(sys.executable).parent / "firetitand"
+    found = str(beside) if beside.exists() else shutil.which("firetitand")
+    return [found, "serve"] if found else [sys.executable, "-m", "firetitan_daemon", "serve"]

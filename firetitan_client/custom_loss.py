@@ -1,0 +1,265 @@
+"""forward_backward_custom: the user's loss runs here, the model's passes in the worker.
+
+Knows: torch (imported when called), the Forward / Backward commands, which failures allow another
+way. Must not know: queues, sequence numbers, threads other than its own.
+
+    Forward (graph kept) -> logprobs -> the user's loss, differentiated here -> Backward (dC/dlogp)
+
+One forward a call. Where the worker let go of the graph and the weights are the same, the linear
+surrogate sum(-weights * logprobs) with weights = -dC/dlogprobs has the same gradient. Where another
+client moved the weights in between, forward and loss run once more, then WeightsChanged is raised.
+Source: the algorithm of tinker's `forward_backward_custom`, without its second forward.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from firetitan.v1 import operation_pb2, tensor_pb2, training_service_pb2
+
+from firetitan_client import convert
+from firetitan_client.errors import GraphExpired, PrecedingFailed, Unsupported, WeightsChanged
+from firetitan_client.futures import APIFuture
+
+if TYPE_CHECKING:
+    from firetitan_client.lane import Hold, Lane
+
+LossFn = Callable[[Any, list[Any]], tuple[Any, dict[str, float]]]
+
+_OUTPUTS = ("logprobs", "embedding", "cos_similarity_matrix")
+_POOLINGS = ("mean", "last")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the user's loss gave."""
+
+    value: float
+    metrics: dict[str, float]
+    grads: list[npt.NDArray[np.float32]]
+    """dC/dlogprobs, one array a datum."""
+    surrogate: float
+    """sum(logprobs * dC/dlogprobs): what tinker reports as the surrogate's loss."""
+
+
+def check_options(loss_type_input: str, output: str, pooling: str, precomputed: Any) -> None:
+    """Refuse what is wrong or not supported.
+
+    Raises:
+        ValueError: An unknown option.
+        NotImplementedError: A known one that is not supported here.
+    """
+    if loss_type_input not in (None, "logprobs"):
+        raise convert.invalid("loss_type_input", f"is {loss_type_input!r}; give 'logprobs'")
+    if output not in _OUTPUTS:
+        raise convert.invalid(
+            "output",
+            f"Unsupported output={output!r}; expected 'logprobs', 'embedding', or "
+            "'cos_similarity_matrix'",
+        )
+    if pooling not in _POOLINGS:
+        raise convert.invalid(
+            "pooling", f"Unsupported pooling={pooling!r}; expected 'mean' or 'last'"
+        )
+    if output != "logprobs":
+        raise Unsupported(f"output={output!r} is not supported yet; losses get 'logprobs'")
+    if precomputed is not None:
+        raise Unsupported(
+            "precomputed_forward is not supported; leave it out: a custom loss costs one forward"
+        )
+
+
+class CustomLossCall:
+    """One call. `begin` runs in the caller's thread and returns once Backward is submitted.
+
+    Args:
+        lane: Where its commands go; the calls behind it wait until it is through.
+        data: The user's datums, handed to the loss as they are.
+        loss_fn: `(data, logprobs_list) -> (scalar loss, metrics)`, in torch.
+    """
+
+    def __init__(self, lane: Lane, data: Any, loss_fn: LossFn) -> None:
+        _torch()
+        self._lane = lane
+        self._data = data
+        self._loss_fn = loss_fn
+        self._messages = convert.custom_data_to_proto(data)
+        self._body = training_service_pb2.ForwardRequest(
+            data=self._messages, loss_fn="cross_entropy", retain_graph=True
+        ).SerializeToString()
+        self._second_try = False
+        self._last: APIFuture[Any] | None = None
+        self.future: APIFuture[Any] = APIFuture("forward_backward_custom")
+        self._hold: Hold = lane.hold()
+
+    def begin(self) -> APIFuture[Any]:
+        """Forward, loss, then submit Backward.
+
+        Raises:
+            Exception: Whatever the user's loss raised; nothing was accumulated.
+            FiretitanError: The forward failed.
+        """
+        try:
+            self._forward_and_loss()
+        except BaseException as error:
+            if self._last is not None:
+                self._lane.mark_seen(self._last)
+            self._hold.release(error)
+            raise
+        return self.future
+
+    def _forward_and_loss(self) -> None:
+        forward = self._submit(
+            "Forward", self._body, training_service_pb2.ForwardResponse
+        )
+        result: operation_pb2.ForwardResult = forward.result()
+        try:
+            loss = self._run_loss(result)
+        except BaseException:
+            self._drop(result.graph)
+            raise
+        if result.graph:
+            self._backward(result, loss)
+        else:
+            self._surrogate(result, loss)
+
+    def _submit(self, method: str, body: bytes, response: type[Any]) -> APIFuture[Any]:
+        self._last = self._hold.submit(
+            f"TrainingService/{method}", body, response, lambda operation: operation.forward
+        )
+        return self._last
+
+    def _run_loss(self, result: operation_pb2.ForwardResult) -> Loss:
+        torch = _torch()
+        arrays = [convert.tensor_from_proto(one.tensors["logprobs"]) for one in result.outputs]
+        leaves = [torch.from_numpy(array.copy()).requires_grad_() for array in arrays]
+        returned = self._loss_fn(self._data, leaves)
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise TypeError(
+                f"loss_fn: returned {type(returned).__name__}; return (loss, metrics)"
+            )
+        value, metrics = returned
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            raise TypeError("loss_fn: the loss must be a torch tensor with one element")
+        if value.requires_grad:
+            value.backward()
+        grads = []
+        for index, leaf in enumerate(leaves):
+            if leaf.grad is None:
+                raise ValueError(
+                    f"No gradient computed for logprob tensor {index}: the loss must depend on "
+                    "the logprobs of every datum (times 0 where they should not count)"
+                )
+            grads.append(leaf.grad.numpy())
+        surrogate = sum(
+            float(np.sum(array.astype(np.float64) * grad))
+            for array, grad in zip(arrays, grads, strict=True)
+        )
+        return Loss(float(value.detach()), dict(metrics or {}), grads, surrogate)
+
+    def _backward(self, result: operation_pb2.ForwardResult, loss: Loss) -> None:
+        body = training_service_pb2.BackwardRequest(
+            graph=result.graph,
+            output_grads=[convert.tensor_to_proto(_float32(grad)) for grad in loss.grads],
+        ).SerializeToString()
+        backward = self._submit("Backward", body, training_service_pb2.BackwardResponse)
+        self._finish_with(backward, result, loss)
+
+    def _surrogate(self, result: operation_pb2.ForwardResult, loss: Loss) -> None:
+        data = []
+        for message, grad in zip(self._messages, loss.grads, strict=True):
+            datum = tensor_pb2.Datum()
+            datum.CopyFrom(message)
+            datum.loss_fn_inputs["weights"].CopyFrom(convert.tensor_to_proto(_float32(-grad)))
+            data.append(datum)
+        body = training_service_pb2.ForwardBackwardRequest(
+            data=data, loss_fn="cross_entropy", expected_step=result.step
+        ).SerializeToString()
+        backward = self._submit(
+            "ForwardBackward", body, training_service_pb2.ForwardBackwardResponse
+        )
+        self._finish_with(backward, result, loss)
+
+    def _finish_with(
+        self, backward: APIFuture[Any], result: operation_pb2.ForwardResult, loss: Loss
+    ) -> None:
+        backward.add_done_callback(lambda done: self._done(backward, result, loss))
+
+    def _done(
+        self, backward: APIFuture[Any], result: operation_pb2.ForwardResult, loss: Loss
+    ) -> None:
+        error = backward.exception(0)
+        self.future.operation = backward.operation
+        if error is None:
+            self._hold.release()
+            self.future.finish(self._output(result, loss))
+        elif isinstance(error, GraphExpired):
+            self._hold.forgive(backward)
+            self._apart(lambda: self._surrogate(result, loss))
+        elif isinstance(error, WeightsChanged) and not self._second_try:
+            self._second_try = True
+            self._hold.forgive(backward)
+            self._apart(self._forward_and_loss)
+        else:
+            self._fail(error)
+
+    def _apart(self, work: Callable[[], None]) -> None:
+        """Go on in a thread of its own: the caller has left, and this one delivers results."""
+
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:  # the user's loss may raise anything; its future says so
+                self._fail(error)
+
+        threading.Thread(target=run, name="firetitan-custom-loss", daemon=True).start()
+
+    def _fail(self, error: BaseException) -> None:
+        if not isinstance(error, PrecedingFailed):
+            failure = self._lane.report("forward_backward_custom", error, self._last)
+            self.future._on_seen = lambda: self._lane.see(failure)
+        self._hold.release(error)
+        self.future.finish(error=error)
+
+    def _drop(self, graph: str) -> None:
+        """Let the worker free a graph that will not be used."""
+        if not graph:
+            return
+        dropped = self._hold.submit(
+            "TrainingService/Backward",
+            training_service_pb2.BackwardRequest(graph=graph).SerializeToString(),
+            training_service_pb2.BackwardResponse,
+            lambda operation: operation.forward,
+        )
+        dropped.add_done_callback(lambda _: self._lane.mark_seen(dropped))
+
+    def _output(self, result: operation_pb2.ForwardResult, loss: Loss) -> Any:
+        output = convert.forward_output(result)
+        output.metrics.clear()
+        output.metrics.update(
+            {name: value for name, value in result.metrics.items() if name != "loss:sum"}
+        )
+        output.metrics.update(loss.metrics)
+        output.metrics["loss:sum"] = loss.value
+        output.metrics["surrogate_loss:sum"] = loss.surrogate
+        return output
+
+
+def _float32(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    return np.ascontiguousarray(array, dtype="<f4")
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(
+            "PyTorch is not installed. Cannot run custom forward_backward."
+        ) from None
+    return torch
+

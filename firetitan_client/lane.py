@@ -1,0 +1,401 @@
+"""One client's order in a session: calls wait here in call order until they are sent.
+
+Knows: the queue, places held by custom losses, which failures the user has seen. Must not know:
+what commands mean or what results look like; it takes bytes and gives operations.
+
+A call gets its number when it is sent, so a call that first waits for another (a custom loss)
+leaves no hole. `submit`, `hold` and `close` may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import threading
+import uuid
+import weakref
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from firetitan.v1 import operation_pb2
+
+from firetitan_client import transport as transports
+from firetitan_client.attachment import Attachment, Command, Place
+from firetitan_client.errors import (
+    ClientClosed,
+    FiretitanError,
+    InvalidArgument,
+    OperationCancelled,
+    PrecedingFailed,
+    from_status,
+)
+from firetitan_client.futures import APIFuture
+from firetitan_client.transport import Transport, deliver
+
+WINDOW = 32
+"""Commands accepted and not done, at most."""
+SENDS = 4
+"""Commands on their way to the daemon, at most."""
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_EXIT_FLUSH_S = 5.0
+
+Convert = Callable[[operation_pb2.Operation], Any]
+
+
+@dataclass(eq=False)
+class Failure:
+    """A failed call that the user may not have looked at yet."""
+
+    label: str
+    error: BaseException
+    attachment: object
+    seq: int
+
+
+@dataclass(eq=False)
+class Hold:
+    """A place in the queue that its owner fills with as many commands as it needs."""
+
+    lane: Lane
+    seen_failure: int
+    commands: deque[Command] = field(default_factory=deque)
+    released: bool = False
+    barred: FiretitanError | None = None
+
+    def submit(
+        self, method: str, body: bytes, response: type[Any], convert: Convert
+    ) -> APIFuture[Any]:
+        """Send a command from this place; its owner must look at how it ends."""
+        command = self.lane.make(method, body, response, convert)
+        command.surfaces = False
+        command.seen_failure = self.seen_failure
+        self.lane.enqueue(self.commands, command)
+        return command.future
+
+    def forgive(self, future: APIFuture[Any]) -> None:
+        """Go on after a failed command of this place."""
+        self.seen_failure = max(self.seen_failure, self.lane.seq_of(future))
+
+    def release(self, failure: BaseException | None = None) -> None:
+        """Let the calls behind go on; after a `failure` those that are there already fail."""
+        self.lane.release(self, failure)
+
+
+class Lane:
+    """A client's lane in one session; opened by the first command.
+
+    Args:
+        transport: The daemon.
+        attach: Attaches under the given client id; says where that stands.
+    """
+
+    def __init__(self, transport: Transport, attach: Callable[[str], Awaitable[Place]]) -> None:
+        self._transport = transport
+        self._attach = attach
+        self._closed = False
+        self._reset()
+        transports.on_fork(self)
+        _lanes.add(self)
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._queue: deque[Command | Hold] = deque()
+        self._seqs: weakref.WeakKeyDictionary[APIFuture[Any], int] = weakref.WeakKeyDictionary()
+        self._failures: list[Failure] = []
+        self._seen_failure = 0
+        self._attachment: Attachment | None = None
+        self._former: list[Attachment] = []
+        self._opening: asyncio.Task[Place] | None = None
+        self._accepted, self._finished = threading.Event(), threading.Event()
+        self._accepted.set()
+        self._finished.set()
+
+    def after_fork(self) -> None:
+        """In a child: a lane of its own; the parent's commands are the parent's."""
+        self._reset()
+
+    # From any thread
+
+    def submit(
+        self, method: str, body: bytes, response: type[Any], convert: Convert
+    ) -> APIFuture[Any]:
+        """Queue a command; returns at once.
+
+        Args:
+            method: `Service/Method`.
+            body: The request's bytes without its header.
+            response: Class of the RPC's answer.
+            convert: Makes the user's result of the finished operation.
+
+        Raises:
+            FiretitanError: What an earlier call failed with that nobody has looked at; or closed;
+                or too large.
+        """
+        self.raise_unseen()
+        command = self.make(method, body, response, convert)
+        self.enqueue(self._queue, command)
+        return command.future
+
+    def hold(self) -> Hold:
+        """Take a place in the queue; whoever takes it must release it.
+
+        Raises:
+            FiretitanError: As `submit`.
+        """
+        self.raise_unseen()
+        self._check_open()
+        hold = Hold(self, self._seen_failure)
+        self.enqueue(self._queue, hold)
+        return hold
+
+    def raise_unseen(self) -> None:
+        """Raise what an earlier call failed with, if nobody has looked at it yet."""
+        with self._lock:
+            failure = self._failures[0] if self._failures else None
+        if failure is not None:
+            self.see(failure)
+            failure.error.add_note(
+                f"raised by the next call on this client, which was not sent: {failure.label} "
+                "had failed and nobody had looked at its result"
+            )
+            raise failure.error
+
+    def make(
+        self, method: str, body: bytes, response: type[Any], convert: Convert
+    ) -> Command:
+        """A command with its future."""
+        self._check_open()
+        if len(body) > MAX_MESSAGE_BYTES:
+            raise InvalidArgument(
+                f"data: this call takes {len(body) / 2**20:.0f} MiB, one call may take "
+                f"{MAX_MESSAGE_BYTES // 2**20} MiB; send it in several calls, gradients add up",
+                reason="REQUEST_TOO_LARGE",
+                field="data",
+            )
+        future: APIFuture[Any] = APIFuture(method.partition("/")[2])
+        command = Command(
+            method, body, response, convert, future, seen_failure=self._seen_failure
+        )
+        future._canceller = lambda: self._cancel(command)
+        return command
+
+    def enqueue(self, queue: deque[Any], item: Command | Hold) -> None:
+        """Append in call order and wake the loop."""
+        with self._lock:
+            queue.append(item)
+            self._accepted.clear()
+            self._finished.clear()
+        transports.loop().call_soon_threadsafe(self._pump)
+
+    def release(self, hold: Hold, failure: BaseException | None) -> None:
+        """Let the calls behind a hold go on; see `Hold.release`."""
+
+        def let_go() -> None:
+            hold.released = True
+            if failure is not None:
+                self._fail_queued(f"a custom loss ended with {type(failure).__name__}")
+            self._pump()
+
+        transports.loop().call_soon_threadsafe(let_go)
+
+    def report(self, label: str, error: BaseException, cause: APIFuture[Any] | None) -> Failure:
+        """Note a failure that the next call raises unless it is seen before."""
+        failure = Failure(label, error, self._attachment, self.seq_of(cause) if cause else 0)
+        with self._lock:
+            self._failures.append(failure)
+        return failure
+
+    def see(self, failure: Failure) -> None:
+        """The user has been shown a failure."""
+        with self._lock:
+            if failure in self._failures:
+                self._failures.remove(failure)
+            if failure.attachment is self._attachment:
+                self._seen_failure = max(self._seen_failure, failure.seq)
+
+    def mark_seen(self, future: APIFuture[Any]) -> None:
+        """The user has been shown how a command of a hold ended, or need not be."""
+        if future.done() and not future.cancelled():
+            error = future.exception(0)
+            if error is not None and not isinstance(error, PrecedingFailed):
+                self.see(Failure("", error, self._attachment, self.seq_of(future)))
+
+    def seq_of(self, future: APIFuture[Any]) -> int:
+        """Place in the lane of a sent command, by its future; 0 where it was not sent."""
+        return self._seqs.get(future, 0)
+
+    def wait_accepted(self, timeout_s: float | None = None) -> bool:
+        """Wait until the daemon has accepted everything queued."""
+        return self._accepted.wait(timeout_s)
+
+    def wait_finished(self, timeout_s: float | None = None) -> bool:
+        """Wait until everything queued is done."""
+        return self._finished.wait(timeout_s)
+
+    def close(self) -> None:
+        """Refuse further calls; what was queued still runs."""
+        self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClientClosed("this client is closed; create a new one")
+
+    def _cancel(self, command: Command) -> bool:
+        with self._lock:
+            waiting = command in self._queue
+            if waiting:
+                self._queue.remove(command)
+        if waiting:
+            return command.future.finish_cancelled()
+        attachment = self._attachment
+        if attachment is None or not command.seq or transports.in_own_thread():
+            return False
+        return transports.run(attachment.cancel(command)).result()
+
+    # On the loop
+
+    def _pump(self) -> None:
+        if self._attachment is None:
+            if self._queue and self._opening is None:
+                self._open()
+        else:
+            attachment = self._attachment
+            while attachment.num_sending < SENDS and attachment.num_open < WINDOW:
+                command = self._next()
+                if command is None:
+                    break
+                attachment.send(command)
+                self._seqs[command.future] = command.seq
+        attachments = [*self._former, *([self._attachment] if self._attachment else [])]
+        with self._lock:
+            if not self._queue:
+                if not any(one.num_sending for one in attachments):
+                    self._accepted.set()
+                if not any(one.num_open for one in attachments):
+                    self._finished.set()
+        self._former = [one for one in self._former if one.num_open]
+
+    def _next(self) -> Command | None:
+        with self._lock:
+            while self._queue:
+                head = self._queue[0]
+                if isinstance(head, Command):
+                    self._queue.popleft()
+                    return head
+                if head.commands:
+                    command = head.commands.popleft()
+                    if head.barred is None:
+                        return command
+                    deliver(command.future.finish, None, head.barred)
+                elif head.released:
+                    self._queue.popleft()
+                else:
+                    return None
+            return None
+
+    def _open(self) -> None:
+        client_id = uuid.uuid4().hex
+
+        async def attach() -> Place:
+            return await self._attach(client_id)
+
+        self._opening = transports.loop().create_task(attach())
+        self._opening.add_done_callback(lambda task: self._opened(client_id, task))
+
+    def _opened(self, client_id: str, task: asyncio.Task[Place]) -> None:
+        self._opening = None
+        error = task.exception()
+        if error is not None:
+            self._fail_queued("the session could not be reached", error)
+        else:
+            self._attachment = Attachment(
+                self._transport,
+                client_id,
+                task.result(),
+                settled=self._settled,
+                refused=self._refused,
+                lost=self._lost,
+                moved=self._pump,
+            )
+            self._seen_failure = 0
+        self._pump()
+
+    def _settled(self, command: Command, operation: operation_pb2.Operation) -> None:
+        deliver(self._finish, command, operation, self._attachment)
+
+    def _finish(self, command: Command, operation: operation_pb2.Operation, owner: object) -> None:
+        if not operation.HasField("error"):
+            command.future.finish(command.convert(operation))
+            return
+        error = from_status(operation.error)
+        if isinstance(error, OperationCancelled):
+            command.future.finish_cancelled()
+            return
+        self._fail(command, error, owner)
+
+    def _fail(self, command: Command, error: BaseException, owner: object) -> None:
+        if command.surfaces and not isinstance(error, PrecedingFailed):
+            failure = Failure(command.label, error, owner, command.seq)
+            with self._lock:
+                self._failures.append(failure)
+            command.future._on_seen = lambda: self.see(failure)
+        command.future.finish(error=error)
+
+    def _refused(self, attachment: Attachment, command: Command, error: FiretitanError) -> None:
+        """A command was not accepted, so nothing behind it will run: go on under a new id."""
+        behind = attachment.drop_behind(command.seq)
+        deliver(self._fail, command, error, attachment)
+        for other in behind:
+            deliver(self._fail, other, _preceding(f"{command.label} was not accepted"), attachment)
+        self._leave(attachment, f"{command.label} was not accepted")
+
+    def _lost(
+        self, attachment: Attachment, commands: list[Command], error: FiretitanError
+    ) -> None:
+        for command in commands:
+            deliver(self._fail, command, error, attachment)
+        self._leave(attachment, "the session was lost")
+
+    def _leave(self, attachment: Attachment, why: str) -> None:
+        if self._attachment is attachment:
+            self._former.append(attachment)
+            self._attachment = None
+            self._fail_queued(why)
+        self._pump()
+
+    def _fail_queued(self, why: str, error: BaseException | None = None) -> None:
+        """Fail what waits in the queue: it was called before the user could know."""
+        with self._lock:
+            waiting, self._queue = list(self._queue), deque()
+            for item in waiting:
+                if isinstance(item, Hold) and not item.released:
+                    item.barred = _preceding(why) if error is None else _as_error(error)
+                    self._queue.append(item)
+        first = error is not None
+        for item in waiting:
+            if isinstance(item, Command):
+                deliver(self._fail, item, error if first and error else _preceding(why), None)
+                first = False
+
+
+def _preceding(why: str) -> PrecedingFailed:
+    return PrecedingFailed(f"not run: {why}; look at that error, then call this again")
+
+
+def _as_error(error: BaseException) -> FiretitanError:
+    return error if isinstance(error, FiretitanError) else PrecedingFailed(str(error))
+
+
+_lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
+
+
+def _flush_at_exit() -> None:
+    for lane in list(_lanes):
+        lane.wait_accepted(_EXIT_FLUSH_S)
+
+
+atexit.register(_flush_at_exit)

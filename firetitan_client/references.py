@@ -1,0 +1,135 @@
+"""Names a user passes: checkpoints, snapshots, their aliases.
+
+Knows: which texts may be names and how references are written. Must not know: whether what they
+name exists; the daemon says.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from firetitan.v1 import checkpoint_pb2
+
+from firetitan_client.errors import InvalidArgument, Unsupported
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_RULE = "use 1 to 128 letters, digits, '.', '_' and '-', a letter or digit first"
+_KINDS = ("base", "delta", "merged_base")
+_TINKER = re.compile(r"tinker://([^/]+)/(weights|sampler_weights)/([^/]+)")
+
+
+def check_name(name: Any, field: str = "name") -> str:
+    """A name for something new.
+
+    Raises:
+        InvalidArgument: It breaks the rule for names.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidArgument(
+            f"{field}: {name!r} is not a valid name; {_RULE}", reason="NAME_INVALID", field=field
+        )
+    return name
+
+
+def refuse_ttl(ttl_seconds: int | None) -> None:
+    """Refuse a time to live rather than ignore it.
+
+    Raises:
+        Unsupported: One was given.
+    """
+    if ttl_seconds is not None:
+        raise Unsupported(
+            f"ttl_seconds={ttl_seconds}: expiry is not supported yet; leave it out", 
+            field="ttl_seconds",
+        )
+
+
+def snapshot_kind(
+    checkpoint_type: str | None, export_precision: str | None
+) -> checkpoint_pb2.Snapshot.Kind.ValueType:
+    """The kind a `checkpoint_type` asks for.
+
+    Raises:
+        InvalidArgument: Not a checkpoint type.
+        Unsupported: merged_base.
+    """
+    kind = checkpoint_type.lower() if isinstance(checkpoint_type, str) else checkpoint_type
+    if kind is not None and kind not in _KINDS:
+        raise InvalidArgument(
+            f"checkpoint_type must be one of {_KINDS}, not {checkpoint_type!r}",
+            field="checkpoint_type",
+        )
+    if export_precision is not None and kind != "merged_base":
+        raise InvalidArgument(
+            "export_precision requires checkpoint_type='merged_base'", field="export_precision"
+        )
+    if kind == "merged_base":
+        raise Unsupported("checkpoint_type='merged_base' is not supported yet; use 'base'")
+    if kind == "base":
+        return checkpoint_pb2.Snapshot.KIND_BASE
+    if kind == "delta":
+        return checkpoint_pb2.Snapshot.KIND_DELTA
+    return checkpoint_pb2.Snapshot.KIND_UNSPECIFIED
+
+
+def checkpoint_reference(path: Any, name: Any = None) -> str:
+    """What load_state was given, as the daemon takes it.
+
+    Args:
+        path: A name, a full name, a reference, or a response with `.path`.
+        name: The same by another name.
+
+    Raises:
+        InvalidArgument: Nothing, both, or a snapshot for sampling.
+    """
+    if path is not None and name is not None:
+        raise InvalidArgument("pass either path or name, not both", field="name")
+    given = path if path is not None else name
+    if given is None:
+        raise TypeError("load_state() needs the name or path of a checkpoint")
+    kind = type(given).__name__
+    text = getattr(given, "path", given)
+    if not isinstance(text, str):
+        raise InvalidArgument(f"path: is a {kind}; give a checkpoint's name or path", field="path")
+    text = text.strip()
+    alias = _TINKER.fullmatch(text)
+    if (
+        kind in ("SaveWeightsForSamplerResponse", "SaveSamplerResult")
+        or text.startswith("snapshots/")
+        or (alias is not None and alias[2] == "sampler_weights")
+    ):
+        raise InvalidArgument(
+            f"path: {text!r} is a snapshot for sampling, it has no optimizer; load a checkpoint "
+            "made by save_state",
+            field="path",
+        )
+    if alias is not None:
+        return f"cross_job://{alias[1]}/{alias[3]}"
+    if not text:
+        raise InvalidArgument("checkpoint path cannot be empty", field="path")
+    return text
+
+
+def cross_job(checkpoint_name: str, source_job_id: str | None) -> str:
+    """A reference to a checkpoint, of another trainer where one is given."""
+    check_name(checkpoint_name, "checkpoint_name")
+    if source_job_id is None:
+        return checkpoint_name
+    return f"cross_job://{check_name(source_job_id, 'source_job_id')}/{checkpoint_name}"
+
+
+def snapshot_reference(model_path: Any) -> str:
+    """What a sampling client was given, as the daemon takes it.
+
+    Raises:
+        InvalidArgument: Not a name.
+    """
+    text = getattr(model_path, "path", model_path)
+    if not isinstance(text, str) or not text.strip():
+        raise InvalidArgument(
+            f"model_path: {model_path!r} is no snapshot; give the `.path` of "
+            "save_weights_for_sampler",
+            field="model_path",
+        )
+    return text.strip()

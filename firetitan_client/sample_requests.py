@@ -1,0 +1,231 @@
+"""Sampling requests and answers: what both sampling clients share.
+
+Knows: tinker's sampling types, SampleRequest, seeds, pins. Must not know: how a deployment is made
+or brought to a snapshot.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import secrets
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from firetitan.v1 import deployment_service_pb2, sampling_service_pb2
+
+from firetitan_client import address as addresses
+from firetitan_client import convert, transport, types
+from firetitan_client.futures import APIFuture
+from firetitan_client.transport import Transport
+
+logger = logging.getLogger("firetitan")
+
+DEFAULT_MAX_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to sample from."""
+
+    transport: Transport
+    deployment: str
+    """`deployments/{deployment}`."""
+    snapshot: str = ""
+    """`snapshots/{snapshot}` to be answered by; empty: whatever is served."""
+    base_model: str = ""
+    tokenizer: str = ""
+    """Folder or id the tokenizer is loaded from."""
+
+
+@dataclass(frozen=True)
+class ServerMetrics:
+    """What one request cost on the server, in seconds."""
+
+    queue_duration: float = 0.0
+    prefill_duration: float = 0.0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+def build_request(
+    tokens: Any, num_samples: int, params: Any, *, prompt_logprobs: bool = False
+) -> sampling_service_pb2.SampleRequest:
+    """One request, its seed drawn here so that sending it again gives the same tokens.
+
+    Args:
+        tokens: `tinker.ModelInput` or token ids.
+        num_samples: Sequences; sample j draws from stream (seed, j).
+        params: `tinker.SamplingParams`, or anything with its attributes.
+        prompt_logprobs: Also return the prompt's.
+
+    Raises:
+        ValueError: A malformed argument, by name.
+    """
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise convert.invalid("num_samples", f"is {num_samples!r}; give 1 or more")
+    prompt = convert.model_input_to_proto(tokens, "prompt")
+    if not prompt.chunks[0].encoded_text.token_ids:
+        raise convert.invalid("prompt", "has no tokens; give at least one")
+    max_tokens = getattr(params, "max_tokens", None)
+    seed = getattr(params, "seed", None)
+    message = sampling_service_pb2.SamplingParams(
+        max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+        temperature=getattr(params, "temperature", 1.0),
+        top_p=getattr(params, "top_p", 1.0),
+        top_k=max(0, getattr(params, "top_k", 0)),
+        seed=secrets.randbits(62) if seed is None else seed,
+    )
+    _set_stop(message, getattr(params, "stop", None))
+    return sampling_service_pb2.SampleRequest(
+        prompt=prompt,
+        num_samples=num_samples,
+        params=message,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def _set_stop(message: sampling_service_pb2.SamplingParams, stop: Any) -> None:
+    if stop is None:
+        return
+    given = [stop] if isinstance(stop, str | int) else list(stop)
+    if not given:
+        message.ignore_eos = True
+    for index, one in enumerate(given):
+        if isinstance(one, str) and one:
+            message.stop.append(one)
+        elif isinstance(one, int | np.integer) and not isinstance(one, bool):
+            message.stop_token_ids.append(int(one))
+        else:
+            raise convert.invalid(f"stop[{index}]", f"is {one!r}; give texts or token ids")
+
+
+async def send(
+    target: Target, request: sampling_service_pb2.SampleRequest, timeout_s: float | None = None
+) -> sampling_service_pb2.SampleResponse:
+    """Sample; a daemon or worker that comes back is asked again with the same seed."""
+    request.deployment, request.snapshot = target.deployment, target.snapshot
+    answer: sampling_service_pb2.SampleResponse = await target.transport.call(
+        "SamplingService/Sample",
+        request,
+        sampling_service_pb2.SampleResponse,
+        timeout_s=timeout_s,
+    )
+    return answer
+
+
+def sample_response(response: sampling_service_pb2.SampleResponse, seed: int) -> Any:
+    """A `tinker.SampleResponse` that also names its snapshot."""
+    kind = types.sample_response_type()
+    facts: dict[str, Any] = {
+        "sequences": [_sequence(one) for one in response.sequences],
+        "snapshot": response.snapshot.rpartition("/")[2],
+        "seed": seed,
+    }
+    if response.prompt_logprobs:
+        array = np.frombuffer(response.prompt_logprobs, "<f4")
+        if "prompt_logprobs_np" in types.accepted_fields(kind):
+            facts["prompt_logprobs_np"] = array.copy()
+        else:
+            facts["prompt_logprobs"] = _optional(array)
+    return kind(**facts)
+
+
+def _sequence(sequence: sampling_service_pb2.SampledSequence) -> Any:
+    kind = types.sampled_sequence_type()
+    accepted = types.accepted_fields(kind)
+    tokens = np.frombuffer(sequence.token_ids, "<i4")
+    sampling = np.frombuffer(sequence.sampling_logprobs, "<f4")
+    facts: dict[str, Any] = {
+        "stop_reason": stop_reason(sequence),
+        "sampling_logprobs": sampling.tolist(),
+        "inference_logprobs": np.frombuffer(sequence.inference_logprobs, "<f4").tolist(),
+    }
+    if "tokens_np" in accepted:
+        facts |= {"tokens_np": tokens.copy(), "logprobs_np": sampling.copy()}
+    else:
+        facts |= {"tokens": tokens.tolist(), "logprobs": sampling.tolist()}
+    if "sequence_id" in accepted:
+        facts["sequence_id"] = uuid.uuid4().hex
+    return kind(**facts)
+
+
+def stop_reason(sequence: sampling_service_pb2.SampledSequence) -> str:
+    """Tinker's word for why a sequence ended."""
+    length = sequence.stop_reason == sampling_service_pb2.STOP_REASON_LENGTH
+    return "length" if length else "stop"
+
+
+def _optional(array: Any) -> list[float | None]:
+    return [None if np.isnan(value) else float(value) for value in array]
+
+
+def load_tokenizer(source: Any) -> Any:
+    """A Hugging Face tokenizer from a folder or id; a tokenizer object is returned as it is.
+
+    Raises:
+        ValueError: There is no source.
+    """
+    if source is None or source == "":
+        raise ValueError("no tokenizer: pass tokenizer=, or tokenizer_model= to the service")
+    if not isinstance(source, str):
+        return source
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source)
+
+
+async def set_pin(target: Target, holder: str, *, release: bool = False) -> None:
+    """Keep a snapshot loaded, or let it go."""
+    await target.transport.call(
+        "DeploymentService/PinSnapshot",
+        deployment_service_pb2.PinSnapshotRequest(
+            deployment=target.deployment, snapshot=target.snapshot, holder=holder, release=release
+        ),
+        deployment_service_pb2.PinSnapshotResponse,
+        patience_s=5.0,
+    )
+
+
+def release_pin(target: Target, holder: str) -> None:
+    """Let a pinned snapshot go, in the background."""
+
+    def log(done: concurrent.futures.Future[None]) -> None:
+        if done.exception() is not None:
+            logger.info("pin on %s not released: %s", target.snapshot, done.exception())
+
+    transport.run(set_pin(target, holder, release=True)).add_done_callback(log)
+
+
+def follow(work: Any, future: APIFuture[Any]) -> None:
+    """Run a coroutine in the background; its end becomes the future's."""
+    running = transport.run(work)
+
+    def finish(done: concurrent.futures.Future[Any]) -> None:
+        if done.cancelled():
+            transport.deliver(future.finish_cancelled)
+            return
+        error = done.exception()
+        outcome = done.result() if error is None else None
+        transport.deliver(future.finish, outcome, error)
+
+    running.add_done_callback(finish)
+
+    def cancel() -> bool:
+        running.cancel()
+        return future.finish_cancelled()
+
+    future._canceller = cancel
+
+
+def deployment_target(inference_url: str | None, model: str | None, tokenizer: Any) -> Target:
+    """A deployment by the id, name or resource path users know it by."""
+    if not model:
+        raise ValueError("model: give the deployment's id")
+    endpoint = addresses.resolve(inference_url)
+    name = model.rpartition("#")[2]
+    name = name if name.startswith("deployments/") else f"deployments/{name.rpartition('/')[2]}"
+    source = tokenizer if isinstance(tokenizer, str) else ""
+    return Target(transport.connect(endpoint.address), name, tokenizer=source)

@@ -1,0 +1,232 @@
+"""FiretitanSamplingClient: tinker's sampling calls, as requests to one deployment.
+
+Knows: which call is which request, what users may pass. Must not know: how a deployment is made
+or brought to a snapshot.
+"""
+
+from __future__ import annotations
+
+import uuid
+import weakref
+from typing import Any
+
+import numpy as np
+from firetitan.v1 import sampling_service_pb2
+
+from firetitan_client import convert, types
+from firetitan_client.deployment_sampler import DeploymentSampler
+from firetitan_client.errors import ClientClosed, Unsupported
+from firetitan_client.futures import APIFuture, SelfFuture, completed
+from firetitan_client.sample_requests import (
+    Target,
+    build_request,
+    deployment_target,
+    follow,
+    load_tokenizer,
+    release_pin,
+    sample_response,
+    send,
+    set_pin,
+)
+
+
+class FiretitanSamplingClient(SelfFuture[Target]):
+    """Samples from a deployment, in tinker's shape.
+
+    Follows what the deployment serves, or, where `pinned`, stays with one snapshot. Also the
+    future of itself: `client.result(timeout)`, `await client`, `client.future()`.
+
+    Args:
+        ready: Done once the deployment serves what was asked for.
+        tokenizer: A tokenizer, or what to load one from.
+        pinned: Stay with the snapshot of `ready`.
+        label: What was asked for, for `repr`.
+    """
+
+    def __init__(
+        self,
+        ready: APIFuture[Target],
+        *,
+        tokenizer: Any = None,
+        pinned: bool = False,
+        label: str = "",
+    ) -> None:
+        self._ready = ready
+        self._given_tokenizer = tokenizer
+        self._tokenizer: Any = None
+        self._label = label
+        self._pin = uuid.uuid4().hex if pinned else None
+        self._closed = False
+        self._unpin: Any = None
+
+    @classmethod
+    def create(
+        cls,
+        inference_url: str | None = None,
+        model: str | None = None,
+        api_key: str | None = None,
+        tokenizer: Any = None,
+        concurrency_controller: Any = None,
+        **_: Any,
+    ) -> FiretitanSamplingClient:
+        """A client of a deployment that exists, by its id.
+
+        Args:
+            inference_url: Address of the daemon; None finds it.
+            model: The deployment's id.
+            api_key: Ignored on a Unix socket.
+            tokenizer: Tokenizer, folder or id.
+            concurrency_controller: Ignored; the daemon batches what it gets.
+        """
+        target = deployment_target(inference_url, model, tokenizer)
+        return cls(completed(target), tokenizer=tokenizer, label=target.deployment)
+
+    def __repr__(self) -> str:
+        if not self._ready.done():
+            return f"<FiretitanSamplingClient {self._label} opening>"
+        if self._ready.exception(0) is not None:
+            return f"<FiretitanSamplingClient {self._label} failed>"
+        target = self._ready.result(0)
+        bound = f"pinned to {target.snapshot}" if target.snapshot else "follows it"
+        return f"<FiretitanSamplingClient {target.deployment} {bound}>"
+
+    # Sampling
+
+    def sample(
+        self,
+        prompt: Any,
+        num_samples: int = 1,
+        sampling_params: Any = None,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: Any = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
+        *,
+        images: Any = None,
+    ) -> APIFuture[Any]:
+        """Continue a prompt.
+
+        Args:
+            prompt: `tinker.ModelInput` or token ids.
+            num_samples: Independent sequences; the prompt is computed once.
+            sampling_params: `tinker.SamplingParams`; without max_tokens 1024 are made at most,
+                without a seed one is drawn.
+            include_prompt_logprobs: Also the prompt's logprobs, at temperature 1.
+            topk_prompt_logprobs: Not supported yet.
+            topk_sample_logprobs: Not supported yet.
+            target_prompt_logprobs: Not supported yet.
+            prompt_alt_tokens_k: Not supported yet.
+            prompt_logprobs_last_n: Of the last so many prompt tokens only.
+            images: Not supported.
+
+        Returns:
+            A future of `SampleResponse`: `sequences[j].tokens`, `.logprobs` (of the distribution
+            sampled from; `.inference_logprobs` are the model's own), and `.snapshot`.
+        """
+        for name, value in (
+            ("topk_prompt_logprobs", topk_prompt_logprobs),
+            ("topk_sample_logprobs", topk_sample_logprobs),
+            ("target_prompt_logprobs", target_prompt_logprobs),
+            ("prompt_alt_tokens_k", prompt_alt_tokens_k),
+            ("images", images),
+        ):
+            if value is not None and not (isinstance(value, int) and value == 0):
+                raise Unsupported(f"{name} is not supported yet; leave it out", field=name)
+        if prompt_logprobs_last_n is not None and not include_prompt_logprobs:
+            raise convert.invalid("prompt_logprobs_last_n", "needs include_prompt_logprobs=True")
+        self._check_open()
+        request = build_request(
+            prompt, num_samples, sampling_params, prompt_logprobs=include_prompt_logprobs
+        )
+        future: APIFuture[Any] = APIFuture("sample")
+        follow(self._sample(request, prompt_logprobs_last_n), future)
+        return future
+
+    async def _sample(
+        self, request: sampling_service_pb2.SampleRequest, last_n: int | None
+    ) -> Any:
+        response = await send(await self._ready, request)
+        if last_n is not None and response.prompt_logprobs:
+            array = np.frombuffer(response.prompt_logprobs, "<f4").copy()
+            array[: max(0, len(array) - last_n)] = np.nan
+            response.prompt_logprobs = array.tobytes()
+        return sample_response(response, request.params.seed)
+
+    async def sample_async(self, *args: Any, **kwargs: Any) -> Any:
+        """As `sample`; awaiting it gives the response."""
+        return await self.sample(*args, **kwargs)
+
+    def compute_logprobs(
+        self, prompt: Any, prompt_logprobs_last_n: int | None = None
+    ) -> APIFuture[list[float | None]]:
+        """Logprobs of a text's own tokens, at temperature 1; None at position 0."""
+        inner = self.sample(
+            prompt,
+            1,
+            types.SamplingParams(max_tokens=1),
+            include_prompt_logprobs=True,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
+        )
+        future: APIFuture[list[float | None]] = APIFuture("compute_logprobs")
+
+        async def logprobs() -> list[float | None]:
+            found: list[float | None] = (await inner).prompt_logprobs
+            return found
+
+        follow(logprobs(), future)
+        return future
+
+    async def compute_logprobs_async(self, *args: Any, **kwargs: Any) -> list[float | None]:
+        """As `compute_logprobs`; awaiting it gives the list."""
+        return await self.compute_logprobs(*args, **kwargs)
+
+    # What it is
+
+    def get_tokenizer(self) -> Any:
+        """The Hugging Face tokenizer: what was given, else the base model's."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._given_tokenizer or self._opened.tokenizer)
+        return self._tokenizer
+
+    def get_base_model(self) -> str:
+        """The base model's id or folder."""
+        return self._opened.base_model
+
+    async def get_base_model_async(self) -> str:
+        """As `get_base_model`."""
+        return (await self._ready).base_model
+
+    def get_telemetry(self) -> None:
+        """There is none."""
+
+    @property
+    def deployment_sampler(self) -> DeploymentSampler:
+        """The same deployment in FireTitan's own shape."""
+        return DeploymentSampler(ready=self._ready, tokenizer=self._given_tokenizer)
+
+    # Pinning and closing
+
+    async def hold_snapshot(self, target: Target) -> None:
+        """Keep the snapshot loaded while this client lives; for whoever opens it."""
+        assert self._pin is not None
+        await set_pin(target, self._pin)
+        self._unpin = weakref.finalize(self, release_pin, target, self._pin)
+        self._unpin.atexit = False
+
+    def close(self, drain_timeout_s: float | None = None) -> None:
+        """Let the snapshot go; running samples still end."""
+        self._closed = True
+        if self._unpin is not None:
+            self._unpin()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClientClosed("this sampling client is closed; create a new one")
+
+    def __enter__(self) -> FiretitanSamplingClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

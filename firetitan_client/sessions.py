@@ -1,0 +1,138 @@
+"""Opening the session a training client works on, and attaching lanes to it.
+
+Knows: CreateSession, AttachSession, which settings are compared. Must not know: how trainers are
+made, what commands do.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from firetitan.v1 import (
+    checkpoint_service_pb2,
+    session_pb2,
+    trainer_pb2,
+    trainer_service_pb2,
+    training_service_pb2,
+)
+
+from firetitan_client.attachment import Place
+from firetitan_client.transport import Transport
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The session a client works on, and its trainer."""
+
+    session: str
+    trainer: trainer_pb2.Trainer
+    base_model: str
+    lora_rank: int
+    suffix: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asked of a session; None is not compared with one that exists."""
+
+    seed: int | None = None
+    alpha: float | None = None
+    train_attn: bool | None = None
+    train_mlp: bool | None = None
+    train_unembed: bool | None = None
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def lora(self, rank: int) -> session_pb2.LoraConfig:
+        """The adapter, of a trainer's rank; full-parameter sessions have no settings."""
+        if rank == 0:
+            return session_pb2.LoraConfig()
+        return session_pb2.LoraConfig(
+            rank=rank,
+            alpha=self.alpha,
+            train_attn=self.train_attn,
+            train_mlp=self.train_mlp,
+            train_unembed=self.train_unembed,
+        )
+
+
+async def open_session(
+    transport: Transport, trainer: trainer_pb2.Trainer, session: str | None, wanted: Wanted
+) -> Opened:
+    """Create the trainer's session, or join the one that is there.
+
+    Args:
+        transport: The daemon.
+        trainer: Ready.
+        session: Join this one; None: the trainer's.
+        wanted: Settings; those that are given must be those of a session that exists.
+
+    Raises:
+        FiretitanError: INVALID_ARGUMENT naming the setting that differs; SESSION_NOT_FOUND.
+    """
+    lora = wanted.lora(trainer.lora_rank)
+    if session is None and not trainer.session:
+        answer = await transport.call(
+            "TrainingService/CreateSession",
+            training_service_pb2.CreateSessionRequest(
+                trainer=trainer.name,
+                base_model=trainer.base_model,
+                lora=lora,
+                seed=wanted.seed,
+                user_metadata=dict(wanted.user_metadata),
+                request_id=uuid.uuid4().hex,
+            ),
+            training_service_pb2.CreateSessionResponse,
+        )
+    else:
+        answer = await transport.call(
+            "TrainingService/AttachSession",
+            training_service_pb2.AttachSessionRequest(
+                name=session or trainer.session,
+                client_id=uuid.uuid4().hex,
+                lora=lora if trainer.lora_rank else None,
+                seed=wanted.seed,
+            ),
+            training_service_pb2.AttachSessionResponse,
+        )
+    found = answer.session
+    return Opened(found.name, trainer, found.base_model, found.lora.rank, found.suffix)
+
+
+async def attach(transport: Transport, session: str, client_id: str) -> Place:
+    """Open a lane."""
+    answer = await transport.call(
+        "TrainingService/AttachSession",
+        training_service_pb2.AttachSessionRequest(name=session, client_id=client_id),
+        training_service_pb2.AttachSessionResponse,
+    )
+    return Place(answer.session.name, answer.session.epoch, answer.next_seq)
+
+
+async def get_trainer(transport: Transport, name: str) -> trainer_pb2.Trainer:
+    """A trainer by its full name."""
+    answer = await transport.call(
+        "TrainerService/GetTrainer",
+        trainer_service_pb2.GetTrainerRequest(name=name),
+        trainer_service_pb2.GetTrainerResponse,
+    )
+    found: trainer_pb2.Trainer = answer.trainer
+    return found
+
+
+async def checkpoint_names(transport: Transport, parent: str) -> list[str]:
+    """Last segments of the checkpoints of a trainer or session, in natural order."""
+    names: list[str] = []
+    token: Any = ""
+    while True:
+        answer = await transport.call(
+            "CheckpointService/ListCheckpoints",
+            checkpoint_service_pb2.ListCheckpointsRequest(parent=parent, page_token=token),
+            checkpoint_service_pb2.ListCheckpointsResponse,
+        )
+        names += [checkpoint.name.rpartition("/")[2] for checkpoint in answer.checkpoints]
+        token = answer.next_page_token
+        if not token:
+            return list(dict.fromkeys(names))

@@ -1,0 +1,272 @@
+"""Talking to one daemon: a channel, a background event loop, retries.
+
+Knows: gRPC, which failures may be tried again. Must not know: what the requests mean.
+
+One thread runs one asyncio loop per process; each address has one channel. Calls go through
+gRPC's own threads and come back to the loop: unlike `grpc.aio`, that survives a fork, after which
+the child gets a loop and a channel of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import os
+import random
+import threading
+import weakref
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import grpc
+
+from firetitan_client import address as addresses
+from firetitan_client.errors import FiretitanError, from_rpc_error
+
+T = TypeVar("T")
+logger = logging.getLogger("firetitan")
+
+SLICE_S = 30.0
+"""Deadline of one try of an ordinary RPC; long waits are made of such slices."""
+PATIENCE_S = float(os.environ.get("FIRETITAN_PATIENCE_S", "300"))
+"""How long a daemon that was there may stay away before calls fail."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 0.25
+_OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 250),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+]
+
+_lock = threading.Lock()
+_loop: asyncio.AbstractEventLoop | None = None
+_delivery: ThreadPoolExecutor | None = None
+_own_threads: set[int] = set()
+_transports: dict[str, Transport] = {}
+_forked: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def on_fork(thing: Any) -> None:
+    """Have `thing.after_fork()` called in a forked child."""
+    _forked.add(thing)
+
+
+def _after_fork_in_child() -> None:
+    global _loop, _lock, _delivery
+    _lock, _loop, _delivery = threading.Lock(), None, None
+    _own_threads.clear()
+    for thing in list(_forked):
+        thing.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def loop() -> asyncio.AbstractEventLoop:
+    """This process's background loop; started on first use."""
+    global _loop
+    with _lock:
+        if _loop is None:
+            _loop = asyncio.new_event_loop()
+            threading.Thread(target=_run_loop, args=(_loop,), name="firetitan", daemon=True).start()
+        return _loop
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    _own_threads.add(threading.get_ident())
+    asyncio.set_event_loop(loop)
+    loop.run_forever()
+
+
+def deliver(function: Callable[..., object], *arguments: object) -> None:
+    """Run where results are converted and users' callbacks are called: one thread, in order."""
+    global _delivery
+    with _lock:
+        if _delivery is None:
+            _delivery = ThreadPoolExecutor(
+                1, "firetitan-results", lambda: _own_threads.add(threading.get_ident())
+            )
+        executor = _delivery
+    with contextlib.suppress(RuntimeError):  # the interpreter is ending: nobody waits any more
+        executor.submit(function, *arguments)
+
+
+def in_own_thread() -> bool:
+    """Whether this is a thread that results depend on; blocking in it would block for ever."""
+    return threading.get_ident() in _own_threads
+
+
+def run(work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+    """Start a coroutine on the background loop."""
+    return asyncio.run_coroutine_threadsafe(work, loop())
+
+
+class Transport:
+    """One daemon. Get it by `connect`; it opens on first use and re-opens after a fork.
+
+    Args:
+        address: gRPC target.
+        autostart: Start a daemon where none listens; None asks FIRETITAN_AUTOSTART.
+    """
+
+    def __init__(self, address: str, autostart: bool | None = None) -> None:
+        self.address = address
+        self.autostart = autostart
+        self.served = False
+        """Whether the daemon ever answered this process."""
+        self._channel: grpc.Channel | None = None
+        self._abandoned: grpc.Channel | None = None
+        self._channel_lock = threading.Lock()
+        self._starting = threading.Lock()
+        on_fork(self)
+
+    def after_fork(self) -> None:
+        """Forget the parent's channel without touching it."""
+        self._abandoned, self._channel, self.served = self._channel, None, False
+        self._channel_lock, self._starting = threading.Lock(), threading.Lock()
+
+    @property
+    def channel(self) -> grpc.Channel:
+        """The channel, opened on first use."""
+        with self._channel_lock:
+            if self._channel is None:
+                self._channel = grpc.insecure_channel(self.address, options=_OPTIONS)
+            return self._channel
+
+    async def call(
+        self,
+        method: str,
+        request: Any,
+        response: type[Any],
+        *,
+        timeout_s: float | None = SLICE_S,
+        patience_s: float | None = None,
+    ) -> Any:
+        """Call a unary RPC; tries again where that is safe and promises something.
+
+        Every RPC of the protocol may be repeated: those that change something carry a request id.
+
+        Args:
+            method: `Service/Method`.
+            request: A message, or its bytes.
+            response: Class of the answer.
+            timeout_s: Deadline of one try; None for calls that last as long as their work.
+            patience_s: How long to go on trying a daemon that is away; None: PATIENCE_S.
+
+        Raises:
+            FiretitanError: By reason; DaemonNotRunning where nobody has answered yet.
+        """
+        rpc = self.channel.unary_unary(
+            f"/firetitan.v1.{method}",
+            request_serializer=None if isinstance(request, bytes) else _serialize,
+            response_deserializer=response.FromString,
+        )
+        patience = Patience(self, PATIENCE_S if patience_s is None else patience_s)
+        while True:
+            try:
+                answer = await bridge(rpc.future(request, timeout=timeout_s))
+            except grpc.RpcError as error:
+                await patience.after(error)
+            else:
+                self.served = True
+                return answer
+
+    async def start_missing_daemon(self, error: FiretitanError) -> None:
+        """Start a daemon where none has answered and that is wanted; else raise.
+
+        Raises:
+            DaemonNotRunning: Nobody listens.
+        """
+        if not addresses.autostart_wanted(self.autostart):
+            raise addresses.not_running(self.address) from error
+        await asyncio.to_thread(self._start_daemon)
+
+    def _start_daemon(self) -> None:
+        with self._starting:
+            if self.served:
+                return
+            started = addresses.start_daemon()
+            self.served = True
+        if started != self.address:
+            raise addresses.not_running(self.address)
+
+
+class Patience:
+    """Decides after each failed try whether to try again, and waits the right time."""
+
+    def __init__(self, transport: Transport, patience_s: float = PATIENCE_S) -> None:
+        self.transport = transport
+        self.deadline = loop().time() + patience_s
+        self.pause_s = _FIRST_PAUSE_S
+
+    async def after(self, rpc_error: Any) -> None:
+        """Return when it is time for the next try.
+
+        Raises:
+            FiretitanError: No further try.
+        """
+        code, error = rpc_error.code(), from_rpc_error(rpc_error)
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_after_s is not None:
+            await asyncio.sleep(error.retry_after_s * random.uniform(1.0, 1.2))
+            return
+        if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            raise error from None
+        unreachable = error.reason == "UNAVAILABLE"
+        if unreachable and not self.transport.served:
+            await self.transport.start_missing_daemon(error)
+            return
+        if not unreachable:
+            self.transport.served = True
+        if loop().time() > self.deadline:
+            if unreachable:
+                raise addresses.not_running(self.transport.address) from None
+            raise error from None
+        if self.pause_s == _FIRST_PAUSE_S:
+            logger.info("%s: trying again: %s", self.transport.address, error)
+        await asyncio.sleep(max(self.pause_s, error.retry_after_s or 0.0))
+        self.pause_s = min(_LONGEST_PAUSE_S, self.pause_s * 1.5)
+
+
+def _serialize(message: Any) -> bytes:
+    content: bytes = message.SerializeToString()
+    return content
+
+
+async def bridge(call: Any) -> Any:
+    """Await a `grpc.Future` on the background loop; cancelling the wait cancels the call."""
+    waiting = asyncio.get_running_loop()
+    done = waiting.create_future()
+
+    def finish() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    def wake(_: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop ended with the interpreter
+            waiting.call_soon_threadsafe(finish)
+
+    call.add_done_callback(wake)
+    try:
+        await done
+    except asyncio.CancelledError:
+        call.cancel()
+        raise
+    return call.result()
+
+
+def connect(address: str, autostart: bool | None = None) -> Transport:
+    """The transport to an address; one per process and address."""
+    with _lock:
+        transport = _transports.get(address)
+        if transport is None:
+            transport = _transports[address] = Transport(address, autostart)
+        if autostart is not None:
+            transport.autostart = autostart
+        return transport
