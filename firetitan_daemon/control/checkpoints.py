@@ -179,8 +179,12 @@ class CheckpointManager:
         notes = [following.note] if following.note else []
         if snapshot_id != wanted:
             notes.append(f"{wanted} exists and never changes: saved as {snapshot_id}")
+        # Workers know snapshots by their full names, as requests and answers carry them.
         target = SaveTarget(
-            self._staging(operation), snapshot_id, following.kind, following.parent or ""
+            self._staging(operation),
+            names.snapshot_name(snapshot_id),
+            following.kind,
+            names.snapshot_name(following.parent) if following.parent else "",
         )
         return Prepared(save=target, notes=tuple(notes))
 
@@ -217,17 +221,18 @@ class CheckpointManager:
         self, session: Session, operation: Operation, prepared: Prepared, saved: SavedFiles
     ) -> Finished:
         assert prepared.save is not None
+        snapshot_id = names.last_segment(prepared.save.name)
         folder = await self._services.folders.publish(
-            prepared.save.staging, "snapshots", prepared.save.name
+            prepared.save.staging, "snapshots", snapshot_id
         )
         snapshot = Snapshot(
-            id=prepared.save.name,
+            id=snapshot_id,
             session=session.name,
             base_model=session.base_model,
             lora_rank=session.lora.rank,
             kind=saved.kind or prepared.save.kind,
             format=saved.format,
-            parent=prepared.save.parent or None,
+            parent=names.last_segment(prepared.save.parent) or None,
             step=session.step,
             commit_seq=operation.commit_seq,
             folder=str(folder),

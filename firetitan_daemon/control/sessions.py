@@ -187,6 +187,15 @@ class SessionManager:
         for pipeline in self._of_trainer(trainer_id):
             await pipeline.close()
 
+    def forget(self, trainer_id: str) -> None:
+        """Drop the closed sessions of a trainer whose rows are gone."""
+        for name in [
+            name
+            for name, pipeline in self._pipelines.items()
+            if pipeline.session.trainer_id == trainer_id
+        ]:
+            del self._pipelines[name]
+
     def refuse(self, error: FiretitanError) -> None:
         """Answer every further command with an error; accepted ones go on."""
         self._refusal = error

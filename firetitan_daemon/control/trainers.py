@@ -242,7 +242,7 @@ class TrainerManager:
         """At start: reach a trainer's worker, or say what was lost."""
         trainer = self._trainers[trainer_id]
         if trainer.state is ResourceState.DELETING:
-            await self._delete(trainer_id)
+            await self._delete(trainer_id, purge=True)
         elif trainer.state is ResourceState.CREATING:
             self._begin(trainer_id)
         elif trainer.state is ResourceState.RECOVERING:
@@ -265,7 +265,7 @@ class TrainerManager:
         if trainer_id in self._trainers:
             await asyncio.shield(asyncio.create_task(self._delete(trainer_id)))
 
-    async def _delete(self, trainer_id: str) -> None:
+    async def _delete(self, trainer_id: str, *, purge: bool = False) -> None:
         async with self._lock:
             trainer = self._trainers.get(trainer_id)
             if trainer is None:
@@ -285,10 +285,14 @@ class TrainerManager:
             ]
             await self._sessions.close_trainer(trainer_id)
             await self._pool.stop(trainer.worker_id)
-            await self._services.operations.write(
-                Change(deleted_trainers=[trainer_id], operations=operations, durable=True)
-            )
+            await self._services.operations.write(Change(operations=operations))
             del self._trainers[trainer_id]
+            if purge:
+                # Not before the next start: results that were not taken yet stay until then.
+                await self._services.store.write(
+                    Change(deleted_trainers=[trainer_id], durable=True)
+                )
+                self._sessions.forget(trainer_id)
 
     async def close(self) -> None:
         """Stop provisioning; what is half done is finished at the next start."""

@@ -89,9 +89,9 @@ def test_save_state_replaces_its_name(
     assert (first.step, second.step) == (1, 2)
     request = checkpoint_service_pb2.ListCheckpointsRequest(parent="trainers/t")
     assert [one.step for one in stubs.checkpoints.ListCheckpoints(request).checkpoints] == [2]
-    assert len(list((daemon.home / "store" / "checkpoints").iterdir())) == 1
     kept = stubs.wait(lane.save_state("latest", keep_existing=True).name)
     assert status_reason(kept.error) == "ALREADY_EXISTS"
+    assert len(list((daemon.home / "store" / "checkpoints").iterdir())) == 1
 
 
 def test_a_snapshot_name_is_never_reused(stubs: Stubs, lane: LaneClient) -> None:
