@@ -97,7 +97,7 @@ class Snapshots:
         return list(self.layers)
 
     def adapter(self, name: str, seed: int, rank: int = 4) -> list[SnapshotLayer]:
-        """Save a random adapter over the attention's and the head's layers."""
+        """Save a random adapter over some linear layers."""
         generator = torch.Generator().manual_seed(seed)
         pairs = {
             key.removesuffix(".weight"): (
@@ -105,7 +105,7 @@ class Snapshots:
                 torch.randn(tensor.shape[0], rank, generator=generator) * 0.3,
             )
             for key, tensor in self._names.items()
-            if any(part in key for part in ("q_proj", "o_proj", "down_proj"))
+            if any(part in key for part in ("q_proj", "o_proj", "down_proj", "query_key_value.weight"))
         }
         staging = self._staging(name)
         saved = write_adapter(
