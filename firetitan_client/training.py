@@ -7,32 +7,18 @@ and sent, where the session comes from.
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from firetitan.v1 import (
-    checkpoint_pb2,
-    checkpoint_service_pb2,
-    operation_pb2,
-    training_service_pb2,
-)
+from firetitan.v1 import operation_pb2, training_service_pb2
 
-from firetitan_client import convert, custom_loss, references, types
+from firetitan_client import convert, custom_loss, types
 from firetitan_client.errors import Unsupported
-from firetitan_client.futures import APIFuture, SelfFuture
-from firetitan_client.lane import Lane
-from firetitan_client.sessions import Opened
-from firetitan_client.types import SaveSamplerResult
-
-if TYPE_CHECKING:
-    from firetitan_client.sampling import FiretitanSamplingClient
-    from firetitan_client.service import FiretitanServiceClient
-
-logger = logging.getLogger("firetitan")
+from firetitan_client.futures import APIFuture
+from firetitan_client.weights import WeightsCalls
 
 
-class FiretitanTrainingClient(SelfFuture[Opened]):
+class FiretitanTrainingClient(WeightsCalls):
     """Trains one session. Made by `FiretitanServiceClient.create_training_client`.
 
     Calls return futures at once and run in call order. The client is also the future of itself:
@@ -44,20 +30,6 @@ class FiretitanTrainingClient(SelfFuture[Opened]):
         ready: Done once the session is open.
         label: What was asked for, for `repr`.
     """
-
-    def __init__(
-        self,
-        service: FiretitanServiceClient,
-        lane: Lane,
-        ready: APIFuture[Opened],
-        label: str,
-    ) -> None:
-        self._service = service
-        self._lane = lane
-        self._ready = ready
-        self._label = label
-        self._saved_names: set[str] = set()
-        self._num_samplers = 0
 
     @property
     def session_name(self) -> str:
@@ -220,211 +192,6 @@ class FiretitanTrainingClient(SelfFuture[Opened]):
             lambda operation: convert.optim_step_response(operation.optim_step),
         )
 
-    # Snapshots, to serve
-
-    def save_weights_for_sampler(
-        self,
-        name: str,
-        ttl_seconds: int | None = None,
-        checkpoint_type: str | None = None,
-        export_precision: str | None = None,
-    ) -> APIFuture[Any]:
-        """Save the weights as an immutable snapshot to serve.
-
-        Args:
-            name: Wanted name; the session's suffix is appended.
-            ttl_seconds: Not supported yet.
-            checkpoint_type: "base" or "delta"; None: LoRA a base, full-parameter first a base,
-                then deltas.
-            export_precision: Only with checkpoint_type "merged_base", which is not supported yet.
-
-        Returns:
-            A future with `.path`, the snapshot's public name.
-        """
-        return self._save_snapshot(name, ttl_seconds, checkpoint_type, export_precision, _sampler)
-
-    def save_weights_for_sampler_ext(
-        self,
-        name: str,
-        checkpoint_type: str | None = None,
-        ttl_seconds: int | None = None,
-        export_precision: str | None = None,
-    ) -> SaveSamplerResult:
-        """As `save_weights_for_sampler`, waiting for it; serves nothing by itself."""
-        saved = self._save_snapshot(
-            name,
-            ttl_seconds,
-            checkpoint_type,
-            export_precision,
-            lambda path: SaveSamplerResult(path, path),
-        )
-        result: SaveSamplerResult = saved.result()
-        return result
-
-    def _save_snapshot(
-        self,
-        name: str,
-        ttl_seconds: int | None,
-        checkpoint_type: str | None,
-        export_precision: str | None,
-        make: Callable[[str], Any],
-    ) -> APIFuture[Any]:
-        references.refuse_ttl(ttl_seconds)
-        kind = references.snapshot_kind(checkpoint_type, export_precision)
-        request = checkpoint_service_pb2.SaveSnapshotRequest(
-            snapshot_id=references.check_name(name), kind=kind
-        )
-        if name in self._saved_names:
-            logger.warning("snapshot name %r was used before; this one gets a number", name)
-        self._saved_names.add(name)
-
-        def finish(operation: operation_pb2.Operation) -> Any:
-            snapshot: checkpoint_pb2.Snapshot = operation.snapshot
-            for note in snapshot.notes:
-                logger.warning("%s: %s", snapshot.name, note)
-            return make(snapshot.name.rpartition("/")[2])
-
-        return self._submit(
-            "CheckpointService/SaveSnapshot",
-            request,
-            checkpoint_service_pb2.SaveSnapshotResponse,
-            finish,
-        )
-
-    def save_weights_and_get_sampling_client(
-        self, name: str | None = None, retry_config: Any = None, **_: Any
-    ) -> FiretitanSamplingClient:
-        """Save, load into the deployment, and get a client pinned to that snapshot.
-
-        Args:
-            name: Of the snapshot; None chooses one.
-            retry_config: Ignored: retries need no settings here.
-        """
-        self._num_samplers += 1
-        saved = self.save_weights_for_sampler(name or f"sampler-{self._num_samplers}")
-        return self._service._sampling_after(saved)
-
-    async def save_weights_and_get_sampling_client_async(
-        self, name: str | None = None, retry_config: Any = None, **options: Any
-    ) -> FiretitanSamplingClient:
-        """As `save_weights_and_get_sampling_client`, for coroutines."""
-        return await self.save_weights_and_get_sampling_client(name, retry_config, **options)
-
-    def create_sampling_client(
-        self, model_path: Any, retry_config: Any = None, **options: Any
-    ) -> FiretitanSamplingClient:
-        """See `FiretitanServiceClient.create_sampling_client`."""
-        return self._service.create_sampling_client(
-            model_path, retry_config=retry_config, **options
-        )
-
-    async def create_sampling_client_async(
-        self, model_path: Any, retry_config: Any = None, **options: Any
-    ) -> FiretitanSamplingClient:
-        """As `create_sampling_client`, for coroutines."""
-        return await self.create_sampling_client(model_path, retry_config, **options)
-
-    # Checkpoints, to resume from
-
-    def save_state(
-        self,
-        name: str,
-        ttl_seconds: int | None = None,
-        timeout: float | None = None,
-        *,
-        overwrite: bool = True,
-        user_metadata: Mapping[str, str] | None = None,
-    ) -> APIFuture[Any]:
-        """Save weights and optimizer.
-
-        Args:
-            name: The checkpoint's name, kept as it is.
-            ttl_seconds: Not supported yet.
-            timeout: Seconds to wait here; None returns at once.
-            overwrite: Replace a checkpoint of this name once the new one is complete.
-            user_metadata: Your own notes.
-
-        Returns:
-            A future with `.path`.
-
-        Raises:
-            TimeoutError: Not saved within `timeout`; the save goes on.
-        """
-        references.refuse_ttl(ttl_seconds)
-        request = checkpoint_service_pb2.SaveStateRequest(
-            checkpoint_id=references.check_name(name),
-            user_metadata=dict(user_metadata or {}),
-            keep_existing=not overwrite,
-        )
-        future = self._submit(
-            "CheckpointService/SaveState",
-            request,
-            checkpoint_service_pb2.SaveStateResponse,
-            lambda operation: types.result_type("SaveWeightsResponse")(
-                path=operation.checkpoint.name
-            ),
-        )
-        if timeout is not None:
-            future.result(timeout)
-        return future
-
-    def load_state(
-        self, path: Any = None, weights_access_token: str | None = None, *, name: Any = None
-    ) -> APIFuture[Any]:
-        """Load weights; the optimizer starts anew and pending gradients go.
-
-        Args:
-            path: A checkpoint's name, its `.path`, a `cross_job://trainer/name` reference, or
-                what `save_state` gave.
-            weights_access_token: Not supported.
-            name: The same by another name.
-        """
-        return self._load(path, name, weights_access_token, with_optimizer=False)
-
-    def load_state_with_optimizer(
-        self, path: Any = None, weights_access_token: str | None = None, *, name: Any = None
-    ) -> APIFuture[Any]:
-        """As `load_state`, with moments and steps: training goes on as if never interrupted."""
-        return self._load(path, name, weights_access_token, with_optimizer=True)
-
-    def _load(
-        self, path: Any, name: Any, token: str | None, *, with_optimizer: bool
-    ) -> APIFuture[Any]:
-        if token is not None:
-            raise Unsupported("weights_access_token: there are no access tokens on a local daemon")
-        request = checkpoint_service_pb2.LoadStateRequest(
-            checkpoint=references.checkpoint_reference(path, name), with_optimizer=with_optimizer
-        )
-        return self._submit(
-            "CheckpointService/LoadState",
-            request,
-            checkpoint_service_pb2.LoadStateResponse,
-            lambda operation: types.result_type("LoadWeightsResponse")(
-                path=operation.load.checkpoint.name
-            ),
-        )
-
-    def load_adapter(self, adapter_path: str) -> APIFuture[Any]:
-        """Not supported yet."""
-        raise Unsupported(
-            f"load_adapter({adapter_path!r}): loading PEFT adapters is not supported yet; "
-            "save_state and load_state carry a run over"
-        )
-
-    def list_checkpoints(self) -> list[str]:
-        """Names of this trainer's checkpoints, `step-2` before `step-10`.
-
-        Raises:
-            FiretitanError: The daemon could not say.
-        """
-        return self._service._checkpoint_names(self._opened.trainer.name)
-
-    def resolve_checkpoint_path(
-        self, checkpoint_name: str, source_job_id: str | None = None
-    ) -> str:
-        """A reference to a checkpoint, of another trainer where `source_job_id` is given."""
-        return references.cross_job(checkpoint_name, source_job_id)
-
     # What it is
 
     def get_tokenizer(self) -> Any:
@@ -476,38 +243,6 @@ class FiretitanTrainingClient(SelfFuture[Opened]):
         """As `optim_step`."""
         return self.optim_step(*args, **kwargs)
 
-    async def save_weights_for_sampler_async(self, *args: Any, **kwargs: Any) -> APIFuture[Any]:
-        """As `save_weights_for_sampler`."""
-        return self.save_weights_for_sampler(*args, **kwargs)
-
-    async def save_state_async(
-        self, name: str, ttl_seconds: int | None = None, timeout: float | None = None, **kwargs: Any
-    ) -> APIFuture[Any]:
-        """As `save_state`."""
-        future = self.save_state(name, ttl_seconds, **kwargs)
-        if timeout is not None:
-            await future.result_async(timeout)
-        return future
-
-    async def load_state_async(self, *args: Any, **kwargs: Any) -> APIFuture[Any]:
-        """As `load_state`."""
-        return self.load_state(*args, **kwargs)
-
-    async def load_state_with_optimizer_async(self, *args: Any, **kwargs: Any) -> APIFuture[Any]:
-        """As `load_state_with_optimizer`."""
-        return self.load_state_with_optimizer(*args, **kwargs)
-
-    def _submit(
-        self,
-        method: str,
-        request: Any,
-        response: type[Any],
-        finish: Callable[[operation_pb2.Operation], Any],
-    ) -> APIFuture[Any]:
-        if self._ready.done() and self._ready.exception(0) is not None:
-            self._ready.result(0)
-        return self._lane.submit(method, request.SerializeToString(), response, finish)
-
 
 def _loss_name(loss_fn: Any) -> str:
     if not isinstance(loss_fn, str):
@@ -517,9 +252,3 @@ def _loss_name(loss_fn: Any) -> str:
             "forward_backward_custom",
         )
     return loss_fn
-
-
-def _sampler(path: str) -> Any:
-    return types.result_type("SaveWeightsForSamplerResponse")(path=path)
-
-

@@ -239,11 +239,13 @@ def _extended(
         "__annotations__": {key: kind for key, (kind, _) in fields.items()},
         "__doc__": doc,
         "__module__": __name__,
-        **{key: default for key, (_, default) in fields.items()},
     }
+    is_dataclass = dataclasses.is_dataclass(base)
+    for key, (_, default) in fields.items():
+        body[key] = field(default=default, repr=key == "snapshot") if is_dataclass else default
     metaclass: Any = type(base)
     made: type[Any] = metaclass(name, (base,), body)
-    return dataclass(frozen=True)(made) if dataclasses.is_dataclass(base) else made
+    return dataclass(frozen=True)(made) if is_dataclass else made
 
 
 def accepted_fields(kind: type[Any]) -> frozenset[str]:

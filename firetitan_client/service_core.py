@@ -1,0 +1,87 @@
+"""What a service's training clients and samplers share: daemon, settings, what was created.
+
+Knows: transport, provisioner, lanes, waiting until something is ready. Must not know: the clients.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from firetitan_client import address as addresses
+from firetitan_client import transport
+from firetitan_client.futures import SelfFuture, in_event_loop
+from firetitan_client.lane import Lane
+from firetitan_client.managed import FiretitanProvisioningConfig, Provisioner
+from firetitan_client.stubs import Stubs
+
+logger = logging.getLogger("firetitan")
+
+SILENCE_S = 10.0
+"""How long a blocking call waits before it says what for."""
+
+
+class ServiceCore:
+    """One daemon, one trainer, one deployment."""
+
+    def _setup(
+        self,
+        endpoint: addresses.Endpoint,
+        config: FiretitanProvisioningConfig,
+        user_metadata: Mapping[str, str] | None,
+        autostart: bool | None,
+        *,
+        managed: bool,
+    ) -> None:
+        self._config = config
+        self._managed = managed
+        self._user_metadata = dict(user_metadata or {})
+        self._transport = transport.connect(endpoint.address, autostart)
+        self._provisioner = Provisioner(self._transport, config)
+        self._lock = threading.Lock()
+        self._training: dict[tuple[str | None, int | None], object] = {}
+        self._lanes: list[Lane] = []
+        self._closed = False
+        self.stubs = Stubs(self._transport)
+        """The raw services, for what is not wrapped."""
+
+    @staticmethod
+    def _agree(name: str, given: Any, configured: Any) -> None:
+        if given is not None and configured is not None and given != configured:
+            raise ValueError(
+                f"{name}: {given!r} was given, this service has {configured!r}; leave it out, or "
+                "create a new FiretitanServiceClient"
+            )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("FiretitanServiceClient is closed")
+
+    def _await_ready(
+        self,
+        client: SelfFuture[Any],
+        what: str,
+        failed: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Block until a client is ready, unless that would block an event loop."""
+
+        def check(ready: Any) -> None:
+            if ready.cancelled() or ready.exception() is not None:
+                failed()
+
+        if in_event_loop():
+            client._ready.add_done_callback(check)
+            return
+        try:
+            try:
+                client.result(SILENCE_S)
+            except TimeoutError:
+                if client._ready.done():
+                    raise
+                logger.warning("%s at %s: still waiting", what, self._transport.address)
+                client.result()
+        except Exception:
+            failed()
+            raise

@@ -1,0 +1,199 @@
+"""A service's sampling clients: the deployment, brought to a snapshot where one is named.
+
+Knows: hotloading, pinning. Must not know: how samples travel.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from firetitan.v1 import checkpoint_service_pb2, deployment_service_pb2
+
+from firetitan_client import references
+from firetitan_client.deployment_sampler import DeploymentSampler
+from firetitan_client.errors import FailedPrecondition, FiretitanError, SnapshotNotActive
+from firetitan_client.futures import APIFuture
+from firetitan_client.managed import wait_operation
+from firetitan_client.sample_requests import Target, follow
+from firetitan_client.sampling import FiretitanSamplingClient
+from firetitan_client.service_core import ServiceCore
+
+
+class SamplingClients(ServiceCore):
+    """The part of a service that makes sampling clients."""
+
+    def create_sampling_client(
+        self,
+        model_path: Any = None,
+        base_model: str | None = None,
+        retry_config: Any = None,
+        deployment_sampler: DeploymentSampler | None = None,
+        *,
+        tokenizer: Any = None,
+        concurrency_controller: Any = None,
+        training_client: Any = None,
+        pinned: bool = False,
+    ) -> FiretitanSamplingClient:
+        """A tinker-shaped client of the deployment.
+
+        Args:
+            model_path: Snapshot to bring to the deployment first; None: whatever it serves.
+            base_model: Must be the service's.
+            retry_config: Ignored: retries need no settings here.
+            deployment_sampler: Sample from where this one does.
+            tokenizer: Tokenizer, folder or id; None: the service's.
+            concurrency_controller: Ignored; the daemon batches what it gets.
+            training_client: Ignored.
+            pinned: Stay with `model_path` instead of following the deployment.
+
+        Raises:
+            RuntimeError: The snapshot could not be brought to the deployment; says why.
+        """
+        self._check_open()
+        if pinned and model_path is None:
+            raise ValueError("pinned=True needs model_path, the snapshot to stay with")
+        self._agree("base_model", base_model, self._config.base_model)
+        if base_model is not None:
+            self._config.base_model = base_model
+        if deployment_sampler is not None:
+            ready = deployment_sampler._ready
+            return FiretitanSamplingClient(ready, tokenizer=tokenizer, label="")
+        path = None if model_path is None else references.snapshot_reference(model_path)
+        return self._sampling(lambda: self._path(path), tokenizer, pinned)
+
+    def _sampling_after(self, saved: APIFuture[Any]) -> FiretitanSamplingClient:
+        async def path() -> str:
+            return references.snapshot_reference(await saved)
+
+        return self._sampling(path, None, pinned=True)
+
+    @staticmethod
+    async def _path(path: str | None) -> str | None:
+        return path
+
+    def _sampling(
+        self, path: Callable[[], Any], tokenizer: Any, pinned: bool
+    ) -> FiretitanSamplingClient:
+        ready: APIFuture[Target] = APIFuture("create_sampling_client")
+        client = FiretitanSamplingClient(
+            ready, tokenizer=tokenizer or self._config.tokenizer_model, pinned=pinned
+        )
+
+        async def open_() -> Target:
+            snapshot = await path()
+            if not pinned:
+                return await self._open_target(snapshot)
+            return await self._open_pinned(snapshot, client)
+
+        follow(open_(), ready)
+        self._await_ready(client, "the deployment")
+        return client
+
+    def create_deployment_sampler(
+        self, model_path: Any = None, tokenizer: Any = None, concurrency_controller: Any = None
+    ) -> DeploymentSampler:
+        """FireTitan's own sampler of the deployment.
+
+        Args:
+            model_path: Snapshot to bring to the deployment first; None: whatever it serves.
+            tokenizer: Tokenizer, folder or id; None: the service's.
+            concurrency_controller: Its `acquire` and `release` surround each request.
+        """
+        self._check_open()
+        path = None if model_path is None else references.snapshot_reference(model_path)
+        ready: APIFuture[Target] = APIFuture("create_deployment_sampler")
+        sampler = DeploymentSampler(
+            tokenizer=tokenizer or self._config.tokenizer_model,
+            concurrency_controller=concurrency_controller,
+            ready=ready,
+        )
+        follow(self._open_target(path), ready)
+        self._await_ready(sampler, "the deployment")
+        return sampler
+
+    def hotload_sampler_snapshot(self, model_path: Any) -> None:
+        """Bring a snapshot to the deployment; new requests are answered by it.
+
+        Raises:
+            RuntimeError: It could not be; what was served before is served on.
+        """
+        self._check_open()
+        done: APIFuture[Target] = APIFuture("hotload_sampler_snapshot")
+        follow(self._open_target(references.snapshot_reference(model_path)), done)
+        done.result()
+
+    async def hotload_sampler_snapshot_async(self, model_path: Any) -> None:
+        """As `hotload_sampler_snapshot`, for coroutines."""
+        self._check_open()
+        done: APIFuture[Target] = APIFuture("hotload_sampler_snapshot")
+        follow(self._open_target(references.snapshot_reference(model_path)), done)
+        await done
+
+    def requires_initial_sampler_sync(self) -> bool:
+        """Whether the attached deployment still serves another trainer's weights."""
+        return self._provisioner.needs_sync
+
+    async def _open_target(self, path: str | None, snapshot: str = "") -> Target:
+        deployment = await self._provisioner.get_deployment()
+        if path is not None:
+            await self._hotload(deployment.name, path)
+        return Target(
+            self._transport,
+            deployment.name,
+            snapshot,
+            deployment.base_model,
+            deployment.model.path or deployment.base_model,
+        )
+
+    async def _open_pinned(self, path: str, client: FiretitanSamplingClient) -> Target:
+        answer = await self._transport.call(
+            "CheckpointService/GetSnapshot",
+            checkpoint_service_pb2.GetSnapshotRequest(name=path),
+            checkpoint_service_pb2.GetSnapshotResponse,
+        )
+        snapshot = answer.snapshot.name
+        for last in (False, False, True):
+            target = await self._open_target(snapshot, snapshot)
+            try:
+                await client.hold_snapshot(target)
+            except SnapshotNotActive:  # another client's hotload came in between
+                if last:
+                    raise
+            else:
+                break
+        return target
+
+    async def _hotload(self, deployment: str, path: str) -> None:
+        try:
+            answer = await self._transport.call(
+                "DeploymentService/HotloadSnapshot",
+                deployment_service_pb2.HotloadSnapshotRequest(
+                    deployment=deployment, snapshot=path, request_id=uuid.uuid4().hex
+                ),
+                deployment_service_pb2.HotloadSnapshotResponse,
+            )
+            await wait_operation(self._transport, answer.operation)
+        except FiretitanError as error:
+            raise FailedPrecondition(
+                f"Hotload failed for sampler snapshot {path!r}: {error}",
+                reason=error.reason,
+                field=error.field,
+                metadata=error.metadata,
+            ) from error
+        self._provisioner.needs_sync = False
+
+    # Twins: `await` them for the client
+
+    async def create_sampling_client_async(
+        self, *args: Any, **kwargs: Any
+    ) -> FiretitanSamplingClient:
+        """As `create_sampling_client`."""
+        return await self.create_sampling_client(*args, **kwargs)
+
+    async def create_deployment_sampler_async(
+        self, *args: Any, **kwargs: Any
+    ) -> DeploymentSampler:
+        """As `create_deployment_sampler`."""
+        return await self.create_deployment_sampler(*args, **kwargs)

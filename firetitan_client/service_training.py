@@ -1,0 +1,319 @@
+"""A service's training clients: made, joined, begun from a checkpoint.
+
+Knows: what a training client is asked for and what it must agree with. Must not know: how commands
+travel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from firetitan_client import references
+from firetitan_client.errors import FiretitanError, Unsupported
+from firetitan_client.futures import APIFuture
+from firetitan_client.lane import Lane
+from firetitan_client.managed import check_same
+from firetitan_client.sample_requests import follow
+from firetitan_client.service_core import ServiceCore
+from firetitan_client.sessions import Opened, Wanted, attach, get_trainer, open_session
+from firetitan_client.training import FiretitanTrainingClient
+
+if TYPE_CHECKING:
+    from firetitan_client.service import FiretitanServiceClient
+
+logger = logging.getLogger("firetitan")
+
+
+class _Unset:
+    def __repr__(self) -> str:
+        return "<as configured>"
+
+
+UNSET = _Unset()
+
+
+class TrainingClients(ServiceCore):
+    """The part of a service that makes training clients."""
+
+    def create_training_client(
+        self,
+        base_model: str | None = None,
+        lora_rank: int | None = None,
+        seed: int | None = None,
+        train_mlp: bool | None = None,
+        train_attn: bool | None = None,
+        train_unembed: bool | None = None,
+        lora_alpha: float | _Unset | None = UNSET,
+        user_metadata: Mapping[str, str] | None = None,
+        projection_head_dim: int | None = None,
+        lora_init_method: str | None = None,
+        *,
+        session: str | None = None,
+    ) -> FiretitanTrainingClient:
+        """Create the trainer's session, or join it, and return a client of it.
+
+        Blocks until it is ready, except inside a running event loop: there `await` the client.
+
+        Args:
+            base_model: Must be the service's; None: that.
+            lora_rank: Must be the service's; None: that.
+            seed: Of the adapter's first weights; None: drawn and recorded.
+            train_mlp: Adapt the MLP projections.
+            train_attn: Adapt the attention projections.
+            train_unembed: Adapt the output head.
+            lora_alpha: Scale numerator; left out 32, None twice the rank.
+            user_metadata: Your own notes.
+            projection_head_dim: Not supported.
+            lora_init_method: Not supported.
+            session: Join this session (`other_client.session_name`) instead of the trainer's own.
+
+        Raises:
+            ValueError: Another model or rank than the service's or trainer's, naming both; or the
+                service has such a client already.
+            FiretitanError: By reason, e.g. no daemon, unknown model.
+        """
+        wanted = self._wanted(
+            lora_rank,
+            lora_alpha,
+            Wanted(
+                seed=self._config.seed if seed is None else seed,
+                train_mlp=self._config.train_mlp if train_mlp is None else train_mlp,
+                train_attn=self._config.train_attn if train_attn is None else train_attn,
+                train_unembed=(
+                    self._config.train_unembed if train_unembed is None else train_unembed
+                ),
+                user_metadata={**self._user_metadata, **(user_metadata or {})},
+            ),
+        )
+        for name, value in (
+            ("projection_head_dim", projection_head_dim),
+            ("lora_init_method", lora_init_method),
+        ):
+            if value is not None:
+                raise Unsupported(f"{name} is not supported; leave it out", field=name)
+        return self._create(base_model, lora_rank, wanted, session)
+
+    def create_lora_training_client(
+        self,
+        base_model: str | None = None,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: Mapping[str, str] | None = None,
+        alpha: float = 32,
+    ) -> FiretitanTrainingClient:
+        """As `create_training_client`, in tinker's words."""
+        return self.create_training_client(
+            base_model, rank, seed, train_mlp, train_attn, train_unembed, alpha, user_metadata
+        )
+
+    def create_training_client_from_state(
+        self,
+        path: Any = None,
+        user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
+        *,
+        name: Any = None,
+    ) -> FiretitanTrainingClient:
+        """A client that begins with a checkpoint's weights and a fresh optimizer."""
+        reference = references.checkpoint_reference(path, name)
+        return self._create_from(
+            lambda client: client.load_state(reference, weights_access_token), user_metadata
+        )
+
+    def create_training_client_from_state_with_optimizer(
+        self,
+        path: Any = None,
+        user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
+        *,
+        name: Any = None,
+    ) -> FiretitanTrainingClient:
+        """A client that goes on where a checkpoint was saved."""
+        reference = references.checkpoint_reference(path, name)
+        return self._create_from(
+            lambda client: client.load_state_with_optimizer(reference, weights_access_token),
+            user_metadata,
+        )
+
+    def _create_from(
+        self,
+        load: Callable[[FiretitanTrainingClient], APIFuture[Any]],
+        user_metadata: Mapping[str, str] | None,
+    ) -> FiretitanTrainingClient:
+        metadata = {**self._user_metadata, **(user_metadata or {})}
+        return self._create(None, None, Wanted(user_metadata=metadata), None, load)
+
+    def _wanted(self, rank: int | None, alpha: float | _Unset | None, wanted: Wanted) -> Wanted:
+        rank = self._config.lora_rank if rank is None else rank
+        if rank == 0:
+            return Wanted(seed=wanted.seed, user_metadata=wanted.user_metadata)
+        if wanted.train_mlp is wanted.train_attn is wanted.train_unembed is False:
+            raise ValueError("train_mlp, train_attn and train_unembed: at least one must be True")
+        if isinstance(alpha, _Unset):
+            alpha = self._config.lora_alpha
+        elif alpha is None and rank is not None:
+            alpha = 2.0 * rank
+        if alpha is not None and not alpha > 0:
+            raise ValueError(f"lora_alpha: is {alpha}; give a number above 0")
+        return Wanted(
+            wanted.seed,
+            alpha,
+            wanted.train_attn,
+            wanted.train_mlp,
+            wanted.train_unembed,
+            wanted.user_metadata,
+        )
+
+    def _create(
+        self,
+        base_model: str | None,
+        lora_rank: int | None,
+        wanted: Wanted,
+        session: str | None,
+        load: Callable[[FiretitanTrainingClient], APIFuture[Any]] | None = None,
+    ) -> FiretitanTrainingClient:
+        self._check_open()
+        config = self._config
+        if session is not None:
+            self._bind_to_session(session)
+        self._agree("base_model", base_model, config.base_model)
+        self._agree("lora_rank", lora_rank, config.lora_rank)
+        base_model = config.base_model if base_model is None else base_model
+        lora_rank = config.lora_rank if lora_rank is None else lora_rank
+        if base_model is None and config.trainer_job_id is None:
+            raise ValueError("base_model is required for a direct training client")
+        key = (base_model, lora_rank)
+        with self._lock:
+            if self._training:
+                first_model, first_rank = next(iter(self._training))
+                raise ValueError(
+                    f"A training client for {first_model or 'the trainer'!r} (lora_rank="
+                    f"{first_rank or 0}) already exists on this service. Create a new "
+                    "FiretitanServiceClient for a separate trainer."
+                )
+            config.base_model, config.lora_rank = base_model, lora_rank
+            opened: APIFuture[Opened] = APIFuture("create_training_client")
+            lane = Lane(self._transport, lambda client_id: self._attach(opened, client_id))
+            label = base_model or config.trainer_job_id or ""
+            client = FiretitanTrainingClient(
+                cast("FiretitanServiceClient", self), lane, opened, label
+            )
+            self._training[key] = client
+            self._lanes.append(lane)
+        follow(self._open(session, wanted), opened)
+        if load is not None:
+            client._ready = self._loaded(client, opened, load)
+        self._await_ready(client, "the trainer", lambda: self._training.pop(key, None))
+        return client
+
+    def _loaded(
+        self,
+        client: FiretitanTrainingClient,
+        opened: APIFuture[Opened],
+        load: Callable[[FiretitanTrainingClient], APIFuture[Any]],
+    ) -> APIFuture[Opened]:
+        ready: APIFuture[Opened] = APIFuture("create_training_client_from_state")
+        loading = load(client)
+
+        async def both() -> Opened:
+            place = await opened
+            await loading
+            return place
+
+        follow(both(), ready)
+        return ready
+
+    def _bind_to_session(self, session: str) -> None:
+        trainer = session.split("/")[1] if session.count("/") == 3 else ""
+        if not trainer:
+            raise ValueError(
+                f"session: {session!r} is no session name; give trainers/<id>/sessions/<id>, the "
+                "`session_name` of another client"
+            )
+        self._agree("trainer_job_id", trainer, self._config.trainer_job_id)
+        self._config.trainer_job_id = trainer
+
+    async def _open(self, session: str | None, wanted: Wanted) -> Opened:
+        provisioner = self._provisioner
+        both = self._managed and self._config.create_deployment
+        made = await asyncio.gather(
+            provisioner.get_trainer(),
+            *([provisioner.get_deployment()] if both else []),
+            return_exceptions=True,
+        )
+        failures = [one for one in made if isinstance(one, BaseException)]
+        if failures:
+            await self._roll_back()
+            raise failures[0]
+        trainer = provisioner.trainer
+        assert trainer is not None
+        check_same(self._config, trainer)
+        if session is None and not provisioner.trainer_created:
+            trainer = await get_trainer(self._transport, trainer.name)
+        opened = await open_session(self._transport, trainer, session, wanted)
+        self._config.base_model, self._config.lora_rank = opened.base_model, opened.lora_rank
+        return opened
+
+    async def _roll_back(self) -> None:
+        try:
+            await self._provisioner.roll_back()
+        except FiretitanError as error:
+            logger.warning("what was created could not be removed: %s", error)
+
+    async def _attach(self, opened: APIFuture[Opened], client_id: str) -> Any:
+        return await attach(self._transport, (await opened).session, client_id)
+
+    def create_base_training_client(
+        self, base_model: str | None = None, user_metadata: Mapping[str, str] | None = None
+    ) -> FiretitanTrainingClient:
+        """Not supported yet."""
+        raise Unsupported(
+            "create_base_training_client is not supported yet; for reference logprobs use a second "
+            "service with a trainer of its own and only forward()"
+        )
+
+    def create_reference_client(
+        self,
+        base_model: str | None = None,
+        lora_rank: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        *,
+        policy_client: Any = None,
+    ) -> FiretitanTrainingClient:
+        """Not supported yet."""
+        raise Unsupported(
+            "create_reference_client is not supported yet; for reference logprobs use a second "
+            "service with a trainer of its own and only forward()"
+        )
+
+    # Twins: `await` them for the client
+
+    async def create_training_client_async(
+        self, *args: Any, **kwargs: Any
+    ) -> FiretitanTrainingClient:
+        """As `create_training_client`."""
+        return await self.create_training_client(*args, **kwargs)
+
+    async def create_lora_training_client_async(
+        self, *args: Any, **kwargs: Any
+    ) -> FiretitanTrainingClient:
+        """As `create_lora_training_client`."""
+        return await self.create_lora_training_client(*args, **kwargs)
+
+    async def create_training_client_from_state_async(
+        self, *args: Any, **kwargs: Any
+    ) -> FiretitanTrainingClient:
+        """As `create_training_client_from_state`."""
+        return await self.create_training_client_from_state(*args, **kwargs)
+
+    async def create_training_client_from_state_with_optimizer_async(
+        self, *args: Any, **kwargs: Any
+    ) -> FiretitanTrainingClient:
+        """As `create_training_client_from_state_with_optimizer`."""
+        return await self.create_training_client_from_state_with_optimizer(*args, **kwargs)
