@@ -109,24 +109,24 @@ class OperationRegistry:
         Payloads of operations that end with it are removed from the spool.
         """
         await self._store.write(change)
-        payloads = []
+        open_before = [self._open.get(one.id) for one in change.operations if one.done]
+        payloads = [one.payload for one in open_before if one is not None and one.payload]
+        if payloads:
+            await self._spool.remove(payloads)
+        # No await from here on: whoever is woken finds what the caller sets after this returns.
         for lane in change.lanes:
             if lane.broken:
                 self._broken_lanes.add((lane.session, lane.client_id))
                 self._signal_lane(lane.session, lane.client_id)
         for operation in change.operations:
-            former = self._open.pop(operation.id, None)
+            self._open.pop(operation.id, None)
             if not operation.done:
                 self._open[operation.id] = operation
                 continue
-            if former is not None and former.payload is not None:
-                payloads.append(former.payload)
             ended = self._ended.pop(operation.id, None)
             if ended is not None:
                 ended.set()
             self._signal_lane(operation.target, operation.client_id)
-        if payloads:
-            await self._spool.remove(payloads)
 
     async def get(self, operation_id: str) -> Operation:
         """One operation.
