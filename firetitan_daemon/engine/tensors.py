@@ -23,6 +23,8 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -30,9 +32,15 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 def to_raw(tensors: Tensors) -> dict[str, RawTensor]:
-    """View CPU tensors as bytes; copies only what is elsewhere or not contiguous."""
+    """View CPU tensors as bytes; copies only what is elsewhere or not contiguous.
+
+    Raises:
+        FiretitanError: UNSUPPORTED naming a tensor of another dtype than these.
+    """
     raw = {}
     for name, tensor in tensors.items():
+        if tensor.dtype not in _CODES:
+            raise _unsupported(name, str(tensor.dtype))
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
         raw[name] = RawTensor(
             _CODES[tensor.dtype], tuple(tensor.shape), flat.view(torch.uint8).numpy()
@@ -49,9 +57,7 @@ def from_raw(tensors: RawTensors) -> dict[str, torch.Tensor]:
     result = {}
     for name, raw in tensors.items():
         if raw.dtype not in _DTYPES:
-            raise FiretitanError(
-                Reason.UNSUPPORTED, f'tensor "{name}" has dtype {raw.dtype}; one of {[*_DTYPES]}'
-            )
+            raise _unsupported(name, raw.dtype)
         flat = torch.from_numpy(raw.data).view(_DTYPES[raw.dtype])
         result[name] = flat.reshape(raw.shape)
     return result
@@ -64,3 +70,9 @@ def stored_dtypes(model_folder: Path) -> dict[str, torch.dtype]:
         for name, raw in read_safetensors(model_folder / file).items():
             dtypes[name] = _DTYPES.get(raw.dtype, torch.float32)
     return dtypes
+
+
+def _unsupported(name: str, dtype: str) -> FiretitanError:
+    return FiretitanError(
+        Reason.UNSUPPORTED, f'tensor "{name}" has dtype {dtype}; supported are {", ".join(_DTYPES)}'
+    )

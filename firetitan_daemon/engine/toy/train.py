@@ -49,6 +49,7 @@ from firetitan_daemon.engine.state import (
 from firetitan_daemon.engine.toy import model
 from firetitan_daemon.engine.toy.losses import Loss, check
 from firetitan_daemon.engine.toy.model import Float64Array, Weights
+from firetitan_daemon.engine.toy.optim import adamw, check_adam
 
 BASE_FILE = "model.safetensors"
 MAX_GRAPHS = 64
@@ -186,7 +187,7 @@ class ToyTrainEngine:
             FiretitanError: NO_GRADIENTS, STEP_MISMATCH, NON_FINITE, INVALID_ARGUMENT.
         """
         counters = self._counters
-        _check_adam(params)
+        check_adam(params)
         if expected_step is not None and expected_step != counters.step:
             raise FiretitanError(
                 Reason.STEP_MISMATCH,
@@ -210,7 +211,10 @@ class ToyTrainEngine:
         clip = params.grad_clip_norm
         scale = clip / norm if clip > 0 and norm > clip else 1.0
         step = counters.step + 1
-        self._write_step({name: g * scale for name, g in gradients.items()}, params, step)
+        scaled = {name: gradient * scale for name, gradient in gradients.items()}
+        adamw(self._weights, self._first, self._second, scaled, params, step)
+        self._counters = Counters(step=step)
+        self._moved()
         return {"step": float(step), "grad_norm": norm}
 
     def save_state(self, staging: Path) -> SavedFiles:
@@ -359,27 +363,6 @@ class ToyTrainEngine:
             model.LORA_B: scaled @ self._weights[model.LORA_A].T,
         }
 
-    def _write_step(
-        self, gradients: Mapping[str, Float64Array], params: AdamParams, step: int
-    ) -> None:
-        """AdamW, bias-corrected, decay decoupled (Loshchilov and Hutter, arXiv 1711.05101)."""
-        for name, gradient in gradients.items():
-            first = params.beta1 * self._first[name] + (1 - params.beta1) * gradient
-            second = params.beta2 * self._second[name] + (1 - params.beta2) * gradient**2
-            corrected = np.sqrt(second / (1 - params.beta2**step)) + params.eps
-            move = np.divide(
-                first / (1 - params.beta1**step),
-                corrected,
-                out=np.zeros_like(corrected),
-                where=corrected > 0,
-            )
-            kept = self._weights[name] * (1 - params.learning_rate * params.weight_decay)
-            self._weights[name] = (kept - params.learning_rate * move).astype(np.float32)
-            self._first[name] = first.astype(np.float32)
-            self._second[name] = second.astype(np.float32)
-        self._counters = Counters(step=step)
-        self._moved()
-
 
 def write_base(staging: Path, name: str, tensors: RawTensors) -> SavedSnapshot:
     """Write a toy base snapshot: one safetensors file."""
@@ -393,15 +376,3 @@ def _logprobs(table_VV: Float64Array, datum: Datum) -> Float64Array:
     targets = datum.loss_inputs["target_tokens"]
     inputs = datum.token_ids.reshape(-1, *[1] * (targets.ndim - 1))
     return table_VV[inputs, targets]
-
-
-def _check_adam(params: AdamParams) -> None:
-    for name in ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm"):
-        value = getattr(params, name)
-        if not np.isfinite(value):
-            raise FiretitanError(
-                Reason.NON_FINITE, f"{name}={value}: give a finite number", field=name
-            )
-        if value < 0 or (name.startswith("beta") and value >= 1):
-            limits = "0 <= value < 1" if name.startswith("beta") else "0 or more"
-            raise FiretitanError(Reason.INVALID_ARGUMENT, f"{name}={value}: {limits}", field=name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import threading
 import time
 from pathlib import Path
@@ -84,6 +85,19 @@ def test_unknown_id_fails_fast_without_the_hub(monkeypatch: pytest.MonkeyPatch) 
     started = time.monotonic()
     assert "HF_HUB_OFFLINE" in _refusal("no-such-org/no-such-model")
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.timeout(30)
+def test_silent_hub_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(resolve, "HUB_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        assert "the hub cannot be reached" in _refusal("org/silent")
 
 
 def test_hub_cache_is_used_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
