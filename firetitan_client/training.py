@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from firetitan.v1 import operation_pb2, training_service_pb2
 
@@ -16,6 +16,9 @@ from firetitan_client import convert, custom_loss, types
 from firetitan_client.errors import Unsupported
 from firetitan_client.futures import APIFuture
 from firetitan_client.weights import WeightsCalls
+
+if TYPE_CHECKING:
+    from firetitan_client.service import FiretitanServiceClient
 
 
 class FiretitanTrainingClient(WeightsCalls):
@@ -30,6 +33,11 @@ class FiretitanTrainingClient(WeightsCalls):
         ready: Done once the session is open.
         label: What was asked for, for `repr`.
     """
+
+    @property
+    def service(self) -> FiretitanServiceClient:
+        """The service that made this client."""
+        return self._service
 
     @property
     def session_name(self) -> str:
