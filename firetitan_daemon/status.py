@@ -66,15 +66,13 @@ def to_record(error: FiretitanError) -> ErrorRecord:
 def from_record(record: ErrorRecord) -> FiretitanError:
     """The kept error, with its field where the metadata names one."""
     metadata = dict(record.metadata)
-    error = FiretitanError(
-        Reason(record.reason), record.message, field=metadata.pop("field", None)
-    )
+    error = FiretitanError(Reason(record.reason), record.message, field=metadata.pop("field", None))
     error.metadata = metadata
     return error
 
 
 def unforeseen(error: BaseException, doing: str) -> FiretitanError:
-    """INTERNAL with an id; the traceback goes to the log under that id, never to the client.
+    """INTERNAL with an id; the traceback goes to a worker's log under that id, never to a client.
 
     Args:
         error: What was raised.
@@ -84,7 +82,8 @@ def unforeseen(error: BaseException, doing: str) -> FiretitanError:
     log.error("event=unforeseen id=%s doing=%s", error_id, doing, exc_info=error)
     return FiretitanError(
         Reason.INTERNAL,
-        f"{doing} failed for an unforeseen reason; the log has it under id {error_id}",
+        f"{doing} failed for an unforeseen reason; the worker's log (workers/*/worker.log in the "
+        f"daemon's home) has it under id {error_id}",
         error_id=error_id,
     )
 

@@ -303,6 +303,8 @@ def environment(ours: Mapping[str, str], num_threads: int) -> dict[str, str]:
     theirs["MALLOC_MMAP_MAX_"] = "0"
     theirs["MALLOC_TRIM_THRESHOLD_"] = str(TRIM_THRESHOLD_BYTES)
     theirs["PYTHONUNBUFFERED"] = "1"
+    # Progress bars are for terminals, not for logs.
+    theirs["TQDM_DISABLE"] = "1"
     return theirs
 
 

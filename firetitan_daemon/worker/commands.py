@@ -18,7 +18,6 @@ from firetitan.v1.command_pb2 import CommandHeader
 from firetitan.worker.v1 import worker_pb2
 from google.protobuf.message import DecodeError, Message
 
-from firetitan_daemon import status
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.durable import MANIFEST
 from firetitan_daemon.engine.api import SavedSnapshot, SnapshotKind, TrainEngine
@@ -133,28 +132,24 @@ class CommandRunner:
         """Run one command; its outcome is set, the session is not.
 
         Raises:
-            FiretitanError: The command failed and changed nothing; INTERNAL where the engine broke.
+            FiretitanError: The command failed and changed nothing.
         """
         method = command.execute.method
         try:
             return self._methods[method](command)
-        except FiretitanError:
-            raise
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise FiretitanError(
-                    Reason.STATE_DISK_FULL,
-                    f"{method}: the disk that holds {error.filename or 'the state'} is full; "
-                    "free some space and send it again",
-                ) from error
-            raise status.unforeseen(error, method) from error
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise FiretitanError(
+                Reason.STATE_DISK_FULL,
+                f"{method}: the disk that holds {error.filename or 'the state'} is full; "
+                "free some space and send it again",
+            ) from error
         except MemoryError as error:
             raise FiretitanError(
                 Reason.DEVICE_OUT_OF_MEMORY,
                 f"{method}: memory does not suffice; send fewer or shorter sequences a call",
             ) from error
-        except Exception as error:  # the worker outlives a bug in one command
-            raise status.unforeseen(error, method) from error
 
     def _forward(self, command: Parsed) -> worker_pb2.ExecuteResponse:
         request = command.message

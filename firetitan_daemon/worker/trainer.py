@@ -130,9 +130,14 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
                 command = await self._host.run(lambda: parse(request))
                 client_id, seq = command.header.client_id, command.header.seq
                 response = await self._run_parsed(session, command)
-            except FiretitanError as error:
-                journal.fail(client_id, seq, request.method, error.reason)
-                response = worker_pb2.ExecuteResponse(error=status.to_status(error))
+            except Exception as error:  # whatever happens, the number is taken and answered
+                failure = (
+                    error
+                    if isinstance(error, FiretitanError)
+                    else status.unforeseen(error, request.method)
+                )
+                journal.fail(client_id, seq, request.method, failure.reason)
+                response = worker_pb2.ExecuteResponse(error=status.to_status(failure))
             response.commit_seq = request.commit_seq
             session.state = session.runner.state(
                 request.session, applied=max(journal.applied, request.commit_seq)

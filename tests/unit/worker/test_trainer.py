@@ -22,6 +22,7 @@ from firetitan_daemon.engine.api import (
 )
 from firetitan_daemon.engine.toy import ToyTrainEngine
 from firetitan_daemon.launch.in_process import InProcessLauncher
+from firetitan_daemon.launch.remote import RemoteWorker
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -43,6 +44,21 @@ class GatedEngine(ToyTrainEngine):
         assert self.gate.wait(10)
         type(self).steps += 1
         return super().optim_step(params, normalization, expected_step)
+
+
+class Forever:
+    """A process that does not end."""
+
+    pid = 1
+    alive = True
+
+    async def wait(self) -> str:
+        await asyncio.Event().wait()
+        return ""
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
 
 
 class BusyEngine(ToyTrainEngine):
@@ -97,6 +113,61 @@ async def test_a_repeat_joins_the_run_in_progress(tmp_path: Path, write: Command
     GatedEngine.gate.set()
     assert await first == await second
     assert GatedEngine.steps == 1
+    await worker.shutdown()
+
+
+class CuttingProxy:
+    """Passes bytes to a worker's socket until told to cut every connection."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self._writers: list[asyncio.StreamWriter] = []
+        self.connections = 0
+
+    async def serve(self, client: asyncio.StreamReader, answers: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        worker, requests = await asyncio.open_unix_connection(self._target)
+        self._writers += [answers, requests]
+        await asyncio.gather(self._pump(client, requests), self._pump(worker, answers))
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(65536):
+                sink.write(data)
+                await sink.drain()
+        except ConnectionError:
+            pass
+        finally:
+            sink.close()
+
+    def cut(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+
+async def test_a_lost_connection_is_tried_again_and_nothing_runs_twice(
+    tmp_path: Path, write: CommandWriter
+) -> None:
+    GatedEngine.gate.clear()
+    GatedEngine.steps = 0
+    worker = await opened(InProcessLauncher(tmp_path / "run", train=GatedEngine))
+    (path,) = (tmp_path / "run").iterdir()
+    proxy = CuttingProxy(path)
+    server = await asyncio.start_unix_server(proxy.serve, tmp_path / "proxy")
+    forever = Forever()
+    through = RemoteWorker(TRAINER_SPEC, forever, f"unix:{tmp_path / 'proxy'}")
+    await through.execute(write.forward_backward())
+    call = asyncio.create_task(through.execute(write.optim_step()))
+    for _ in range(3):
+        await asyncio.sleep(0.2)
+        proxy.cut()
+    assert not call.done()
+    GatedEngine.gate.set()
+    assert (await call).session.step == 1
+    assert GatedEngine.steps == 1 and proxy.connections > 1
+    await through.close()
+    server.close()
     await worker.shutdown()
 
 
