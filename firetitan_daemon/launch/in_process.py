@@ -14,12 +14,12 @@ from pathlib import Path
 from firetitan_daemon import handshake
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.records import WorkerSpec
-from firetitan_daemon.engine.api import SampleEngine, TrainEngine
 from firetitan_daemon.launch import convert
 from firetitan_daemon.launch.remote import RemoteWorker
 from firetitan_daemon.worker.server import WorkerServer
 from firetitan_daemon.worker.servicer import (
-    EngineFactory,
+    SampleFactory,
+    TrainFactory,
     make_sample_engine,
     make_train_engine,
 )
@@ -86,8 +86,8 @@ class InProcessLauncher:
         self,
         run: Path,
         *,
-        train: EngineFactory[TrainEngine] = make_train_engine,
-        sample: EngineFactory[SampleEngine] = make_sample_engine,
+        train: TrainFactory = make_train_engine,
+        sample: SampleFactory = make_sample_engine,
     ) -> None:
         self._run = run
         self._train = train

@@ -92,10 +92,14 @@ class OsProcess:
         child = _children.pop(self._pid, None)
         if child is not None:
             code = child.wait()
+            if code == -signal.SIGKILL:
+                return "killed by SIGKILL, by hand or by the system for lack of memory"
             if code < 0:
                 return f"killed by {signal.Signals(-code).name}"
             return f"exited with code {code}"
-        return self._last_word() or "ended without a word, as after SIGKILL or a crash"
+        return (
+            self._last_word() or "ended without a word, as after SIGKILL, lack of memory or a crash"
+        )
 
 
 def adopt_child(child: subprocess.Popen[bytes]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import json
 import logging
 import os
@@ -43,6 +44,7 @@ def main() -> None:
         level=os.environ.get("FIRETITAN_LOG_LEVEL", "info").upper(),
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
+    faulthandler.enable()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     folder: Path = arguments.folder
     code, cause = 1, "crashed"

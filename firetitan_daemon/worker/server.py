@@ -14,9 +14,10 @@ from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
 from firetitan_daemon.engine.api import SampleEngine, TrainEngine
 from firetitan_daemon.worker.sampler import SamplerServicer
 from firetitan_daemon.worker.servicer import (
-    EngineFactory,
     EngineHost,
     ErrorInterceptor,
+    SampleFactory,
+    TrainFactory,
     WorkerServicer,
     make_sample_engine,
     make_train_engine,
@@ -47,8 +48,8 @@ class WorkerServer:
         self,
         spec: worker_pb2.WorkerSpec,
         *,
-        train: EngineFactory[TrainEngine] = make_train_engine,
-        sample: EngineFactory[SampleEngine] = make_sample_engine,
+        train: TrainFactory = make_train_engine,
+        sample: SampleFactory = make_sample_engine,
     ) -> None:
         self._spec = spec
         self._stopping = asyncio.Event()

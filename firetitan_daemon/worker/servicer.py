@@ -23,7 +23,8 @@ from firetitan_daemon.worker import convert
 EngineT = TypeVar("EngineT", bound=TrainEngine | SampleEngine)
 ResultT = TypeVar("ResultT")
 
-EngineFactory = Callable[[ModelSpec], EngineT]
+TrainFactory = Callable[[ModelSpec], TrainEngine]
+SampleFactory = Callable[[ModelSpec], SampleEngine]
 
 
 def make_train_engine(spec: ModelSpec) -> TrainEngine:
@@ -47,7 +48,7 @@ class EngineHost(Generic[EngineT]):
         make: Loads the engine; runs in the compute thread.
     """
 
-    def __init__(self, make: EngineFactory[EngineT]) -> None:
+    def __init__(self, make: Callable[[ModelSpec], EngineT]) -> None:
         self._make = make
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._engine: EngineT | None = None

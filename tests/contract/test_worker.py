@@ -414,7 +414,7 @@ async def test_death_by_kill_is_seen_and_told(
     worker = await local.launch(TRAINER_SPEC)
     waiting = asyncio.create_task(worker.exited())
     os.kill(worker.pid, signal.SIGKILL)
-    assert await asyncio.wait_for(waiting, 5) == "killed by SIGKILL"
+    assert "killed by SIGKILL" in await asyncio.wait_for(waiting, 5)
     with pytest.raises(FiretitanError, match=r"(?s)killed by SIGKILL.*event=serving") as caught:
         await worker.describe()
     assert caught.value.reason is Reason.WORKER_UNAVAILABLE
@@ -424,6 +424,16 @@ async def test_death_by_kill_is_seen_and_told(
     assert left == [handshake.LOG] and list((tmp_path / "run").iterdir()) == []
     again = await local.launch(TRAINER_SPEC)
     await again.shutdown()
+
+
+async def test_a_crash_in_native_code_leaves_its_stack_in_the_log(
+    local: LocalLauncher, tmp_path: Path
+) -> None:
+    worker = await local.launch(TRAINER_SPEC)
+    os.kill(worker.pid, signal.SIGSEGV)
+    assert await asyncio.wait_for(worker.exited(), 10) == "killed by SIGSEGV"
+    with pytest.raises(FiretitanError, match="Segmentation fault"):
+        await worker.describe()
 
 
 async def test_sigterm_ends_it_cleanly(local: LocalLauncher, tmp_path: Path) -> None:
