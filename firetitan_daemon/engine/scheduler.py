@@ -223,7 +223,7 @@ class Scheduler:
                 if budget < length and budget < self._config.prefill_tokens:
                     return
                 budget -= length
-            self._guard(job, lambda job=job: self._begin(job))
+            self._guard(job, self._begin, job)
             if job.future.done():
                 self._remove(job)
             elif job.begun:
@@ -290,10 +290,10 @@ class Scheduler:
             except Exception:
                 _LOG.exception("decode step failed rows=%d", sum(len(p.rows) for p in parts))
                 for part in parts:
-                    self._guard(part.job, lambda part=part: self._step_alone(part))
+                    self._guard(part.job, self._step_alone, part)
                 continue
             for part, rows in zip(parts, logits, strict=True):
-                self._guard(part.job, lambda part=part, rows=rows: self._take(part, rows))
+                self._guard(part.job, self._take, part, rows)
 
     def _step_alone(self, part: _Part) -> None:
         """Find out which request a failed step failed for: caches count a step only when done."""
@@ -346,12 +346,12 @@ class Scheduler:
         if job.future.set_running_or_notify_cancel():
             job.future.set_result(result)
 
-    def _guard(self, job: _Job, function: Callable[[], None]) -> None:
+    def _guard(self, job: _Job, function: Callable[..., None], *arguments: object) -> None:
         """Run one request's share of the work; what goes wrong there ends that request alone."""
         if job.future.done():
             return
         try:
-            function()
+            function(*arguments)
         except FiretitanError as error:
             self._fail(job, error)
         except Exception as error:

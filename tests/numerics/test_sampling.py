@@ -72,9 +72,7 @@ def test_greedy_is_what_transformers_generates(
     assert engine.info.packed
     model = plain_model(folder)
     futures = [
-        engine.submit(
-            SampleRequest(PROMPT[:length], 1, 40, seed=0, temperature=0.0, use_eos=False)
-        )
+        engine.submit(SampleRequest(PROMPT[:length], 1, 40, seed=0, temperature=0.0, use_eos=False))
         for length in (24, 11, 1)
     ]
     for future, length in zip(futures, (24, 11, 1), strict=True):

@@ -40,14 +40,18 @@ def random_requests(count: int, seed: int, longest: int = 40) -> list[SampleRequ
 def bits(result: SampleResult) -> tuple[object, ...]:
     """Everything a request and its snapshot decide, to the bit."""
     prompt = None if result.prompt_logprobs is None else result.prompt_logprobs.tobytes()
-    return result.snapshot, prompt, tuple(
-        (
-            sequence.token_ids.tobytes(),
-            sequence.sampling_logprobs.tobytes(),
-            sequence.inference_logprobs.tobytes(),
-            sequence.stop_reason,
-        )
-        for sequence in result.sequences
+    return (
+        result.snapshot,
+        prompt,
+        tuple(
+            (
+                sequence.token_ids.tobytes(),
+                sequence.sampling_logprobs.tobytes(),
+                sequence.inference_logprobs.tobytes(),
+                sequence.stop_reason,
+            )
+            for sequence in result.sequences
+        ),
     )
 
 
@@ -99,13 +103,16 @@ class Snapshots:
     def adapter(self, name: str, seed: int, rank: int = 4) -> list[SnapshotLayer]:
         """Save a random adapter over some linear layers."""
         generator = torch.Generator().manual_seed(seed)
+        adapted = ("q_proj", "o_proj", "down_proj", "query_key_value.weight")
         pairs = {
             key.removesuffix(".weight"): (
                 torch.randn(rank, tensor.shape[1], generator=generator) * 0.3,
                 torch.randn(tensor.shape[0], rank, generator=generator) * 0.3,
             )
             for key, tensor in self._names.items()
-            if any(part in key for part in ("q_proj", "o_proj", "down_proj", "query_key_value.weight"))
+            if any(
+                part in key for part in ("q_proj", "o_proj", "down_proj", "query_key_value.weight")
+            )
         }
         staging = self._staging(name)
         saved = write_adapter(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from firetitan_daemon.engine.rows import LinearShape, RowQuantum, linear_shapes, routes_tokens
 from torch import nn
+
+from firetitan_daemon.engine.rows import LinearShape, RowQuantum, linear_shapes, routes_tokens
 
 CPU = torch.device("cpu")
 
@@ -49,7 +50,9 @@ def test_no_quantum_where_rows_always_mix(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_shapes_of_a_model_with_and_without_an_adapter() -> None:
-    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 6, False))
+    model = nn.Sequential(
+        nn.Embedding(9, 4), nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 6, False)
+    )
     assert linear_shapes(model, None) == {LinearShape(4, 6, True, 0), LinearShape(6, 6, False, 0)}
 
 
