@@ -301,9 +301,9 @@ async def test_loading_takes_the_session_back(
     folder = staging(tmp_path, "checkpoint")
     saved = (await trainer.execute(write.save_state(folder))).saved
     assert saved is not None
-    forward = result(await trainer.execute(write.forward(retain_graph=True))).forward
     await trainer.execute(write.forward_backward())
     await trainer.execute(write.optim_step())
+    forward = result(await trainer.execute(write.forward(retain_graph=True))).forward
     outcome = await trainer.execute(write.load_state(folder, saved.digest))
     assert result(outcome).load.step == 0 and outcome.session.step == 0
     stale = await trainer.execute(write.backward(forward.graph, [[-1, -1, -1]]))
