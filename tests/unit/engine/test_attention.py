@@ -10,7 +10,7 @@ import torch
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine import attention_train
 from firetitan_daemon.engine.attention import KVCache, Segments, packed_attention, segments
-from firetitan_daemon.engine.attention_train import attend_segments
+from firetitan_daemon.engine.attention_train import attend_segments, fused_segments
 
 HEADS, KV_HEADS, SIZE = 6, 2, 8
 LAYER = SimpleNamespace(layer_idx=0)
@@ -70,6 +70,22 @@ def test_packed_rows_equal_the_textbook(
         results.append([output, *torch.autograd.grad((output * probe).sum(), row)])
     for mine, plain in zip(*results, strict=True):
         torch.testing.assert_close(mine, plain, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_fused_kernel_equals_the_textbook(window: int | None) -> None:
+    lengths = (1, 11, 4)
+    row = random_row(sum(lengths) + 2)
+    probe = torch.randn(sum(lengths), HEADS, SIZE)
+    found = fused_segments(*row, lengths, 0.3, window)
+    assert found[-2:].abs().max() == 0
+    short = [tensor[:, :-2] for tensor in row]
+    wanted = textbook(*short, lengths, 0.3, window, None)
+    torch.testing.assert_close(found[:-2], wanted, atol=2e-6, rtol=1e-5)
+    mine = torch.autograd.grad((found[:-2] * probe).sum(), row)
+    theirs = torch.autograd.grad((wanted * probe).sum(), row)
+    for left, right in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(left, right, atol=2e-6, rtol=1e-5)
 
 
 def test_padding_behind_the_last_sequence_gets_zeros() -> None:
