@@ -193,7 +193,7 @@ def packed_attention(
             query[0], key[0], value[0], layout.lengths, scale, sliding_window, softcap
         )
         return output.unsqueeze(0), None
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    layer: int = module.layer_idx
     tokens = query.shape[2]
     output = query.new_zeros(tokens, query.shape[1], value.shape[-1])
     start = 0

@@ -35,6 +35,7 @@ from firetitan_daemon.engine.api import (
 )
 from firetitan_daemon.engine.batch import Batch, Limits, make_batch
 from firetitan_daemon.engine.export import SnapshotWriter
+from firetitan_daemon.engine.graph_bytes import SavedBytes, estimate_bytes_per_token
 from firetitan_daemon.engine.graphs import GraphLimits, GraphTable
 from firetitan_daemon.engine.head import Head
 from firetitan_daemon.engine.losses import choose_loss
@@ -48,6 +49,7 @@ from firetitan_daemon.engine.passes import (
     check_gradients,
     check_terms,
     count_loss,
+    given_gradient,
     loss_terms,
     memory_errors,
     parameter_gradients,
@@ -96,7 +98,7 @@ class HfTrainEngine:
         self._spec = spec
         self._loaded = load_model(spec)
         self._graphs: GraphTable[_KeptPasses] = GraphTable(graph_limits)
-        self._graph_bytes_per_token = _estimate_bytes(self._loaded.model)
+        self._graph_bytes_per_token = estimate_bytes_per_token(self._loaded.model)
         self._current: _Session | None = None
 
     @property
@@ -157,7 +159,7 @@ class HfTrainEngine:
         keep = retain_graph and self._graphs.make_room(tokens * self._graph_bytes_per_token)
         head = session.trainables.head()
         passes, logprobs, terms = [], [], []
-        with memory_errors(), _SavedBytes(self._loaded.model) as saved:
+        with memory_errors(), SavedBytes(self._loaded.model) as saved:
             for part in run_passes(self._loaded, batch, graph=keep):
                 values = head.logprobs(
                     part.hidden.detach(), batch.targets[part.rows].to(part.hidden.device)
@@ -193,9 +195,8 @@ class HfTrainEngine:
         total: Gradients = {}
         with memory_errors():
             for part in kept.passes:
-                of_pass = slopes[part.rows]
                 values, gradients = parameter_gradients(
-                    session.trainables, head, batch, part, lambda rows, _, of=of_pass: of[rows]
+                    session.trainables, head, batch, part, given_gradient(slopes[part.rows])
                 )
                 logprobs.append(values)
                 for name, grad in gradients.items():
@@ -402,45 +403,6 @@ class HfTrainEngine:
             loss_tokens=counters.loss_tokens + counts[0],
             loss_sequences=counters.loss_sequences + counts[1],
         )
-
-
-class _SavedBytes:
-    """Counts what autograd keeps while it is open, weights aside; nothing where no graph is made.
-
-    Args:
-        model: Its parameters are not counted.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self._sizes: dict[int, int] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of distinct storages kept."""
-        return sum(self._sizes.values())
-
-    def __enter__(self) -> _SavedBytes:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)
-
-    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._weights:
-            self._sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-
-def _estimate_bytes(model: torch.nn.Module) -> int:
-    """A first guess of what a kept graph takes per token, until one has been measured."""
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    width = 24 * config.hidden_size + 6 * (getattr(config, "intermediate_size", None) or 0)
-    element = next(model.parameters()).element_size()
-    return int(config.num_hidden_layers * width * element)
 
 
 def _output(

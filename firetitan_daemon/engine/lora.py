@@ -147,7 +147,7 @@ def select_modules(model: nn.Module, spec: LoraSpec) -> list[str]:
             "train_attn, train_mlp and train_unembed are all false: nothing to train",
             field="lora",
         )
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
     names = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | LoraLinear):
@@ -237,7 +237,7 @@ def init_adapter(
     adapter = {}
     for name in names:
         module = model.get_submodule(name)
-        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        weight: torch.Tensor = module.weight
         outputs, inputs = weight.shape
         a = torch.empty(rank, inputs, dtype=torch.float32)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)

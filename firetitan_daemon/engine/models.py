@@ -91,7 +91,7 @@ class LoadedModel:
         head = self.head
         bias: torch.Tensor | None = getattr(head, "bias", None)
         pair = head.pair if isinstance(head, LoraLinear) else None
-        return head.weight, bias, pair  # type: ignore[return-value]
+        return head.weight, bias, pair
 
     def hidden_states(self, sequences: Sequence[torch.Tensor]) -> torch.Tensor:
         """Last hidden states of whole sequences, one after the other.

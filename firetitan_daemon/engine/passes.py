@@ -101,6 +101,15 @@ def built_in_gradient(
     return gradient
 
 
+def given_gradient(slopes: torch.Tensor) -> RowGradient:
+    """dL/dlogprob [T, K] of a pass as the head asks for it."""
+
+    def gradient(rows: slice, logprobs: torch.Tensor) -> torch.Tensor:
+        return slopes[rows]
+
+    return gradient
+
+
 def parameter_gradients(
     trainables: Trainables, head: Head, batch: Batch, part: Pass, gradient: RowGradient
 ) -> tuple[torch.Tensor, Gradients]:
