@@ -88,7 +88,7 @@ def test_killed_process_leaves_its_gradients(
             future.result()
         assert doomed.stdout.readline() == "accumulated\n"
         doomed.send_signal(signal.SIGKILL)
-        doomed.wait()
+        doomed.communicate()
         policy.save_state("shared").result()
         metrics = policy.optim_step(tinker.AdamParams(learning_rate=1e-3)).result().metrics
 
