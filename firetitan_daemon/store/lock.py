@@ -45,8 +45,8 @@ class StateLock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Not inherited by workers: they outlive the daemon and must not keep its lock.
-        self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # os.open's descriptors close on exec: workers outlive the daemon and must not keep its lock.
+        self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self._descriptor, 0)

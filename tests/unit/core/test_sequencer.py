@@ -212,6 +212,13 @@ def test_acknowledgements_never_go_back() -> None:
     assert take(sequencer, incoming(2)).lane.acked_through == 1
 
 
+def test_restoring_goes_on_behind_the_highest_place_given() -> None:
+    session = Session(S, "t", "b", LoraSettings(8), 0, "0badcafe", SessionState.ACTIVE, 0.0,
+                      commit_seq=3)  # fmt: skip
+    sequencer = SessionSequencer.restore(session, [Lane(S, "a", 6)], [row(incoming(5), 5)], 0.0)
+    assert take(sequencer, incoming(6)).commit_seq == 6
+
+
 class Sequencing(RuleBasedStateMachine):
     """The sequencer beside a model that keeps sets of numbers and recomputes everything.
 

@@ -44,6 +44,11 @@ def test_the_owner_is_named_until_it_dies(tmp_path: Path) -> None:
         with pytest.raises(StateOwned, match=f"process {owner.pid};") as caught:
             StateLock(path)
         assert caught.value.pid == owner.pid
+        # As between taking the lock and writing the pid: the one before is not named.
+        path.write_text("999999999\n")
+        with pytest.raises(StateOwned, match="another process;") as caught:
+            StateLock(path)
+        assert caught.value.pid is None
     finally:
         end(owner)
     with StateLock(path):
