@@ -45,7 +45,7 @@ class StateLock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # os.open's descriptors close on exec: workers outlive the daemon and must not keep its lock.
+        # It closes on exec: workers outlive the daemon and must not keep its lock.
         self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
