@@ -103,16 +103,19 @@ def load_config(
         ConfigError: Unknown key, wrong type, value out of range, or unreadable file.
     """
     variables = os.environ if environment is None else environment
-    root = (home.expanduser().absolute() if home else default_home(variables))
+    root = home.expanduser().absolute() if home else default_home(variables)
     given = _read_file(root / "config.toml")
     given.update(_read_environment(variables))
-    given.update(
-        {key: Setting(key, value, "command line") for key, value in (flags or {}).items()}
-    )
+    given.update({key: Setting(key, value, "command line") for key, value in (flags or {}).items()})
     sections: dict[str, object] = {}
     settings = [
-        Setting("home", root, "command line" if home else
-                ("FIRETITAN_HOME" if variables.get("FIRETITAN_HOME") else "default"))
+        Setting(
+            "home",
+            root,
+            "command line"
+            if home
+            else ("FIRETITAN_HOME" if variables.get("FIRETITAN_HOME") else "default"),
+        )
     ]
     for section, cls in _section_classes().items():
         values: dict[str, object] = {}

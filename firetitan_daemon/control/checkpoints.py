@@ -101,9 +101,7 @@ class CheckpointManager:
         if prepared.save is not None:
             await self._services.folders.discard(prepared.save.staging)
 
-    async def resolve(
-        self, session: Session, reference: names.CheckpointReference
-    ) -> Checkpoint:
+    async def resolve(self, session: Session, reference: names.CheckpointReference) -> Checkpoint:
         """The checkpoint a session means.
 
         Raises:
@@ -160,9 +158,7 @@ class CheckpointManager:
                 f"checkpoint_id: {name} exists and keep_existing is set; choose another name",
                 field="checkpoint_id",
             )
-        return Prepared(
-            save=SaveTarget(self._staging(operation), checkpoint_id), state=arguments
-        )
+        return Prepared(save=SaveTarget(self._staging(operation), checkpoint_id), state=arguments)
 
     async def _prepare_snapshot(
         self, session: Session, operation: Operation, payload: bytes

@@ -207,9 +207,7 @@ class DeploymentManager:
             self._begin(deployment.id)
             return operation
 
-    async def _join(
-        self, existing: Deployment, trainer_id: str, operation: Operation
-    ) -> Operation:
+    async def _join(self, existing: Deployment, trainer_id: str, operation: Operation) -> Operation:
         if existing.state is not ResourceState.CREATING:
             operation = settled(operation, self._services.clock.now())
         joined = existing
@@ -244,9 +242,7 @@ class DeploymentManager:
             await self._fail(deployment_id, record)
         else:
             current = self._deployments[deployment_id]
-            await self.write(
-                replace(current, state=ResourceState.ACTIVE, model=model, error=None)
-            )
+            await self.write(replace(current, state=ResourceState.ACTIVE, model=model, error=None))
             self._watch(deployment_id, worker)
 
     async def _fail(self, deployment_id: str, error: ErrorRecord) -> None:

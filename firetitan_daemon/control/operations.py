@@ -173,9 +173,7 @@ class OperationRegistry:
             pass
         return await self.get(operation_id)
 
-    async def watch(
-        self, session: str, client_id: str, after_seq: int
-    ) -> AsyncIterator[Operation]:
+    async def watch(self, session: str, client_id: str, after_seq: int) -> AsyncIterator[Operation]:
         """Operations of a lane as they end, in the order of their seq, without gaps.
 
         Only of a broken lane, where some seq will never come, are gaps passed over.

@@ -317,4 +317,3 @@ class TrainerManager:
                     "that, another trainer_id, or delete the trainer first",
                     field=field_path,
                 )
-

@@ -81,8 +81,11 @@ def run(home: Path, failpoints: str = "", second_failpoints: str = "") -> dict[s
         assert script.failure is None and not script.is_alive(), script.failure
         for operation in script.ended:
             assert not operation.HasField("error"), operation
-        steps = [int(one.optim_step.metrics["step"]) for one in script.ended
-                 if one.HasField("optim_step")]
+        steps = [
+            int(one.optim_step.metrics["step"])
+            for one in script.ended
+            if one.HasField("optim_step")
+        ]
         assert steps == list(range(1, STEPS + 1))
         listed = stubs.operations.ListOperations(
             operation_service_pb2.ListOperationsRequest(parent=session)
@@ -92,11 +95,16 @@ def run(home: Path, failpoints: str = "", second_failpoints: str = "") -> dict[s
             assert [watch.next().name for _ in listed] == [one.name for one in script.ended]
         for kind in ("checkpoints", "snapshots"):
             assert len(list((home / "store" / kind).iterdir())) == 2
-        saved = {one.checkpoint.name.rpartition("/")[2]: one.checkpoint.digest
-                 for one in script.ended if one.HasField("checkpoint")}
-        saved |= {f"snapshot {one.snapshot.name.rpartition('/')[2][:-9]}":
-                  one.snapshot.result_digest
-                  for one in script.ended if one.HasField("snapshot")}
+        saved = {
+            one.checkpoint.name.rpartition("/")[2]: one.checkpoint.digest
+            for one in script.ended
+            if one.HasField("checkpoint")
+        }
+        saved |= {
+            f"snapshot {one.snapshot.name.rpartition('/')[2][:-9]}": one.snapshot.result_digest
+            for one in script.ended
+            if one.HasField("snapshot")
+        }
         stubs.channel.close()
         return saved
     finally:

@@ -213,9 +213,7 @@ class LaneClient:
 
     def save_snapshot(self, name: str, kind: int = 0) -> operation_pb2.Operation:
         """SaveSnapshot under a name."""
-        return self.send(
-            checkpoint_service_pb2.SaveSnapshotRequest(snapshot_id=name, kind=kind)
-        )
+        return self.send(checkpoint_service_pb2.SaveSnapshotRequest(snapshot_id=name, kind=kind))
 
     def step(self) -> operation_pb2.Operation:
         """ForwardBackward and OptimStep, waited for; the latter's operation."""
@@ -260,6 +258,4 @@ class Watch:
 
     def acknowledge(self, through: int) -> None:
         """Results up to a seq were taken."""
-        self._requests.put(
-            operation_service_pb2.WatchOperationsRequest(acked_through=through)
-        )
+        self._requests.put(operation_service_pb2.WatchOperationsRequest(acked_through=through))

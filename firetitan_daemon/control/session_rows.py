@@ -1,0 +1,337 @@
+"""One session's record, order and rows: what is accepted, settled, cancelled, lost.
+
+Knows: the sequencer, the store. Must not know: payloads, workers, when a command runs.
+
+Everything here happens under one lock: a row of the session, of its lanes or of its operations is
+never written from a state that another write has just changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from firetitan_daemon.control.codec import Header
+from firetitan_daemon.control.services import Services, error_record
+from firetitan_daemon.core import chain
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.ports import Change
+from firetitan_daemon.core.records import (
+    ErrorRecord,
+    Lane,
+    Operation,
+    OperationState,
+    Session,
+    SessionState,
+    SpoolRef,
+)
+from firetitan_daemon.core.sequencer import Admit, Incoming, Replay, SessionSequencer
+
+logger = logging.getLogger("firetitan.sessions")
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A command's operation, and what can run now that it is there."""
+
+    operation: Operation
+    runnable: Sequence[str] = ()
+    """Ids of operations, in order."""
+
+
+class SessionRows:
+    """Owns a session's record and its sequencer."""
+
+    def __init__(self, session: Session, sequencer: SessionSequencer, services: Services) -> None:
+        self.session = session
+        self._sequencer = sequencer
+        self._services = services
+        self._lock = asyncio.Lock()
+
+    @property
+    def current(self) -> Session:
+        """The session's record with the highest commit_seq given out."""
+        return replace(self.session, commit_seq=self._sequencer.last_commit_seq)
+
+    def attach(self, client_id: str) -> Lane:
+        """The lane of a client.
+
+        Raises:
+            FiretitanError: INVALID_ARGUMENT, LANE_BROKEN.
+        """
+        return self._sequencer.attach(client_id)
+
+    def open_operations(self) -> list[Operation]:
+        """Accepted and not done."""
+        return self._services.operations.open_of(self.session.name)
+
+    def check_preceding(self, operation: Operation) -> None:
+        """Refuse to run a command behind a failure its sender had not seen.
+
+        Raises:
+            FiretitanError: PRECEDING_FAILED.
+        """
+        client_id, seq = operation.client_id, operation.seq
+        if self._sequencer.fails_with_preceding(client_id, seq, operation.seen_failure):
+            failed_seq = self._sequencer.attach(client_id).failed_seq
+            raise FiretitanError(
+                Reason.PRECEDING_FAILED,
+                f"{operation.method} (seq {seq}) was not run: seq {failed_seq} before it "
+                "failed and its sender had not seen that yet; look at that failure, then go on",
+                session=self.session.name,
+                failed_seq=str(failed_seq),
+            )
+
+    async def accept(
+        self, header: Header, method: str, ref: SpoolRef, check: Callable[[], None]
+    ) -> Accepted:
+        """Write a command's row; a repeat is answered by the operation it made before.
+
+        Args:
+            header: Its place.
+            method: The RPC's name.
+            ref: Its payload.
+            check: Raises where nothing may be accepted any more.
+
+        Raises:
+            FiretitanError: INVALID_ARGUMENT, SEQ_REUSED, REQUEST_ID_REUSED, LANE_BROKEN,
+                SESSION_RESTARTED, STATE_DISK_FULL.
+        """
+        async with self._lock:
+            check()
+            incoming = Incoming(
+                operation_id=uuid.uuid4().hex,
+                client_id=header.client_id,
+                seq=header.seq,
+                request_id=header.request_id,
+                payload_digest=ref.digest,
+                epoch=header.epoch,
+            )
+            existing = None
+            if self._sequencer.taken(header.client_id, header.seq):
+                existing = await self._services.store.operation_by_seq(
+                    self.session.name, header.client_id, header.seq
+                )
+            decision = self._sequencer.decide(incoming, existing)
+            if isinstance(decision, Replay):
+                assert existing is not None
+                return Accepted(existing)
+            operation = self._new_operation(decision, header, method, ref)
+            await self._write_accepted(operation, decision)
+            self._sequencer.admit(decision, self._services.clock.monotonic())
+            return Accepted(operation, [one.operation_id for one in decision.commits])
+
+    def _new_operation(
+        self, decision: Admit, header: Header, method: str, ref: SpoolRef
+    ) -> Operation:
+        return Operation(
+            id=decision.command.operation_id,
+            method=method,
+            target=self.session.name,
+            request_id=header.request_id,
+            payload_digest=ref.digest,
+            state=OperationState.ACCEPTED,
+            create_time=self._services.clock.now(),
+            client_id=header.client_id,
+            seq=header.seq,
+            commit_seq=decision.commit_seq,
+            epoch=self._sequencer.epoch,
+            seen_failure=header.seen_failure,
+            payload=ref,
+        )
+
+    async def _write_accepted(self, operation: Operation, decision: Admit) -> None:
+        operations = [operation]
+        for commit in decision.commits[1:]:
+            held = self._services.operations.current(commit.operation_id)
+            assert held is not None, "a held command is open"
+            operations.append(replace(held, commit_seq=commit.commit_seq))
+        try:
+            await self._services.operations.write(
+                Change(operations=operations, lanes=[decision.lane])
+            )
+        except FiretitanError as error:
+            if error.reason is Reason.REQUEST_ID_REUSED:
+                other = await self._services.store.operation_by_request(
+                    operation.target, operation.request_id
+                )
+                if other is not None:
+                    # Says which operation has the id.
+                    self._sequencer.decide(decision.command, other)
+            raise
+
+    async def write_operation(self, operation: Operation) -> None:
+        """Write an operation that is not done yet."""
+        async with self._lock:
+            await self._services.operations.write(Change(operations=[operation]))
+
+    async def settle(
+        self,
+        operation: Operation,
+        session: Session,
+        change: Change,
+        *,
+        own_failure: bool = False,
+    ) -> None:
+        """Write an operation's end and all that changes with it, in one transaction.
+
+        Args:
+            operation: Done.
+            session: The session after it.
+            change: Its checkpoint or snapshot.
+            own_failure: It failed by itself: those behind it in its lane fail too.
+        """
+        async with self._lock:
+            session = self._reached(session, operation.commit_seq)
+            lanes = []
+            if own_failure:
+                lanes = [self._sequencer.record_failure(operation.client_id, operation.seq)]
+            await self._services.operations.write(
+                replace(
+                    change,
+                    operations=[operation],
+                    sessions=[session],
+                    lanes=lanes,
+                    durable=bool(change.checkpoints or change.snapshots),
+                )
+            )
+            self.session = session
+
+    async def cancel(self, operation_id: str, running: str | None) -> Operation:
+        """Cancel a command that has not been sent to the worker.
+
+        Args:
+            operation_id: Which.
+            running: The command whose turn it is; it goes on.
+        """
+        async with self._lock:
+            found = self._services.operations.current(operation_id)
+            if found is None:
+                return await self._services.operations.get(operation_id)
+            if found.state is not OperationState.ACCEPTED or found.id == running:
+                return found
+            error = ErrorRecord(str(Reason.CANCELLED), f"{found.name} was cancelled before it ran")
+            cancelled = self.ended(found, OperationState.CANCELLED, error)
+            session = self._reached(self.session, found.commit_seq)
+            await self._services.operations.write(
+                Change(operations=[cancelled], sessions=[session])
+            )
+            self.session = session
+            if not found.commit_seq:
+                self._sequencer.cancel(found.client_id, found.seq)
+            return cancelled
+
+    async def expire(self) -> None:
+        """Close lanes whose missing command is overdue."""
+        now, gap_s = self._services.clock.monotonic(), self._services.limits.gap_timeout_s
+        due = self._sequencer.next_expiry(gap_s)
+        if due is None or due > now:
+            return
+        async with self._lock:
+            for expired in self._sequencer.expired(now, gap_s):
+                record = error_record(expired.error)
+                held = map(self._services.operations.current, expired.operation_ids)
+                failed = [self.ended(one, OperationState.FAILED, record) for one in held if one]
+                await self._services.operations.write(
+                    Change(operations=failed, lanes=[expired.lane])
+                )
+                self._sequencer.break_lane(expired.lane.client_id)
+                logger.warning(
+                    "lane broken session=%s client=%s missing_seq=%d held=%d",
+                    self.session.name,
+                    expired.lane.client_id,
+                    expired.missing_seq,
+                    len(failed),
+                )
+
+    async def lose(self, cause: str) -> None:
+        """The worker is gone: open operations end LOST, a new epoch begins."""
+        async with self._lock:
+            left = self.open_operations()
+            epoch, lanes = self._sequencer.restart()
+            error = await self._loss(cause, left)
+            session = replace(
+                chain.reset(self.session),
+                state=SessionState.LOST,
+                epoch=epoch,
+                commit_seq=self._sequencer.last_commit_seq,
+            )
+            await self._services.operations.write(
+                Change(
+                    operations=[self.ended(one, OperationState.LOST, error) for one in left],
+                    sessions=[session],
+                    lanes=lanes,
+                    durable=True,
+                )
+            )
+            self.session = session
+        logger.error("session lost session=%s cause=%s", session.name, cause)
+
+    async def _loss(self, cause: str, lost: Iterable[Operation]) -> ErrorRecord:
+        rows = await self._services.store.checkpoints(self.session.trainer_id)
+        own = [row for row in rows if row.session == self.session.name]
+        last = max(own, key=lambda row: row.commit_seq, default=None)
+        step, advice = 0, "start over: no checkpoint was saved"
+        if last is not None:
+            step, name = last.step, last.name.rpartition("/")[2]
+            advice = (
+                f"load_state_with_optimizer({name!r}) (step {step}), "
+                f"then resubmit from step {step + 1}"
+            )
+        hint = (
+            f"create trainers/{self.session.trainer_id} again with the same id and open its "
+            f"session, then {advice}"
+        )
+        names = [one.name for one in lost]
+        return ErrorRecord(
+            str(Reason.SESSION_LOSS),
+            f"{self.session.name} lost its weights: {cause}; {len(names)} commands were not "
+            f"finished; {hint}",
+            {
+                "session": self.session.name,
+                "cause": cause,
+                "restored_step": str(step),
+                "lost_steps": str(max(0, self.session.step - step)),
+                "lost_operations": ",".join(names),
+                "hint": hint,
+            },
+        )
+
+    async def restart(self) -> None:
+        """After a loss: ready again, at step 0."""
+        async with self._lock:
+            session = replace(self.session, state=SessionState.ACTIVE, step=0)
+            await self._services.operations.write(Change(sessions=[session], durable=True))
+            self.session = session
+
+    async def close(self, error: FiretitanError) -> None:
+        """Closed for good; what is still open ends with an error."""
+        async with self._lock:
+            record = error_record(error)
+            left = [
+                self.ended(one, OperationState.FAILED, record) for one in self.open_operations()
+            ]
+            session = replace(self.session, state=SessionState.CLOSED)
+            await self._services.operations.write(
+                Change(operations=left, sessions=[session], durable=True)
+            )
+            self.session = session
+
+    def ended(
+        self, operation: Operation, state: OperationState, error: ErrorRecord | None
+    ) -> Operation:
+        """The operation in a final state."""
+        return replace(
+            operation,
+            state=state,
+            error=error,
+            payload=None,
+            staging="",
+            finish_time=self._services.clock.now(),
+        )
+
+    def _reached(self, session: Session, commit_seq: int) -> Session:
+        return replace(session, commit_seq=max(commit_seq, self.session.commit_seq))
