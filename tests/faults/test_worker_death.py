@@ -1,0 +1,126 @@
+"""`kill -9` of workers: a trainer's loss is told exactly, a sampler comes back by itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from firetitan.v1 import (
+    deployment_pb2,
+    deployment_service_pb2,
+    error_pb2,
+    session_pb2,
+    trainer_pb2,
+    trainer_service_pb2,
+    training_service_pb2,
+)
+from google.rpc import status_pb2
+from support.daemon import DaemonProcess
+from support.stubs import LaneClient, Stubs, reason, status_reason
+
+pytestmark = pytest.mark.timeout(90)
+
+
+@pytest.fixture
+def stubs(daemon: DaemonProcess) -> Iterator[Stubs]:
+    stubs = Stubs(daemon.address)
+    yield stubs
+    stubs.channel.close()
+
+
+def trainer(stubs: Stubs) -> trainer_pb2.Trainer:
+    request = trainer_service_pb2.GetTrainerRequest(name="trainers/t")
+    return stubs.retry(stubs.trainers.GetTrainer, request).trainer
+
+
+def until_failed(stubs: Stubs) -> trainer_pb2.Trainer:
+    deadline = time.monotonic() + 20
+    while (found := trainer(stubs)).state != trainer_pb2.Trainer.STATE_FAILED:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+    return found
+
+
+def loss_of(status: status_pb2.Status) -> error_pb2.SessionLoss:
+    loss = error_pb2.SessionLoss()
+    assert any(detail.Unpack(loss) for detail in status.details)
+    return loss
+
+
+@pytest.mark.parametrize("daemon_too", [False, True])
+def test_a_dead_trainer_says_what_was_lost_and_can_go_on(
+    stubs: Stubs, daemon: DaemonProcess, daemon_too: bool
+) -> None:
+    stubs.create_trainer()
+    lane = LaneClient(stubs, stubs.session())
+    lane.step()
+    saved = stubs.done(lane.save_state("good")).checkpoint
+    lane.step()
+    held = lane.optim_step(seq=lane.seq + 1)
+    pid = trainer(stubs).worker_pid
+    if daemon_too:
+        daemon.kill()
+    os.kill(pid, signal.SIGKILL)
+    if daemon_too:
+        daemon.start()
+    failed = until_failed(stubs)
+    assert "create the trainer again" in failed.error.message and not failed.worker_pid
+    ended = stubs.wait(held.name)
+    assert status_reason(ended.error) == "SESSION_LOSS"
+    loss = loss_of(ended.error)
+    assert (loss.restored_step, loss.lost_steps) == (1, 1)
+    assert list(loss.lost_operations) == [held.name] and "good" in loss.hint
+    with pytest.raises(grpc.RpcError) as caught:
+        lane.optim_step()
+    assert reason(caught.value) == "SESSION_LOSS"
+    shown = stubs.training.GetSession(
+        training_service_pb2.GetSessionRequest(name=lane.session)
+    ).session
+    assert shown.state == session_pb2.Session.STATE_LOST and shown.epoch == 2
+
+    # The way out that the error names.
+    assert stubs.create_trainer().trainer.state == trainer_pb2.Trainer.STATE_ACTIVE
+    assert stubs.session() == lane.session
+    with pytest.raises(grpc.RpcError) as caught:
+        lane.optim_step(seq=held.seq + 1)
+    assert reason(caught.value) == "SESSION_RESTARTED"
+    again = LaneClient(stubs, lane.session)
+    assert again.epoch == 2
+    assert stubs.done(again.load_state(saved.name)).load.step == 1
+    assert again.step().optim_step.metrics["step"] == 2
+    assert len(daemon.worker_pids()) == 1
+
+
+@pytest.mark.parametrize("daemon_too", [False, True])
+def test_a_dead_sampler_comes_back_with_what_it_served(
+    stubs: Stubs, daemon: DaemonProcess, daemon_too: bool
+) -> None:
+    stubs.create_trainer()
+    lane = LaneClient(stubs, stubs.session())
+    lane.step()
+    stubs.done(lane.save_snapshot("one"))
+    lane.step()
+    delta = stubs.done(lane.save_snapshot("two")).snapshot
+    deployment = stubs.create_deployment().deployment
+    stubs.hotload(deployment.name, delta.name)
+    before = stubs.sample()
+    pid = stubs.deployments.GetDeployment(
+        deployment_service_pb2.GetDeploymentRequest(name=deployment.name)
+    ).deployment.worker_pid
+    if daemon_too:
+        daemon.kill()
+    os.kill(pid, signal.SIGKILL)
+    if daemon_too:
+        daemon.start()
+    after = stubs.sample()
+    assert after.snapshot == delta.name
+    assert after.sequences == before.sequences
+    shown = stubs.deployments.GetDeployment(
+        deployment_service_pb2.GetDeploymentRequest(name=deployment.name)
+    ).deployment
+    assert shown.state == deployment_pb2.Deployment.STATE_ACTIVE
+    assert shown.worker_pid not in (0, pid) and shown.etag != deployment.etag
