@@ -31,6 +31,7 @@ from firetitan_daemon.engine.api import (
 )
 from firetitan_daemon.engine.decode import Branch, Decoder, Prefill
 from firetitan_daemon.engine.draw import DrawParams, draw, uniform
+from firetitan_daemon.engine.prompts import PromptCache
 from firetitan_daemon.engine.stops import Decode, StopStrings
 from firetitan_daemon.engine.versions import Version, VersionTable
 
@@ -52,6 +53,8 @@ class SamplerConfig:
     """Keys and values of everything that runs; one branch always may."""
     prefill_tokens: int = 2048
     """Prompt tokens between two decode steps; one prompt always may."""
+    prompt_bytes: int = 256 << 20
+    """Keys and values of finished prompts, kept for requests with the same prompt; 0 is off."""
 
 
 @dataclass
@@ -134,6 +137,7 @@ class Scheduler:
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._closed = False
         self._parts: list[_Part] = []
+        self._prompts = PromptCache(config.prompt_bytes)
         self._thread = threading.Thread(target=self._run, name="firetitan-sampler", daemon=True)
         self._thread.start()
 
@@ -259,7 +263,7 @@ class Scheduler:
             started = time.monotonic()
             job.queue_s = started - job.submitted
             self._select(job.version)
-            job.prefill = self._decoder.prefill(request.prompt, logprobs=request.prompt_logprobs)
+            job.prefill = self._prefill(request, job.version)
             job.prefill_s = time.monotonic() - started
         rows = [
             _Row(index, self._stop_strings(request))
@@ -276,6 +280,18 @@ class Scheduler:
             self._parts.append(_Part(job, branch, running, reserved))
         if job.finished:
             self._finish(job)
+
+    def _prefill(self, request: SampleRequest, version: Version) -> Prefill:
+        """Run the prompt, unless the very same one ran under this version a moment ago."""
+        self._prompts.keep_versions(self._versions.names)
+        prompt, logprobs = request.prompt, request.prompt_logprobs
+        prefill = self._prompts.find(version.name, prompt, logprobs=logprobs)
+        if prefill is None:
+            prefill = self._decoder.prefill(prompt, logprobs=logprobs)
+            if self._bytes_per_token:
+                num_bytes = len(prompt) * self._bytes_per_token + prefill.last_logits.nbytes
+                self._prompts.add(version.name, prompt, prefill, num_bytes)
+        return prefill
 
     def _step(self) -> None:
         """One decode step for everything that runs, version by version."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.sampling import bits
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import ModelSpec, SampleRequest, StopReason
@@ -174,6 +175,22 @@ def test_one_requests_trouble_is_its_own(
         bad.result()
     assert caught.value.reason == Reason.DEVICE_OUT_OF_MEMORY
     assert good.result().sequences[1].token_ids.tolist() == expected
+
+
+def test_a_prompt_asked_for_again_runs_once_and_gives_the_same_bits(tiny_llama: Path) -> None:
+    asked = [replace(REQUEST, seed=seed % 3, prompt_logprobs=seed > 3) for seed in range(6)]
+    found = []
+    for prompt_bytes, passes in ((0, 6), (1 << 20, 2)):
+        config = SamplerConfig(max_rows=8, branch_rows=4, prompt_bytes=prompt_bytes)
+        engine = HfSampleEngine(ModelSpec(str(tiny_llama)), config)
+        prefill, prompts = engine._decoder.prefill, []
+        engine._decoder.prefill = lambda prompt, *, logprobs, run=prefill, seen=prompts: (
+            seen.append(prompt) or run(prompt, logprobs=logprobs)
+        )
+        found.append([bits(engine.submit(request).result()) for request in asked])
+        assert len(prompts) == passes
+        engine.close()
+    assert found[0] == found[1]
 
 
 def test_a_small_cache_serves_one_after_the_other(tiny_llama: Path) -> None:

@@ -110,9 +110,7 @@ class Snapshots:
                 torch.randn(tensor.shape[0], rank, generator=generator) * 0.3,
             )
             for key, tensor in self._names.items()
-            if any(
-                part in key for part in ("q_proj", "o_proj", "down_proj", "query_key_value.weight")
-            )
+            if any(part in key for part in adapted)
         }
         staging = self._staging(name)
         saved = write_adapter(
