@@ -236,7 +236,7 @@ class CustomLossCall:
             training_service_pb2.BackwardResponse,
             lambda operation: operation.forward,
         )
-        dropped.add_done_callback(lambda _: self._lane.mark_seen(dropped))
+        dropped.add_done_callback(lambda _: self._hold.forgive(dropped))
 
     def _output(self, result: operation_pb2.ForwardResult, loss: Loss) -> Any:
         output = convert.forward_output(result)

@@ -76,8 +76,8 @@ class Hold:
         return command.future
 
     def forgive(self, future: APIFuture[Any]) -> None:
-        """Go on after a failed command of this place."""
-        self.seen_failure = max(self.seen_failure, self.lane.seq_of(future))
+        """Go on after a failed command of this place, as if it had not been sent."""
+        self.lane.forgive(future)
 
     def release(self, failure: BaseException | None = None) -> None:
         """Let the calls behind go on; after a `failure` those that are there already fail."""
@@ -107,6 +107,7 @@ class Lane:
         self._seqs: weakref.WeakKeyDictionary[APIFuture[Any], int] = weakref.WeakKeyDictionary()
         self._failures: list[Failure] = []
         self._seen_failure = 0
+        self._forgiven = 0
         self._attachment: Attachment | None = None
         self._former: list[Attachment] = []
         self._opening: asyncio.Task[Place] | None = None
@@ -193,14 +194,11 @@ class Lane:
 
     def release(self, hold: Hold, failure: BaseException | None) -> None:
         """Let the calls behind a hold go on; see `Hold.release`."""
-
-        def let_go() -> None:
+        if failure is not None:
+            self._fail_queued(f"a custom loss ended with {type(failure).__name__}", after=hold)
+        with self._lock:
             hold.released = True
-            if failure is not None:
-                self._fail_queued(f"a custom loss ended with {type(failure).__name__}")
-            self._pump()
-
-        transports.loop().call_soon_threadsafe(let_go)
+        transports.loop().call_soon_threadsafe(self._pump)
 
     def report(self, label: str, error: BaseException, cause: APIFuture[Any] | None) -> Failure:
         """Note a failure that the next call raises unless it is seen before."""
@@ -218,11 +216,20 @@ class Lane:
                 self._seen_failure = max(self._seen_failure, failure.seq)
 
     def mark_seen(self, future: APIFuture[Any]) -> None:
-        """The user has been shown how a command of a hold ended, or need not be."""
-        if future.done() and not future.cancelled():
+        """The user has been shown how a command of a hold ended."""
+        if _failed_itself(future):
             error = future.exception(0)
-            if error is not None and not isinstance(error, PrecedingFailed):
-                self.see(Failure("", error, self._attachment, self.seq_of(future)))
+            assert error is not None
+            self.see(Failure("", error, self._attachment, self.seq_of(future)))
+
+    def forgive(self, future: APIFuture[Any]) -> None:
+        """Count a failed command as seen for whatever is sent from now on, called before or not.
+
+        Only for commands whose failure is another command's beginning: nobody is to hear of it.
+        """
+        if _failed_itself(future):
+            with self._lock:
+                self._forgiven = max(self._forgiven, self.seq_of(future))
 
     def seq_of(self, future: APIFuture[Any]) -> int:
         """Place in the lane of a sent command, by its future; 0 where it was not sent."""
@@ -268,6 +275,7 @@ class Lane:
                 command = self._next()
                 if command is None:
                     break
+                command.seen_failure = max(command.seen_failure, self._forgiven)
                 attachment.send(command)
                 self._seqs[command.future] = command.seq
         attachments = [*self._former, *([self._attachment] if self._attachment else [])]
@@ -321,7 +329,7 @@ class Lane:
                 lost=self._lost,
                 moved=self._pump,
             )
-            self._seen_failure = 0
+            self._seen_failure = self._forgiven = 0
         self._pump()
 
     def _settled(self, command: Command, operation: operation_pb2.Operation) -> None:
@@ -367,19 +375,31 @@ class Lane:
             self._fail_queued(why)
         self._pump()
 
-    def _fail_queued(self, why: str, error: BaseException | None = None) -> None:
+    def _fail_queued(
+        self, why: str, error: BaseException | None = None, after: Hold | None = None
+    ) -> None:
         """Fail what waits in the queue: it was called before the user could know."""
         with self._lock:
-            waiting, self._queue = list(self._queue), deque()
+            waiting = list(self._queue)
+            if after is not None:
+                waiting = waiting[waiting.index(after) + 1 :] if after in waiting else []
             for item in waiting:
-                if isinstance(item, Hold) and not item.released:
+                if isinstance(item, Hold):
                     item.barred = _preceding(why) if error is None else _as_error(error)
-                    self._queue.append(item)
+                else:
+                    self._queue.remove(item)
         first = error is not None
         for item in waiting:
             if isinstance(item, Command):
                 deliver(self._fail, item, error if first and error else _preceding(why), None)
                 first = False
+
+
+def _failed_itself(future: APIFuture[Any]) -> bool:
+    if not future.done() or future.cancelled():
+        return False
+    error = future.exception(0)
+    return error is not None and not isinstance(error, PrecedingFailed)
 
 
 def _preceding(why: str) -> PrecedingFailed:
