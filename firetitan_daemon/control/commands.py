@@ -175,6 +175,8 @@ class CommandPipeline:
             key=lambda one: one.commit_seq,
         )
         self._ready = deque(one.id for one in waiting)
+        # One command at a time is in the worker, so only the first may be there already.
+        self._running = waiting[0].id if waiting else None
         self._settled_through = waiting[0].commit_seq - 1 if waiting else self.current.commit_seq
         if self._ready:
             self._idle.clear()
@@ -232,9 +234,13 @@ class CommandPipeline:
             await self._succeed(operation, finished)
 
     async def _dispatch(self, operation: Operation, prepared: Prepared) -> Operation:
-        staging = str(prepared.save.staging) if prepared.save is not None else ""
-        dispatched = replace(operation, state=OperationState.DISPATCHED, staging=staging)
-        if dispatched != operation:
+        """Note where a save writes, so that the next daemon can finish it.
+
+        Others need no row for it: after a restart the first open command counts as sent.
+        """
+        dispatched = replace(operation, state=OperationState.DISPATCHED)
+        if prepared.save is not None:
+            dispatched = replace(dispatched, staging=str(prepared.save.staging))
             await self._rows.write_operation(dispatched)
         failpoint("commands.dispatched")
         return dispatched
@@ -320,7 +326,13 @@ class CommandPipeline:
     # -- cancelling, expiring, losing, closing -------------------------------------------------
 
     async def cancel(self, operation: Operation) -> Operation:
-        """Cancel a command that has not been sent to the worker; others go on."""
+        """Cancel a command that has not been sent to the worker; others go on.
+
+        Raises:
+            FiretitanError: RECOVERING while it is not known what was sent.
+        """
+        if self.session.state is SessionState.RECOVERING:
+            self._check_open()
         return await self._rows.cancel(operation.id, self._running)
 
     async def expire(self) -> None:

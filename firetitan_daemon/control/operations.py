@@ -33,6 +33,7 @@ class OperationRegistry:
         self._lane_moved: dict[tuple[str, str], asyncio.Event] = {}
         self._broken_lanes: set[tuple[str, str]] = set()
         self._closed = False
+        self._removals: set[asyncio.Task[None]] = set()
 
     def restore(self, ledger: Ledger) -> None:
         """Take over what a former daemon left open."""
@@ -112,7 +113,10 @@ class OperationRegistry:
         open_before = [self._open.get(one.id) for one in change.operations if one.done]
         payloads = [one.payload for one in open_before if one is not None and one.payload]
         if payloads:
-            await self._spool.remove(payloads)
+            # Nobody waits for that; what a death leaves is swept at the next start.
+            removal = asyncio.create_task(self._spool.remove(payloads))
+            self._removals.add(removal)
+            removal.add_done_callback(self._removals.discard)
         # No await from here on: whoever is woken finds what the caller sets after this returns.
         for lane in change.lanes:
             if lane.broken:
@@ -202,8 +206,10 @@ class OperationRegistry:
             target, pending_only=pending_only, after_id=after_id, limit=limit
         )
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End every watch and every wait."""
+        if self._removals:
+            await asyncio.wait(list(self._removals))
         self._closed = True
         for event in (*self._lane_moved.values(), *self._ended.values()):
             event.set()

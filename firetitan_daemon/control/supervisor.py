@@ -129,7 +129,7 @@ class Supervisor:
         await self._trainers.close()
         await self._deployments.close()
         await self._pool.close()
-        self._services.operations.close()
+        await self._services.operations.close()
 
 
 def draining() -> FiretitanError:
