@@ -165,11 +165,10 @@ class OperationRegistry:
 
     async def wait(self, operation_id: str, timeout_s: float) -> Operation:
         """The operation once it is done, or as it stands when the time is over."""
-        ended = self._ended.setdefault(operation_id, asyncio.Event())
         operation = await self.get(operation_id)
-        if operation.done:
-            self._ended.pop(operation_id, None)
+        if operation_id not in self._open or self._closed:
             return operation
+        ended = self._ended.setdefault(operation_id, asyncio.Event())
         try:
             async with asyncio.timeout(timeout_s):
                 await ended.wait()

@@ -1,0 +1,276 @@
+"""The pipeline of one session, with a toy worker, where the disk or the worker fails."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from firetitan.v1 import checkpoint_service_pb2, operation_pb2, training_service_pb2
+from support.commands import GOOD, SESSION, TRAINER_SPEC
+from support.stubs import optim_request
+
+from firetitan_daemon.app import SystemClock
+from firetitan_daemon.control.checkpoints import CheckpointManager
+from firetitan_daemon.control.commands import CommandPipeline
+from firetitan_daemon.control.operations import OperationRegistry
+from firetitan_daemon.control.services import Services
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.ports import Change, Limits, Worker
+from firetitan_daemon.core.records import Operation, OperationState, SessionState
+from firetitan_daemon.core.sequencer import SessionSequencer
+from firetitan_daemon.launch.in_process import InProcessLauncher
+from firetitan_daemon.rpc.codec import ProtobufCodec, read_header
+from firetitan_daemon.store.folders import FileFolders
+from firetitan_daemon.store.memory import MemoryStore
+from firetitan_daemon.store.spool import FileSpool
+
+pytestmark = pytest.mark.timeout(30)
+FULL = FiretitanError(Reason.STATE_DISK_FULL, "the disk is full")
+
+
+class FullStore(MemoryStore):
+    """A store whose next changes of some kind fail as a full disk makes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures = 0
+
+    async def write(self, change: Change) -> None:
+        if self.failures and any(one.done for one in change.operations):
+            self.failures -= 1
+            raise FULL
+        await super().write(change)
+
+
+class FullFolders(FileFolders):
+    """Folders whose next publications fail as a full disk makes them."""
+
+    failures = 0
+
+    async def publish(self, staging: Path, kind: str, name: str) -> Path:
+        if self.failures:
+            self.failures -= 1
+            raise FULL
+        return await super().publish(staging, kind, name)
+
+
+class Bench:
+    """A pipeline and all it stands on."""
+
+    def __init__(self, root: Path, worker: Worker, launcher: InProcessLauncher) -> None:
+        self.store = FullStore()
+        self.folders = FullFolders(root / "folders")
+        self.spool_root = root / "spool"
+        self.spool = FileSpool(self.spool_root)
+        limits = Limits(gap_timeout_s=0.2)
+        self.services = Services(
+            store=self.store,
+            spool=self.spool,
+            folders=self.folders,
+            launcher=launcher,
+            clock=SystemClock(),
+            codec=ProtobufCodec(),
+            limits=limits,
+            operations=OperationRegistry(self.store, self.spool, limits),
+        )
+        self.worker = worker
+        self.pipeline = CommandPipeline(
+            SESSION,
+            SessionSequencer(SESSION.name),
+            self.services,
+            CheckpointManager(self.services),
+        )
+        self.seq = 0
+
+    async def submit(self, message: object, *, seq: int = 0, seen_failure: int = 0) -> Operation:
+        self.seq = seq or self.seq + 1
+        header = message.header
+        header.session, header.epoch = SESSION.name, 1
+        header.client_id, header.seq = "a", self.seq
+        header.request_id, header.seen_failure = f"r{self.seq}", seen_failure
+        payload = message.SerializeToString()
+        method = type(message).__name__.removesuffix("Request")
+        return await self.pipeline.submit(read_header(payload), method, payload)
+
+    async def forward_backward(self, **where: int) -> Operation:
+        return await self.submit(
+            training_service_pb2.ForwardBackwardRequest(data=[GOOD], loss_fn="cross_entropy"),
+            **where,
+        )
+
+    async def save_snapshot(self, **where: int) -> Operation:
+        return await self.submit(
+            checkpoint_service_pb2.SaveSnapshotRequest(snapshot_id="s"), **where
+        )
+
+    async def ended(self, operation: Operation) -> Operation:
+        found = await self.services.operations.wait(operation.id, 10)
+        assert found.done, found
+        return found
+
+    async def result(self, operation: Operation) -> operation_pb2.Operation:
+        found = await self.ended(operation)
+        assert found.result is not None, found.error
+        return operation_pb2.Operation.FromString(await self.spool.read(found.result))
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    # Sockets need a short path.
+    with tempfile.TemporaryDirectory() as run:
+        launcher = InProcessLauncher(Path(run))
+        worker = await launcher.launch(TRAINER_SPEC)
+        await worker.load_model()
+        await worker.open_session(SESSION)
+        bench = Bench(tmp_path, worker, launcher)
+        bench.pipeline.start(worker)
+        yield bench
+        await bench.pipeline.pause(5)
+        await worker.shutdown()
+
+
+async def test_a_full_disk_at_settling_is_waited_out(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firetitan_daemon.control.commands._DISK_RETRY_S", 0.02)
+    bench.store.failures = 3
+    operation = await bench.forward_backward()
+    assert (await bench.result(operation)).forward.metrics["loss:sum"] > 0
+    assert bench.store.failures == 0
+    step = await bench.result(await bench.submit(optim_request()))
+    assert step.optim_step.metrics["step"] == 1
+
+
+async def test_a_save_that_cannot_be_published_fails_and_the_next_stands_alone(
+    bench: Bench,
+) -> None:
+    first = (await bench.result(await bench.save_snapshot())).snapshot
+    second = (await bench.result(await bench.save_snapshot())).snapshot
+    assert second.parent == first.name
+    bench.folders.failures = 1
+    failed = await bench.ended(await bench.save_snapshot())
+    assert failed.error is not None and failed.error.reason == Reason.STATE_DISK_FULL
+    assert await bench.store.snapshots(None) == [
+        await bench.store.snapshot(one.name.rpartition("/")[2]) for one in (first, second)
+    ]
+    after = (await bench.result(await bench.save_snapshot(seen_failure=failed.seq))).snapshot
+    assert after.parent == "" and after.result_digest == second.result_digest
+    assert not list((bench.spool_root.parent / "folders" / "staging").iterdir())
+
+
+async def test_a_full_disk_refuses_before_accepting(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(data: bytes) -> None:
+        raise FULL
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.spool, "write", full)
+        with pytest.raises(FiretitanError) as caught:
+            await bench.forward_backward()
+        assert caught.value.reason is Reason.STATE_DISK_FULL
+    # The seq was not used up.
+    assert (await bench.ended(await bench.forward_backward(seq=1))).commit_seq == 1
+
+
+async def test_a_refused_command_leaves_no_file(bench: Bench) -> None:
+    await bench.ended(await bench.forward_backward())
+    files = set(bench.spool_root.iterdir())
+    message = optim_request()
+    message.adam_params.learning_rate = 5
+    with pytest.raises(FiretitanError) as caught:
+        await bench.submit(message, seq=1)
+    assert caught.value.reason is Reason.REQUEST_ID_REUSED
+    repeat = await bench.forward_backward(seq=1)
+    assert repeat.state is OperationState.DONE
+    assert set(bench.spool_root.iterdir()) == files
+
+
+async def test_a_lost_session_ends_what_is_open_and_begins_anew(bench: Bench) -> None:
+    await bench.ended(await bench.forward_backward())
+    held = await bench.forward_backward(seq=3)
+    await bench.pipeline.lose("signal 9")
+    ended = await bench.ended(held)
+    assert ended.state is OperationState.LOST
+    assert bench.pipeline.session.state is SessionState.LOST
+    assert bench.pipeline.session.epoch == 2
+    with pytest.raises(FiretitanError) as caught:
+        await bench.forward_backward(seq=2)
+    assert caught.value.reason is Reason.SESSION_LOSS
+
+
+async def test_close_finishes_what_was_accepted(bench: Bench) -> None:
+    operations = [await bench.forward_backward() for _ in range(3)]
+    held = await bench.forward_backward(seq=5)
+    await bench.pipeline.close()
+    assert [(await bench.ended(one)).state for one in operations] == [OperationState.DONE] * 3
+    assert (await bench.ended(held)).error.reason == Reason.CLOSED
+    with pytest.raises(FiretitanError) as caught:
+        await bench.forward_backward(seq=4)
+    assert caught.value.reason is Reason.CLOSED
+
+
+async def test_a_queued_command_can_be_cancelled_and_its_lane_goes_on(bench: Bench) -> None:
+    await bench.pipeline.pause(5)
+    operations = [await bench.forward_backward() for _ in range(3)]
+    cancelled = await bench.pipeline.cancel(operations[1])
+    assert cancelled.state is OperationState.CANCELLED
+    bench.pipeline.start(bench.worker)
+    assert [(await bench.ended(one)).state for one in operations] == [
+        OperationState.DONE,
+        OperationState.CANCELLED,
+        OperationState.DONE,
+    ]
+
+
+async def test_many_senders_at_once_keep_one_order(bench: Bench) -> None:
+    async def send(lane: str) -> list[Operation]:
+        sent = []
+        for seq in range(1, 6):
+            message = training_service_pb2.ForwardBackwardRequest(
+                data=[GOOD], loss_fn="cross_entropy"
+            )
+            header = message.header
+            header.session, header.epoch, header.client_id = SESSION.name, 1, lane
+            header.seq, header.request_id = seq, f"{lane}{seq}"
+            payload = message.SerializeToString()
+            sent.append(
+                await bench.pipeline.submit(read_header(payload), "ForwardBackward", payload)
+            )
+        return sent
+
+    lanes = await asyncio.gather(*(send(lane) for lane in "bcdef"))
+    ended = [[await bench.ended(one) for one in lane] for lane in lanes]
+    orders = [[one.commit_seq for one in lane] for lane in ended]
+    assert all(order == sorted(order) for order in orders)
+    assert sorted(sum(orders, [])) == list(range(1, 26))
+    status = await bench.worker.describe()
+    assert status.sessions[0].pending_backwards == 25
+
+
+async def test_a_restored_pipeline_sends_again_what_was_not_settled(bench: Bench) -> None:
+    await bench.pipeline.pause(5)
+    operations = [await bench.forward_backward() for _ in range(2)]
+    ledger = await bench.store.load()
+    registry = OperationRegistry(bench.store, bench.spool, Limits())
+    registry.restore(ledger)
+    services = replace(bench.services, operations=registry)
+    sequencer = SessionSequencer.restore(SESSION, ledger.lanes, ledger.open_operations, 0.0)
+    bench.services = services
+    bench.pipeline = CommandPipeline(
+        replace(SESSION, state=SessionState.RECOVERING),
+        sequencer,
+        services,
+        CheckpointManager(services),
+    )
+    with pytest.raises(FiretitanError) as caught:
+        await bench.forward_backward()
+    assert caught.value.reason is Reason.RECOVERING
+    bench.pipeline.start(bench.worker)
+    operations.append(await bench.forward_backward(seq=3))
+    assert [(await bench.ended(one)).commit_seq for one in operations] == [1, 2, 3]
+    assert (await bench.worker.describe()).sessions[0].pending_backwards == 3

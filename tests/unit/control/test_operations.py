@@ -1,0 +1,138 @@
+"""The registry of operations: who waits, who watches, how much is let in."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from firetitan_daemon.control.operations import OperationRegistry
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.ports import Change, Limits
+from firetitan_daemon.core.records import Lane, Operation, OperationState
+from firetitan_daemon.store.memory import MemoryStore
+from firetitan_daemon.store.spool import FileSpool
+
+SESSION = "trainers/t/sessions/s"
+
+
+def operation(seq: int, *, client_id: str = "a") -> Operation:
+    return Operation(
+        id=f"{client_id}{seq}",
+        method="Forward",
+        target=SESSION,
+        request_id=f"{client_id}-{seq}",
+        payload_digest="",
+        state=OperationState.ACCEPTED,
+        create_time=0.0,
+        client_id=client_id,
+        seq=seq,
+    )
+
+
+def done(one: Operation) -> Operation:
+    return replace(one, state=OperationState.DONE)
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> FileSpool:
+    return FileSpool(tmp_path)
+
+
+@pytest.fixture
+def registry(spool: FileSpool) -> OperationRegistry:
+    limits = Limits(max_session_operations=2, max_operations=3, max_queued_bytes=100)
+    return OperationRegistry(MemoryStore(), spool, limits)
+
+
+async def test_a_watch_keeps_the_order_of_seq(registry: OperationRegistry) -> None:
+    first, second, third = operation(1), operation(2), operation(3)
+    await registry.write(Change(operations=[first, second, third]))
+    watch = registry.watch(SESSION, "a", 0)
+    following = asyncio.ensure_future(anext(watch))
+    # The third is cancelled before the first is done: it has to wait for its turn.
+    await registry.write(Change(operations=[replace(third, state=OperationState.CANCELLED)]))
+    await asyncio.sleep(0.01)
+    assert not following.done()
+    await registry.write(Change(operations=[done(first)]))
+    assert (await following).seq == 1
+    await registry.write(Change(operations=[done(second)]))
+    assert [(await anext(watch)).seq, (await anext(watch)).seq] == [2, 3]
+    await watch.aclose()
+
+
+async def test_a_watch_of_a_broken_lane_passes_over_the_gap(registry: OperationRegistry) -> None:
+    held = operation(3)
+    await registry.write(Change(operations=[held]))
+    watch = registry.watch(SESSION, "a", 0)
+    following = asyncio.ensure_future(anext(watch))
+    await asyncio.sleep(0.01)
+    failed = replace(held, state=OperationState.FAILED)
+    await registry.write(
+        Change(operations=[failed], lanes=[Lane(SESSION, "a", next_seq=1, broken=True)])
+    )
+    assert (await asyncio.wait_for(following, 5)).seq == 3
+    await watch.aclose()
+
+
+async def test_a_wait_ends_with_the_operation_or_the_time(registry: OperationRegistry) -> None:
+    one = operation(1)
+    await registry.write(Change(operations=[one]))
+    assert not (await registry.wait("a1", 0.01)).done
+    waiting = [asyncio.ensure_future(registry.wait("a1", 30)) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    await registry.write(Change(operations=[done(one)]))
+    assert [one.done for one in await asyncio.gather(*waiting)] == [True] * 3
+    with pytest.raises(FiretitanError) as caught:
+        await registry.wait("none", 30)
+    assert caught.value.reason is Reason.OPERATION_NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("open_before", "size_bytes", "limit"),
+    [
+        ([("t", 10), ("t", 10)], 10, "max_session_operations"),
+        ([("u", 10), ("v", 10), ("w", 10)], 10, "max_operations"),
+        ([("u", 60)], 50, "max_queued_bytes"),
+    ],
+)
+async def test_quotas_count_what_is_open_and_what_is_coming(
+    registry: OperationRegistry,
+    spool: FileSpool,
+    open_before: list[tuple[str, int]],
+    size_bytes: int,
+    limit: str,
+) -> None:
+    for number, (target, size) in enumerate(open_before):
+        registry.reserve(target, size)
+        ref = await spool.write(b"x" * size)
+        one = replace(operation(number + 1), target=target, payload=ref)
+        await registry.write(Change(operations=[one]))
+        registry.release(target, size)
+    with pytest.raises(FiretitanError) as caught:
+        registry.reserve("t", size_bytes)
+    assert caught.value.reason is Reason.QUEUE_FULL
+    assert caught.value.metadata["limit"] == limit
+    assert float(caught.value.metadata["retry_after_s"]) > 0
+
+
+async def test_a_place_that_is_given_back_can_be_taken(registry: OperationRegistry) -> None:
+    for _ in range(5):
+        registry.reserve("t", 60)
+        with pytest.raises(FiretitanError):
+            registry.reserve("t", 60)
+        registry.release("t", 60)
+
+
+async def test_payloads_go_when_their_operation_ends(
+    registry: OperationRegistry, spool: FileSpool, tmp_path: Path
+) -> None:
+    ref = await spool.write(b"payload")
+    one = replace(operation(1), payload=ref)
+    await registry.write(Change(operations=[one]))
+    assert list(tmp_path.iterdir())
+    await registry.write(Change(operations=[replace(done(one), payload=None)]))
+    await registry.close()
+    assert not list(tmp_path.iterdir())

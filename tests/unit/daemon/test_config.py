@@ -1,0 +1,59 @@
+"""Settings: where they come from, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from firetitan_daemon.config import ConfigError, default_home, load_config
+
+
+def origin(settings: list, key: str) -> tuple[object, str]:
+    return next((one.value, one.origin) for one in settings if one.key == key)
+
+
+def test_flag_over_environment_over_file_over_default(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('[log]\nlevel = "error"\n[limits]\nmax_operations = 7\ngap_timeout_s = 3\n')
+    config, settings = load_config(
+        home=tmp_path,
+        environment={"FIRETITAN_LOG_LEVEL": "warning", "FIRETITAN_LIMITS_MAX_OPERATIONS": "8"},
+        flags={"log.level": "debug"},
+    )
+    assert (config.log.level, config.limits.max_operations) == ("debug", 8)
+    assert config.limits.gap_timeout_s == 3.0
+    assert origin(settings, "log.level") == ("debug", "command line")
+    assert origin(settings, "limits.max_operations") == (8, "FIRETITAN_LIMITS_MAX_OPERATIONS")
+    assert origin(settings, "limits.gap_timeout_s") == (3.0, str(file))
+    assert origin(settings, "workers.num_threads") == (0, "default")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[log]\nlevle = 'info'\n", "log.levle"),
+        ("[logs]\nlevel = 'info'\n", "logs.level"),
+        ("level = 'info'\n", "level"),
+        ("[log]\nlevel = 'loud'\n", "log.level = 'loud'"),
+        ("[limits]\nmax_operations = 'many'\n", "limits.max_operations = 'many'"),
+        ("[limits]\nmax_operations = -1\n", "limits.max_operations = -1"),
+        ("[limits]\nmax_operations = true\n", "limits.max_operations = True"),
+        ("[server\n", "config.toml"),
+    ],
+)
+def test_what_cannot_be_used_is_named(tmp_path: Path, text: str, named: str) -> None:
+    (tmp_path / "config.toml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(home=tmp_path, environment={})
+    assert named in str(caught.value)
+
+
+def test_an_unknown_variable_of_a_section_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"server\.port.*FIRETITAN_SERVER_PORT"):
+        load_config(home=tmp_path, environment={"FIRETITAN_SERVER_PORT": "80"})
+
+
+def test_home_comes_from_the_environment() -> None:
+    assert default_home({"FIRETITAN_HOME": "/a/b"}) == Path("/a/b")
+    assert default_home({}) == Path.home() / ".firetitan"
