@@ -1,13 +1,19 @@
 """What a kept forward pass takes: a guess before the first one, a measurement afterwards.
 
-Knows: what autograd saves, the model's configuration. Must not know: who keeps graphs, budgets.
+Knows: what autograd saves, the model's configuration, the device's memory. Must not know: who keeps
+graphs.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
+
+from firetitan_daemon.engine.graphs import GraphLimits
+
+_MEMORY_SHARE = 4
 
 
 class SavedBytes:
@@ -46,3 +52,12 @@ def estimate_bytes_per_token(model: Any) -> int:
     config = model.config.get_text_config()
     width = 24 * config.hidden_size + 6 * (getattr(config, "intermediate_size", None) or 0)
     return int(config.num_hidden_layers * width * next(model.parameters()).element_size())
+
+
+def default_limits(device: torch.device) -> GraphLimits:
+    """Let kept graphs take a quarter of the device's memory."""
+    if device.type == "cuda":
+        memory = int(torch.cuda.get_device_properties(device).total_memory)
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return GraphLimits(max_bytes=memory // _MEMORY_SHARE)

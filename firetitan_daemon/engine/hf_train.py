@@ -35,7 +35,11 @@ from firetitan_daemon.engine.api import (
 )
 from firetitan_daemon.engine.batch import Batch, Limits, make_batch
 from firetitan_daemon.engine.export import SnapshotWriter
-from firetitan_daemon.engine.graph_bytes import SavedBytes, estimate_bytes_per_token
+from firetitan_daemon.engine.graph_bytes import (
+    SavedBytes,
+    default_limits,
+    estimate_bytes_per_token,
+)
 from firetitan_daemon.engine.graphs import GraphLimits, GraphTable
 from firetitan_daemon.engine.head import Head
 from firetitan_daemon.engine.losses import choose_loss
@@ -88,7 +92,7 @@ class HfTrainEngine:
 
     Args:
         spec: What to load; loading happens here.
-        graph_limits: What kept forward passes may take.
+        graph_limits: What kept forward passes may take; None is a quarter of the memory.
 
     Raises:
         FiretitanError: As `load_model`.
@@ -97,7 +101,8 @@ class HfTrainEngine:
     def __init__(self, spec: ModelSpec, graph_limits: GraphLimits | None = None) -> None:
         self._spec = spec
         self._loaded = load_model(spec)
-        self._graphs: GraphTable[_KeptPasses] = GraphTable(graph_limits)
+        limits = graph_limits or default_limits(self._loaded.device)
+        self._graphs: GraphTable[_KeptPasses] = GraphTable(limits)
         self._graph_bytes_per_token = estimate_bytes_per_token(self._loaded.model)
         self._current: _Session | None = None
 

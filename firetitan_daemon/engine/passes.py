@@ -176,7 +176,7 @@ def memory_errors() -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(error) from error
     except RuntimeError as error:
-        if "not enough memory" not in str(error):
+        if "DefaultCPUAllocator" not in str(error):
             raise
         raise _out_of_memory(error) from error
 

@@ -10,6 +10,7 @@ import torch
 import transformers
 from plain_loop import Reference, cross_entropy, relative
 from support.models import VOCAB_SIZE, save_tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine import passes
@@ -292,6 +293,31 @@ def test_open_session_again_starts_from_the_base(tiny_llama: Path) -> None:
         assert engine.progress.step == 0
         again = engine.forward(make_data(1), "cross_entropy", {}).metrics
         assert again["loss:sum"] == pytest.approx(first["loss:sum"], rel=1e-6)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements any operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.numel = max(self.numel, value.numel())
+        return result
+
+
+def test_all_logits_never_exist_at_once(folder: Path) -> None:
+    engine = make(folder, LORA)
+    data = make_data(1, (50,) * 20)
+    rows = 1000
+    with LargestTensor() as largest:
+        graph = engine.forward(data, "cross_entropy", {}, retain_graph=True).graph
+        assert graph is not None
+        engine.backward(graph, [np.ones(50, np.float32)] * 20)
+        engine.forward_backward(data, "cross_entropy", {})
+    assert 0 < largest.numel < rows * VOCAB_SIZE / 2
 
 
 def test_response_tokens(tiny_llama: Path) -> None:
