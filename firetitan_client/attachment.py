@@ -84,7 +84,7 @@ class Attachment:
         client_id: str,
         place: Place,
         *,
-        settled: Callable[[Command, operation_pb2.Operation], None],
+        settled: Callable[[Attachment, Command, operation_pb2.Operation], None],
         refused: Callable[[Attachment, Command, FiretitanError], None],
         lost: Callable[[Attachment, list[Command], FiretitanError], None],
         moved: Callable[[], None],
@@ -183,7 +183,7 @@ class Attachment:
         if command is None:
             return
         command.future.operation = operation.name
-        self._settled(command, operation)
+        self._settled(self, command, operation)
         self._taken.add(operation.seq)
         while self._taken_through + 1 in self._taken:
             self._taken_through += 1

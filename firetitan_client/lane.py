@@ -332,8 +332,10 @@ class Lane:
             self._seen_failure = self._forgiven = 0
         self._pump()
 
-    def _settled(self, command: Command, operation: operation_pb2.Operation) -> None:
-        deliver(self._finish, command, operation, self._attachment)
+    def _settled(
+        self, attachment: Attachment, command: Command, operation: operation_pb2.Operation
+    ) -> None:
+        deliver(self._finish, command, operation, attachment)
 
     def _finish(self, command: Command, operation: operation_pb2.Operation, owner: object) -> None:
         if not operation.HasField("error"):
