@@ -21,7 +21,7 @@ NUM_SAMPLERS = 8
 MAX_TOKENS = 12
 SAME = 1e-4
 """Largest difference of a logprob l from its recomputation, fp32, relative to 1 + |l|."""
-APART = 1e-2
+APART = 2e-3
 """Least such difference from the recomputation under any other snapshot."""
 
 
@@ -62,7 +62,9 @@ class Load:
                     tinker.ModelInput.from_ints(prompt),
                     num_samples=1,
                     sampling_params=tinker.SamplingParams(
-                        max_tokens=MAX_TOKENS, seed=int(generator.integers(1 << 30))
+                        max_tokens=MAX_TOKENS,
+                        seed=int(generator.integers(1 << 30)),
+                        stop=[],
                     ),
                 ).result(timeout=60)
             except BaseException as error:
@@ -88,20 +90,25 @@ def off(wanted: np.ndarray, found: np.ndarray) -> float:
 
 
 def check(answers: list[tuple[list[int], Any]], models: dict[str, Any]) -> set[str]:
-    """Every answer equals its own snapshot and no other; returns the snapshots seen."""
+    """Every answer equals its own snapshot and neither neighbour, every tenth no other at all.
+
+    Returns the snapshots seen.
+    """
     seen = set()
-    for prompt, answer in answers:
+    order = list(models)
+    for index, (prompt, answer) in enumerate(answers):
         sequence = answer.sequences[0]
-        found = np.asarray(sequence.logprobs)
+        tokens, found = list(sequence.tokens), np.asarray(sequence.logprobs)
         assert answer.snapshot in models
         seen.add(answer.snapshot)
-        distance = {
-            name: off(recompute(model, prompt, list(sequence.tokens)), found)
-            for name, model in models.items()
-        }
-        own = distance.pop(answer.snapshot)
+        own = off(recompute(models[answer.snapshot], prompt, tokens), found)
         assert own < SAME, f"{answer.snapshot}: off by {own}"
-        assert min(distance.values()) > APART, f"{answer.snapshot} equals another: {distance}"
+        place = order.index(answer.snapshot)
+        near = order if index % 10 == 0 else order[max(0, place - 1) : place + 2]
+        for name in near:
+            if name != answer.snapshot:
+                other = off(recompute(models[name], prompt, tokens), found)
+                assert other > APART, f"{answer.snapshot} answered as {name} would: off by {other}"
     return seen
 
 
@@ -145,9 +152,7 @@ def make_service(
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_lora(
-    daemon: DaemonProcess, tiny_llama: Path, make_service: Callable[[int], Any]
-) -> None:
+def test_lora(daemon: DaemonProcess, tiny_llama: Path, make_service: Callable[[int], Any]) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
