@@ -34,6 +34,7 @@ class Load:
         self.errors: list[BaseException] = []
         self.in_flight = 0
         self._lock = threading.Lock()
+        self._answered = threading.Condition(self._lock)
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, args=(index,)) for index in range(NUM_SAMPLERS)
@@ -73,7 +74,14 @@ class Load:
             finally:
                 with self._lock:
                     self.in_flight -= 1
-            self.answers.append((prompt, answer))
+            with self._answered:
+                self.answers.append((prompt, answer))
+                self._answered.notify_all()
+
+    def wait_for_answer(self, count: int) -> None:
+        """Wait until there are more than `count` answers, or an error."""
+        with self._answered:
+            assert self._answered.wait_for(lambda: len(self.answers) > count or self.errors, 60)
 
 
 def recompute(model: Any, prompt: list[int], tokens: list[int]) -> np.ndarray:
@@ -119,8 +127,7 @@ def hotload_all(service: Any, names: list[str], load: Load) -> int:
         answered = len(load.answers)
         busy += load.in_flight > 0
         service.hotload_sampler_snapshot(name)
-        while len(load.answers) == answered and not load.errors:
-            pass
+        load.wait_for_answer(answered)
     return busy
 
 
