@@ -10,6 +10,7 @@ import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from firetitan_daemon.control.provisioning import check_request, choose_id, new_operation, settled
 from firetitan_daemon.control.services import Services, error_record, internal_error, logger
@@ -23,6 +24,7 @@ from firetitan_daemon.core.records import (
     Operation,
     ResourceState,
     WorkerKind,
+    WorkerSpec,
 )
 
 METHOD = "CreateDeployment"
@@ -62,6 +64,7 @@ class DeploymentManager:
         self._pins: set[tuple[str, str, str]] = set()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._lock = asyncio.Lock()
+        self._rows = asyncio.Lock()
         self._deaths: dict[str, list[float]] = {}
         self._restore_weights: Restore | None = None
 
@@ -210,13 +213,10 @@ class DeploymentManager:
     async def _join(self, existing: Deployment, trainer_id: str, operation: Operation) -> Operation:
         if existing.state is not ResourceState.CREATING:
             operation = settled(operation, self._services.clock.now())
-        joined = existing
         if trainer_id and trainer_id != existing.trainer_id:
-            joined = replace(existing, trainer_id=trainer_id, etag=_etag())
-        await self._services.operations.write(
-            Change(deployments=[joined], operations=[operation], durable=joined != existing)
-        )
-        self._deployments[joined.id] = joined
+            await self.update(existing.id, operation=operation, trainer_id=trainer_id)
+        else:
+            await self._services.operations.write(Change(operations=[operation]))
         return operation
 
     def _begin(self, deployment_id: str) -> None:
@@ -241,43 +241,57 @@ class DeploymentManager:
             record = error_record(internal_error(deployment.name, error))
             await self._fail(deployment_id, record)
         else:
-            current = self._deployments[deployment_id]
-            await self.write(replace(current, state=ResourceState.ACTIVE, model=model, error=None))
+            await self.update(deployment_id, state=ResourceState.ACTIVE, model=model, error=None)
             self._watch(deployment_id, worker)
 
     async def _fail(self, deployment_id: str, error: ErrorRecord) -> None:
-        failed = replace(
-            self._deployments[deployment_id],
+        await self.update(
+            deployment_id,
+            creation_error=error,
             state=ResourceState.FAILED,
             error=error,
             worker_id=None,
         )
-        await self.write(failed, creation_error=error)
 
-    async def write(
+    async def update(
         self,
-        deployment: Deployment,
+        deployment_id: str,
         *,
         operation: Operation | None = None,
         creation_error: ErrorRecord | None = None,
+        workers: Sequence[WorkerSpec] = (),
+        **changes: Any,
     ) -> Deployment:
-        """Write a deployment under a new etag, with an operation that ends with it.
+        """Change a deployment's fields under a new etag.
 
-        Operations that wait for its creation end too, where it stands ACTIVE or FAILED.
+        Args:
+            deployment_id: Which.
+            operation: Written with it, e.g. ended by it.
+            creation_error: What operations that wait for its creation end with, where it now
+                stands ACTIVE or FAILED; None: they end well.
+            workers: Specifications to write with it.
+            changes: Fields of the record.
+
+        Raises:
+            FiretitanError: DEPLOYMENT_NOT_FOUND where it was deleted meanwhile.
         """
-        deployment = replace(deployment, etag=_etag())
-        operations = [operation] if operation is not None else []
-        if deployment.state in (ResourceState.ACTIVE, ResourceState.FAILED):
-            now = self._services.clock.now()
-            operations += [
-                settled(one, now, creation_error)
-                for one in self._services.operations.open_of(deployment.name, METHOD)
-            ]
-        await self._services.operations.write(
-            Change(deployments=[deployment], operations=operations, durable=True)
-        )
-        self._deployments[deployment.id] = deployment
-        return deployment
+        async with self._rows:
+            deployment = replace(self.get(deployment_id), **changes, etag=_etag())
+            operations = [operation] if operation is not None else []
+            if deployment.state in (ResourceState.ACTIVE, ResourceState.FAILED):
+                now = self._services.clock.now()
+                operations += [
+                    settled(one, now, creation_error)
+                    for one in self._services.operations.open_of(deployment.name, METHOD)
+                    if operation is None or one.id != operation.id
+                ]
+            await self._services.operations.write(
+                Change(
+                    deployments=[deployment], workers=workers, operations=operations, durable=True
+                )
+            )
+            self._deployments[deployment.id] = deployment
+            return deployment
 
     def _watch(self, deployment_id: str, worker: Worker) -> None:
         async def exited(cause: str) -> None:
@@ -314,13 +328,12 @@ class DeploymentManager:
             deployment.dtype,
             deployment.max_context_length,
         )
-        renewed = replace(
-            deployment, state=ResourceState.RECOVERING, worker_id=spec.worker_id, etag=_etag()
+        await self.update(
+            deployment.id,
+            workers=[spec],
+            state=ResourceState.RECOVERING,
+            worker_id=spec.worker_id,
         )
-        await self._services.store.write(
-            Change(deployments=[renewed], workers=[spec], durable=True)
-        )
-        self._deployments[deployment.id] = renewed
         self._begin(deployment.id)
 
     async def recover(self, deployment_id: str) -> None:
@@ -363,10 +376,7 @@ class DeploymentManager:
                 async with self.weights_lock(deployment_id):
                     await self._cancel_task(deployment_id)
                     await self._pool.stop(deployment.worker_id)
-                    stopped = replace(
-                        self.get(deployment_id), state=ResourceState.STOPPED, worker_id=None
-                    )
-                    await self.write(stopped)
+                    await self.update(deployment_id, state=ResourceState.STOPPED, worker_id=None)
             return self.get(deployment_id)
 
     async def pin(self, deployment_id: str, snapshot_id: str, holder: str, release: bool) -> None:
@@ -390,9 +400,7 @@ class DeploymentManager:
             deployment = self._deployments.get(deployment_id)
             if deployment is None:
                 return
-            deleting = replace(deployment, state=ResourceState.DELETING)
-            await self._services.store.write(Change(deployments=[deleting], durable=True))
-            self._deployments[deployment_id] = deleting
+            await self.update(deployment_id, state=ResourceState.DELETING)
             await self._cancel_task(deployment_id)
             await self._pool.stop(deployment.worker_id)
             gone = ErrorRecord(str(Reason.CLOSED), f"{deployment.name} was deleted")

@@ -227,7 +227,11 @@ class TrainerManager:
         self._pool.watch(worker, exited)
 
     async def _lost(self, trainer_id: str, cause: str) -> None:
-        trainer = self._trainers[trainer_id]
+        # The sessions first: a daemon that dies between them finds the rest to do.
+        await self._sessions.lose(trainer_id, cause)
+        trainer = self._trainers.get(trainer_id)
+        if trainer is None or trainer.state is ResourceState.DELETING:
+            return
         error = ErrorRecord(
             str(Reason.WORKER_UNAVAILABLE),
             f"{trainer.name}: its worker ended: {cause}; create the trainer again with the same "
@@ -236,7 +240,6 @@ class TrainerManager:
         )
         await self._pool.forget(trainer.worker_id)
         await self._failed(trainer, error)
-        await self._sessions.lose(trainer_id, cause)
 
     async def recover(self, trainer_id: str) -> None:
         """At start: reach a trainer's worker, or say what was lost."""
@@ -252,7 +255,12 @@ class TrainerManager:
                 await self._lost(trainer_id, "it was gone when the daemon started")
                 return
             failpoint("adopt.adopted")
-            await self._sessions.resume(trainer_id, worker)
+            try:
+                await self._sessions.resume(trainer_id, worker)
+            except FiretitanError as error:
+                await self._pool.stop(trainer.worker_id)
+                await self._lost(trainer_id, f"it could not be taken over: {error.message}")
+                return
             await self._write(replace(trainer, state=ResourceState.ACTIVE))
             self._watch(trainer_id, worker)
 

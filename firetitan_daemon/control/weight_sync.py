@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
-from dataclasses import replace
 
 from firetitan_daemon.control.checkpoints import find_snapshot
 from firetitan_daemon.control.codec import HotloadArguments
@@ -107,18 +106,28 @@ class WeightSyncer:
             deployment, worker = self._deployments.serving(operation.target)
             await self._apply(deployment, worker, snapshot_id)
             failpoint("hotload.applied")
-            await self._deployments.write(
-                replace(
-                    self._deployments.get(operation.target),
-                    active_snapshot=snapshot_id,
-                    error=None,
-                ),
+            await self._deployments.update(
+                deployment.id,
                 operation=settled(operation, self._services.clock.now()),
+                active_snapshot=snapshot_id,
+                error=None,
             )
         logger.info("hotloaded deployment=%s snapshot=%s", deployment.id, snapshot_id)
 
     async def restore(self, deployment: Deployment, worker: Worker) -> None:
-        """Make a fresh or adopted worker serve what its deployment is recorded to serve."""
+        """Make a fresh or adopted worker serve what its deployment is recorded to serve.
+
+        Adapters that clients have pinned are loaded first; of whole models only one is held.
+        """
+        status = await worker.describe()
+        for pinned in self._deployments.pins(deployment.id):
+            snapshot = await self._services.store.snapshot(pinned)
+            if (
+                snapshot is not None
+                and snapshot.lora_rank
+                and (snapshot.name not in status.loaded_snapshots)
+            ):
+                await self._apply(deployment, worker, pinned)
         if deployment.active_snapshot:
             await self._apply(deployment, worker, deployment.active_snapshot)
 
@@ -166,7 +175,7 @@ class WeightSyncer:
             # Deleted or down: its record tells of that already.
             await self._services.operations.write(Change(operations=[failed]))
         else:
-            await self._deployments.write(replace(deployment, error=error), operation=failed)
+            await self._deployments.update(deployment.id, operation=failed, error=error)
 
     async def pin(self, name: str, reference: str, holder: str, release: bool) -> None:
         """Keep a snapshot loaded for a client bound to it, or let it go.

@@ -124,3 +124,47 @@ def test_a_dead_sampler_comes_back_with_what_it_served(
     ).deployment
     assert shown.state == deployment_pb2.Deployment.STATE_ACTIVE
     assert shown.worker_pid not in (0, pid) and shown.etag != deployment.etag
+
+
+def test_a_pinned_adapter_is_loaded_again(stubs: Stubs, daemon: DaemonProcess) -> None:
+    stubs.create_trainer(rank=4)
+    lane = LaneClient(stubs, stubs.session())
+    lane.step()
+    pinned = stubs.done(lane.save_snapshot("pinned")).snapshot
+    lane.step()
+    active = stubs.done(lane.save_snapshot("active")).snapshot
+    deployment = stubs.create_deployment().deployment
+    assert not stubs.hotload(deployment.name, pinned.name).HasField("error")
+    stubs.deployments.PinSnapshot(
+        deployment_service_pb2.PinSnapshotRequest(
+            deployment=deployment.name, snapshot=pinned.name, holder="me"
+        )
+    )
+    stubs.hotload(deployment.name, active.name)
+    before = stubs.sample(snapshot=pinned.name)
+    pid = stubs.deployments.GetDeployment(
+        deployment_service_pb2.GetDeploymentRequest(name=deployment.name)
+    ).deployment.worker_pid
+    os.kill(pid, signal.SIGKILL)
+    assert stubs.sample().snapshot == active.name
+    after = stubs.sample(snapshot=pinned.name)
+    assert after.snapshot == pinned.name and after.sequences == before.sequences
+
+
+def test_a_trainer_that_dies_while_it_is_deleted_is_gone(
+    stubs: Stubs, daemon: DaemonProcess
+) -> None:
+    stubs.create_trainer()
+    lane = LaneClient(stubs, stubs.session())
+    os.kill(trainer(stubs).worker_pid, signal.SIGSTOP)
+    operation = lane.forward_backward()
+    deletion = stubs.trainers.DeleteTrainer.future(
+        trainer_service_pb2.DeleteTrainerRequest(name="trainers/t")
+    )
+    time.sleep(0.3)
+    assert not deletion.done()
+    os.kill(daemon.worker_pids()[0], signal.SIGKILL)
+    deletion.result(timeout=20)
+    assert status_reason(stubs.wait(operation.name).error) == "SESSION_LOSS"
+    listed = stubs.trainers.ListTrainers(trainer_service_pb2.ListTrainersRequest())
+    assert not listed.trainers and not daemon.worker_pids()

@@ -247,7 +247,7 @@ async def test_many_senders_at_once_keep_one_order(bench: Bench) -> None:
     ended = [[await bench.ended(one) for one in lane] for lane in lanes]
     orders = [[one.commit_seq for one in lane] for lane in ended]
     assert all(order == sorted(order) for order in orders)
-    assert sorted(sum(orders, [])) == list(range(1, 26))
+    assert sorted(place for order in orders for place in order) == list(range(1, 26))
     status = await bench.worker.describe()
     assert status.sessions[0].pending_backwards == 25
 

@@ -127,12 +127,14 @@ async def test_a_place_that_is_given_back_can_be_taken(registry: OperationRegist
 
 
 async def test_payloads_go_when_their_operation_ends(
-    registry: OperationRegistry, spool: FileSpool, tmp_path: Path
+    registry: OperationRegistry, spool: FileSpool
 ) -> None:
     ref = await spool.write(b"payload")
     one = replace(operation(1), payload=ref)
     await registry.write(Change(operations=[one]))
-    assert list(tmp_path.iterdir())
+    assert await spool.read(ref) == b"payload"
     await registry.write(Change(operations=[replace(done(one), payload=None)]))
     await registry.close()
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(FiretitanError) as caught:
+        await spool.read(ref)
+    assert caught.value.reason is Reason.CHECKSUM_MISMATCH
