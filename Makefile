@@ -59,7 +59,7 @@ verify-proto: setup $(PROTO_READY) ## buf lint and breaking, stubs up to date, r
 	@$(PYTEST) -q tests/proto
 
 verify-docs: setup ## Every path the pages name exists
-	@$(PYTEST) -q tests/docs
+	@$(PYTEST) -q tests/unit/test_docs.py
 
 fix-lint: setup ## Let ruff repair what it can
 	@$(BIN)/ruff check --fix .

@@ -98,7 +98,7 @@ def train(
 
     def heldout_loss() -> float:
         output = policy.forward(unseen, "cross_entropy").result()
-        return output.metrics["loss:sum"] / num_loss_tokens(unseen)
+        return float(output.metrics["loss:sum"]) / num_loss_tokens(unseen)
 
     def answer(name: str) -> str:
         saved = policy.save_weights_for_sampler(name).result()

@@ -67,6 +67,7 @@ def test_killed_process_leaves_its_gradients(
     daemon: DaemonProcess, tiny_llama: Path, lora_rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import tinker
+
     from firetitan_client import FiretitanServiceClient
 
     monkeypatch.setenv("FIRETITAN_ADDRESS", daemon.address)
@@ -110,6 +111,7 @@ def test_normalisation_counts_every_process(
 ) -> None:
     """Three ragged micro-batches of two processes, one of them with weight 0 throughout."""
     import tinker
+
     from firetitan_client import FiretitanServiceClient
 
     monkeypatch.setenv("FIRETITAN_ADDRESS", daemon.address)

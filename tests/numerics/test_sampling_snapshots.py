@@ -134,15 +134,15 @@ def test_swaps_under_load_name_the_weights_that_ran(
     threads = [threading.Thread(target=ask, args=(worker,)) for worker in range(3)]
     for thread in threads:
         thread.start()
-    for layers in chain[1:]:
-        time.sleep(0.15)
-        engine.apply(layers)
-    time.sleep(0.1)
+    for step, layers in enumerate(chain):
+        if step:
+            engine.apply(layers)
+        _wait_until(lambda name=f"step-{step}": any(r.snapshot == name for _, r in results[:]))
     enough.set()
     for thread in threads:
         thread.join()
     names = {result.snapshot for _, result in results}  # type: ignore[attr-defined]
-    assert names >= {"step-0", "step-3"}
+    assert names == {f"step-{step}" for step in range(4)}
     for name in names:
         fresh = HfSampleEngine(ModelSpec(str(folder)))
         fresh.apply(chain[int(name[-1])])

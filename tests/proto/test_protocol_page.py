@@ -44,6 +44,7 @@ def test_the_program_trains_a_session_that_the_client_made(
     daemon: DaemonProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import tinker
+
     from firetitan_client import FiretitanServiceClient
 
     monkeypatch.setenv("FIRETITAN_ADDRESS", daemon.address)
