@@ -200,8 +200,6 @@ class RemoteWorker:
                     if not _lost(error):
                         raise status.from_rpc(error) from error
                 await asyncio.wait((end,), timeout=RETRY_PAUSE_S)
-                if end.done():
-                    raise self._gone(await end)
         finally:
             end.cancel()
 

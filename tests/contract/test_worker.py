@@ -494,7 +494,9 @@ async def test_the_worker_is_a_session_leader_with_a_scrubbed_environment(
     (path,) = (tmp_path / "run").iterdir()
     assert path.stat().st_mode & 0o777 == 0o600
     assert len(os.fsencode(path.name)) <= 24
-    assert (tmp_path / "workers" / "trainer-1").stat().st_mode & 0o077 == 0
+    folder = tmp_path / "workers" / "trainer-1"
+    assert folder.stat().st_mode & 0o077 == 0
+    assert (folder / handshake.BOOTSTRAP).stat().st_mode & 0o077 == 0
 
 
 async def test_a_worker_whose_launcher_died_right_after_exec_is_found(
