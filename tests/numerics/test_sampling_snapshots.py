@@ -22,7 +22,7 @@ from firetitan_daemon.engine.scheduler import SamplerConfig
 
 PROMPT = np.arange(60, 76, dtype=np.int32)
 REQUEST = SampleRequest(PROMPT, 3, 12, seed=5, use_eos=False)
-SLOW = SampleRequest(PROMPT, 2, 200, seed=1, use_eos=False)
+SLOW = SampleRequest(PROMPT, 2, 100, seed=1, use_eos=False)
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -131,7 +131,7 @@ def test_swaps_under_load_name_the_weights_that_ran(
             results.append((request, engine.submit(request).result()))
             seed += 1
 
-    threads = [threading.Thread(target=ask, args=(worker,)) for worker in range(3)]
+    threads = [threading.Thread(target=ask, args=(worker,), daemon=True) for worker in range(3)]
     for thread in threads:
         thread.start()
     for step, layers in enumerate(chain):
@@ -156,6 +156,7 @@ def test_running_sequences_end_on_the_weights_they_began_with(
 ) -> None:
     engine.apply(snapshots.full("old", seed=0))
     expected = bits(engine.submit(SLOW).result())
+    _slow_down(engine)
     running = engine.submit(SLOW)
     _wait_until(lambda: _begun(engine) == 1)
     engine.apply(snapshots.full("new", seed=1))
@@ -173,7 +174,8 @@ def test_a_third_full_version_waits_for_the_oldest(
 ) -> None:
     chain = [snapshots.full(f"step-{step}", seed=step) for step in range(3)]
     engine.apply(chain[0])
-    running = engine.submit(replace(SLOW, max_tokens=230))
+    _slow_down(engine)
+    running = engine.submit(SLOW)
     _wait_until(lambda: _begun(engine) == 1)
     engine.apply(chain[1], keep=["step-0"])
     assert engine.loaded == ("step-0", "step-1")
@@ -246,6 +248,17 @@ def test_weights_of_another_model_are_refused_by_tensor(
 
 def _begun(engine: HfSampleEngine) -> int:
     return engine._versions.active.running
+
+
+def _slow_down(engine: HfSampleEngine) -> None:
+    """Make a step take long enough that what is to happen meanwhile does."""
+    step = engine._decoder.step
+
+    def slow(parts: object) -> object:
+        time.sleep(0.015)
+        return step(parts)
+
+    engine._decoder.step = slow  # type: ignore[method-assign]
 
 
 def _wait_until(condition: object) -> None:
