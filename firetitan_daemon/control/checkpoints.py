@@ -96,11 +96,6 @@ class CheckpointManager:
             return await self._finish_state(session, operation, prepared, outcome.saved)
         return await self._finish_snapshot(session, operation, prepared, outcome.saved)
 
-    async def discard(self, prepared: Prepared) -> None:
-        """Remove what a failed save left."""
-        if prepared.save is not None:
-            await self._services.folders.discard(prepared.save.staging)
-
     async def resolve(self, session: Session, reference: names.CheckpointReference) -> Checkpoint:
         """The checkpoint a session means.
 

@@ -184,10 +184,11 @@ class CommandPipeline:
         self._task = asyncio.create_task(self._run())
         self._task.add_done_callback(self._report)
 
-    @staticmethod
-    def _report(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and task.exception() is not None:
-            internal_error("session task ended", task.exception() or RuntimeError())
+    def _report(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            # Better no more commands than commands out of order.
+            self._refusal = internal_error(f"{self.session.name} stopped", error)
 
     async def _run(self) -> None:
         while True:
@@ -287,7 +288,7 @@ class CommandPipeline:
         self._settled_through = operation.commit_seq
         failpoint("commands.settled")
         for folder in finished.obsolete:
-            await self._services.folders.discard(Path(folder))
+            await self._discard(Path(folder))
 
     async def _fail(
         self, operation: Operation, error: ErrorRecord, prepared: Prepared | None
@@ -313,8 +314,14 @@ class CommandPipeline:
             except (FiretitanError, OSError) as problem:
                 await self._await_space(operation, problem)
         self._settled_through = operation.commit_seq
-        if prepared is not None:
-            await self._checkpoints.discard(prepared)
+        if prepared is not None and prepared.save is not None:
+            await self._discard(prepared.save.staging)
+
+    async def _discard(self, folder: Path) -> None:
+        try:
+            await self._services.folders.discard(folder)
+        except FiretitanError as error:
+            logger.warning("left for the next start to remove folder=%s: %s", folder, error)
 
     async def _await_space(self, operation: Operation, error: FiretitanError | OSError) -> None:
         # The worker has run it: saying that it failed would be wrong, so wait for the disk.

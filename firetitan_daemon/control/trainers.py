@@ -316,8 +316,18 @@ class TrainerManager:
             raise FiretitanError(
                 Reason.CLOSED, f"{existing.name} is being deleted; try again when it is gone"
             )
-        for field_path in ("base_model", "lora_rank", "max_context_length", "dtype"):
-            found, asked = getattr(existing, field_path), getattr(request, field_path)
+        compared: list[tuple[str, object, object]] = [
+            ("base_model", existing.base_model, request.base_model),
+            ("lora_rank", existing.lora_rank, request.lora_rank),
+        ]
+        # Left out, these mean whatever the trainer has.
+        if request.max_context_length:
+            compared.append(
+                ("max_context_length", existing.max_context_length, request.max_context_length)
+            )
+        if request.dtype != "auto":
+            compared.append(("dtype", existing.dtype, request.dtype))
+        for field_path, found, asked in compared:
             if found != asked:
                 raise FiretitanError(
                     Reason.ALREADY_EXISTS,

@@ -114,6 +114,15 @@ def test_status_after_a_kill_says_that_none_runs(daemon: DaemonProcess) -> None:
     assert gone.returncode == 4 and str(daemon.process.pid) in gone.stderr
 
 
+def test_config_shows_every_setting_and_its_origin(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[limits]\nmax_operations = 9\n")
+    plain, origins = firetitand(tmp_path, "config"), firetitand(tmp_path, "config", "--origin")
+    assert "limits.max_operations = 9" in plain.stdout.splitlines()
+    assert 'log.level = "info"' in plain.stdout.splitlines()
+    line = next(one for one in origins.stdout.splitlines() if "max_operations = 9" in one)
+    assert line.endswith(f"# {tmp_path / 'config.toml'}")
+
+
 def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("[server]\ndrain_timeout = 3\n")
     wrong = firetitand(tmp_path, "serve")
