@@ -1,0 +1,491 @@
+"""The training client against a real daemon and the toy engine."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tinker
+from support.daemon import DaemonProcess
+
+from firetitan_client import (
+    FiretitanServiceClient,
+    FiretitanTrainingClient,
+    GradAccNormalization,
+    NoGradients,
+    PrecedingFailed,
+)
+
+pytestmark = pytest.mark.timeout(120)
+
+TOY = "firetitan/toy"
+
+
+def toy_data(seed: int = 0, count: int = 3, length: int = 6) -> list[tinker.Datum]:
+    generator = np.random.default_rng(seed)
+    data = []
+    for _ in range(count):
+        tokens = generator.integers(0, 64, length + 1)
+        data.append(
+            tinker.Datum(
+                model_input=tinker.ModelInput.from_ints(tokens[:-1].tolist()),
+                loss_fn_inputs={
+                    "target_tokens": tokens[1:].astype(np.int64),
+                    "weights": np.ones(length, np.float32),
+                },
+            )
+        )
+    return data
+
+
+def bad_data() -> list[tinker.Datum]:
+    """Well formed, and refused by the worker: no such token."""
+    return [
+        tinker.Datum(
+            model_input=tinker.ModelInput.from_ints([1, 99]),
+            loss_fn_inputs={"target_tokens": [1, 2], "weights": [1.0, 1.0]},
+        )
+    ]
+
+
+ADAM = tinker.AdamParams(learning_rate=1e-2)
+
+
+def make_service(daemon: DaemonProcess, **config: Any) -> FiretitanServiceClient:
+    settings = {"base_model": TOY, "lora_rank": 0, "seed": 5, "create_deployment": False}
+    return FiretitanServiceClient.from_firetitan_config(
+        address=daemon.address, **{**settings, **config}
+    )
+
+
+@pytest.fixture
+def policy(daemon: DaemonProcess) -> Iterator[FiretitanTrainingClient]:
+    with make_service(daemon) as service:
+        yield service.create_training_client(base_model=TOY, lora_rank=0)
+
+
+def loss_of(policy: FiretitanTrainingClient, data: list[tinker.Datum]) -> float:
+    return float(policy.forward(data, "cross_entropy").result().metrics["loss:sum"])
+
+
+def test_training_lowers_the_loss(policy: FiretitanTrainingClient) -> None:
+    data = toy_data()
+    before = loss_of(policy, data)
+    output = policy.forward_backward(data, "cross_entropy").result()
+    assert output.metrics["loss:sum"] == pytest.approx(before)
+    assert output.metrics["response_tokens"] == 18.0
+    logprobs = output.loss_fn_outputs[0]["logprobs"]
+    assert len(logprobs.data) == 6
+    total = sum(sum(one["logprobs"].data) for one in output.loss_fn_outputs)
+    assert -total == pytest.approx(before)
+    metrics = policy.optim_step(ADAM).result().metrics
+    assert metrics["step"] == 1.0
+    assert metrics["grad_norm"] > 0
+    assert loss_of(policy, data) < before
+
+
+def test_many_outstanding_run_in_call_order(policy: FiretitanTrainingClient) -> None:
+    data = toy_data()
+    steps = []
+    for _ in range(60):
+        policy.forward_backward(data, "cross_entropy")
+        steps.append(policy.optim_step(ADAM))
+    done = concurrent.futures.wait(steps, timeout=60).done
+    assert len(done) == 60
+    assert [step.result().metrics["step"] for step in steps] == list(range(1, 61))
+
+
+def test_calls_of_many_threads_all_run(policy: FiretitanTrainingClient) -> None:
+    data = toy_data(count=1)
+    losses: list[float] = []
+
+    def work() -> None:
+        for _ in range(10):
+            output = policy.forward_backward(data, "cross_entropy").result()
+            losses.append(output.metrics["loss:sum"])
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(losses) == 40
+    once = policy.optim_step(
+        ADAM, grad_accumulation_normalization=GradAccNormalization.NUM_SEQUENCES
+    ).result()
+    assert once.metrics["step"] == 1.0
+
+
+async def test_async_twins_and_double_await(daemon: DaemonProcess) -> None:
+    async with make_service(daemon) as service:
+        policy = await service.create_training_client_async(base_model=TOY)
+        pending = await policy.forward_backward_async(toy_data(), "cross_entropy")
+        step = await policy.optim_step_async(ADAM)
+        assert (await step).metrics["step"] == 1.0
+        assert (await pending).metrics["loss:sum"] > 0
+        output = await (await policy.forward_async(toy_data(), "cross_entropy"))
+        assert output.loss_fn_outputs
+
+
+async def test_creating_inside_a_loop_returns_at_once(daemon: DaemonProcess) -> None:
+    service = make_service(daemon)
+    policy = service.create_training_client()
+    assert "opening" in repr(policy)
+    with pytest.raises(RuntimeError, match="is not ready"):
+        _ = policy.session_name
+    step = policy.forward_backward(toy_data(), "cross_entropy")  # waits behind the opening
+    assert (await step).metrics["loss:sum"] > 0
+    assert await policy is policy
+    assert policy.session_name.startswith("trainers/")
+    assert policy.future().result(timeout=5) is policy
+    await asyncio.to_thread(service.close)
+
+
+async def test_errors_of_creating_inside_a_loop_come_later(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    service = make_service(daemon, base_model=str(tmp_path / "nothing"))
+    policy = service.create_training_client()
+    queued = policy.forward_backward(toy_data(), "cross_entropy")
+    with pytest.raises(KeyError, match="nothing"):
+        await policy
+    with pytest.raises(KeyError, match="nothing"):
+        await queued
+    with pytest.raises(KeyError, match="nothing"):
+        policy.forward_backward(toy_data(), "cross_entropy")
+    assert "failed" in repr(policy)
+
+
+def test_second_client_of_one_service_is_refused(policy: FiretitanTrainingClient) -> None:
+    with pytest.raises(ValueError, match=r"'firetitan/toy' \(lora_rank=0\) already exists"):
+        policy.service.create_training_client(base_model=TOY, lora_rank=0)
+
+
+def test_seen_failure_lets_the_client_go_on(policy: FiretitanTrainingClient) -> None:
+    failed = policy.forward_backward(bad_data(), "cross_entropy")
+    with pytest.raises(ValueError, match=r"data\[0\].model_input: holds token 99") as caught:
+        failed.result()
+    assert caught.value.field == "data[0].model_input"  # type: ignore[attr-defined]
+    policy.forward_backward(toy_data(), "cross_entropy").result()
+    assert policy.optim_step(ADAM).result().metrics["step"] == 1.0
+
+
+def test_unseen_failure_stops_what_was_called_behind_it(policy: FiretitanTrainingClient) -> None:
+    failed = policy.forward_backward(bad_data(), "cross_entropy")
+    behind = policy.optim_step(ADAM)
+    assert isinstance(behind.exception(), PrecedingFailed)
+    with pytest.raises(ValueError, match="token 99"):
+        failed.result()
+    policy.forward_backward(toy_data(), "cross_entropy").result()
+    assert policy.optim_step(ADAM).result().metrics["step"] == 1.0
+
+
+def test_next_call_raises_what_nobody_looked_at(policy: FiretitanTrainingClient) -> None:
+    policy.forward_backward(toy_data(), "cross_entropy").result()
+    concurrent.futures.wait([policy.forward_backward(bad_data(), "cross_entropy")])
+    with pytest.raises(ValueError, match="token 99") as caught:
+        policy.optim_step(ADAM)
+    assert "raised by the next call" in caught.value.__notes__[0]
+    assert policy.optim_step(ADAM).result().metrics["step"] == 1.0
+
+
+class SlowLoss:
+    """A custom loss that runs until it is told to end; calls behind it stay in the client."""
+
+    def __init__(self, policy: FiretitanTrainingClient) -> None:
+        self.entered, self.go_on = threading.Event(), threading.Event()
+        self.thread = threading.Thread(
+            target=lambda: policy.forward_backward_custom(toy_data(), self.loss)
+        )
+
+    def loss(self, data: Any, logprobs: list[Any]) -> tuple[Any, dict[str, float]]:
+        self.entered.set()
+        assert self.go_on.wait(30)
+        return sum(row.sum() for row in logprobs), {}
+
+    def __enter__(self) -> SlowLoss:
+        self.thread.start()
+        assert self.entered.wait(30)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.go_on.set()
+        self.thread.join()
+
+
+def test_looking_at_a_failure_frees_nothing_that_was_called_before(
+    policy: FiretitanTrainingClient,
+) -> None:
+    """More calls than are sent at once: the last ones go out after the failure was looked at."""
+    with SlowLoss(policy):
+        failed = policy.forward_backward(bad_data(), "cross_entropy")
+        behind = [policy.optim_step(ADAM) for _ in range(80)]
+    assert isinstance(failed.exception(), ValueError)
+    assert all(isinstance(step.exception(), PrecedingFailed) for step in behind)
+    assert policy.optim_step(ADAM).result().metrics["step"] == 1.0  # the custom loss's gradient
+    with pytest.raises(NoGradients, match="no gradients accumulated"):
+        policy.optim_step(ADAM).result()
+
+
+def test_malformed_calls_raise_at_once_and_leave_no_hole(policy: FiretitanTrainingClient) -> None:
+    for wrong in (
+        lambda: policy.forward_backward([], "cross_entropy"),
+        lambda: policy.optim_step(ADAM, "sometimes"),
+        lambda: policy.save_state("a/b"),
+        lambda: policy.save_weights_for_sampler("x", checkpoint_type="whole"),
+        lambda: policy.forward_backward(toy_data(), 3),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError):
+            wrong()
+    with pytest.raises(TypeError):
+        policy.optim_step()
+    policy.forward_backward(toy_data(), "cross_entropy").result()
+    assert policy.optim_step(ADAM).result().metrics["step"] == 1.0
+
+
+def test_unknown_loss_and_missing_input(policy: FiretitanTrainingClient) -> None:
+    with pytest.raises(ValueError, match="mean_of_means"):
+        policy.forward_backward(toy_data(), "mean_of_means").result()
+    with pytest.raises(ValueError, match=r"advantages|logprobs"):
+        policy.forward_backward(toy_data(), "importance_sampling").result()
+
+
+def test_results_larger_than_a_stream_message(policy: FiretitanTrainingClient) -> None:
+    data = toy_data(count=300, length=1000)
+    output = policy.forward(data, "cross_entropy").result()
+    assert len(output.loss_fn_outputs) == 300
+    assert len(output.loss_fn_outputs[299]["logprobs"].data) == 1000
+
+
+def test_too_large_a_call_is_refused_in_the_call(policy: FiretitanTrainingClient) -> None:
+    big = toy_data(count=1, length=6_000_000)
+    with pytest.raises(ValueError, match="MiB, one call may take 64 MiB"):
+        policy.forward_backward(big, "cross_entropy")
+
+
+def test_cancel_before_it_started(policy: FiretitanTrainingClient) -> None:
+    with SlowLoss(policy):
+        queued = policy.optim_step(ADAM)
+        assert queued.cancel()
+        assert queued.cancelled()
+    assert policy.optim_step(ADAM).result().metrics["step"] == 1.0
+
+
+def test_save_and_load(policy: FiretitanTrainingClient) -> None:
+    data = toy_data()
+    policy.forward_backward(data, "cross_entropy")
+    policy.optim_step(ADAM).result()
+    saved = policy.save_state("step_10").result()
+    policy.save_state("step_2", timeout=30)
+    assert policy.list_checkpoints() == ["step_2", "step_10"]
+    at_save = loss_of(policy, data)
+
+    def step() -> float:
+        policy.forward_backward(data, "cross_entropy")
+        policy.optim_step(ADAM).result()
+        return loss_of(policy, data)
+
+    uninterrupted = step()
+    policy.load_state_with_optimizer(saved).result()
+    assert loss_of(policy, data) == at_save
+    assert step() == uninterrupted
+    policy.load_state(name="step_10").result()
+    assert loss_of(policy, data) == at_save
+    assert step() != uninterrupted  # a fresh optimizer
+    reference = policy.resolve_checkpoint_path("step_10", policy.trainer_job_id)
+    assert policy.load_state(reference).result().path == saved.path
+    with pytest.raises(KeyError, match="step_3"):
+        policy.load_state("step_3").result()
+
+
+def test_create_from_state(daemon: DaemonProcess, policy: FiretitanTrainingClient) -> None:
+    data = toy_data()
+    policy.forward_backward(data, "cross_entropy")
+    policy.optim_step(ADAM).result()
+    saved = policy.save_state("begin").result()
+    with make_service(daemon) as service:
+        other = service.create_training_client_from_state_with_optimizer(saved.path)
+        assert loss_of(other, data) == loss_of(policy, data)
+        other.forward_backward(data, "cross_entropy")
+        assert other.optim_step(ADAM).result().metrics["step"] == 2.0
+    with make_service(daemon) as service, pytest.raises(KeyError, match="nowhere"):
+        service.create_training_client_from_state("nowhere")
+
+
+def test_joining_by_trainer_by_session_and_by_endpoint(
+    daemon: DaemonProcess, policy: FiretitanTrainingClient
+) -> None:
+    policy.forward_backward(toy_data(), "cross_entropy").result()
+    joins = (
+        make_service(daemon, base_model=None, lora_rank=None, seed=None,
+                     trainer_job_id=policy.trainer_job_id).create_training_client(),
+        FiretitanServiceClient(policy.service.base_url).create_training_client(),
+        FiretitanServiceClient(address=daemon.address).create_training_client(
+            session=policy.session_name
+        ),
+    )
+    for number, other in enumerate(joins, 1):
+        assert other.session_name == policy.session_name
+        assert (other.get_info().model_name, other.get_info().is_lora) == (TOY, False)
+        step = other.optim_step(ADAM).result()  # of the gradients that the first client left
+        assert step.metrics["step"] == float(number)
+        policy.forward_backward(toy_data(), "cross_entropy").result()
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "text"),
+    [
+        ({"lora_rank": 8}, {}, "lora_rank: 8 was asked for"),
+        ({"base_model": "other"}, {}, "base_model: 'other' was asked for"),
+        ({}, {"seed": 6}, "seed"),
+    ],
+)
+def test_joining_with_other_settings_is_refused_by_field(
+    daemon: DaemonProcess,
+    policy: FiretitanTrainingClient,
+    config: dict[str, Any],
+    arguments: dict[str, Any],
+    text: str,
+) -> None:
+    service = make_service(
+        daemon, **{"lora_rank": None, **config, "trainer_job_id": policy.trainer_job_id}
+    )
+    with pytest.raises(ValueError, match=text):
+        service.create_training_client(**arguments)
+
+
+def test_lora_settings_are_compared_on_joining(daemon: DaemonProcess) -> None:
+    first = make_service(daemon, lora_rank=4)
+    policy = first.create_training_client(train_mlp=False, lora_alpha=16)
+    assert "LoRA rank 4" in repr(policy)
+    assert policy.get_info().lora_rank == 4
+    again = make_service(daemon, lora_rank=None, seed=None, trainer_job_id=policy.trainer_job_id)
+    with pytest.raises(ValueError, match="alpha"):
+        again.create_training_client(lora_alpha=8)
+    same = again.create_training_client(lora_alpha=16, train_mlp=False)
+    assert same.session_name == policy.session_name
+
+
+def test_close_deletes_only_what_it_created(daemon: DaemonProcess) -> None:
+    owner = make_service(daemon, cleanup_trainer_on_close=True)
+    policy = owner.create_training_client()
+    with make_service(
+        daemon, trainer_job_id=policy.trainer_job_id, cleanup_trainer_on_close=True
+    ) as guest:
+        guest.create_training_client().forward_backward(toy_data(), "cross_entropy").result()
+    assert policy.optim_step(ADAM).result().metrics["step"] == 1.0
+    last = policy.save_state("at-the-end")  # called before close, so it still runs
+    owner.close()
+    assert last.result().path
+    with pytest.raises(RuntimeError, match="closed"):
+        policy.forward(toy_data(), "cross_entropy")
+    stale = FiretitanServiceClient(address=daemon.address, trainer_job_id=policy.trainer_job_id)
+    with pytest.raises(KeyError, match=policy.trainer_job_id):
+        stale.create_training_client()
+
+
+def test_calls_outlive_a_killed_daemon(daemon: DaemonProcess) -> None:
+    policy = make_service(daemon).create_training_client()
+    data = toy_data()
+    futures = []
+    for number in range(30):
+        futures.append(policy.forward_backward(data, "cross_entropy"))
+        futures.append(policy.optim_step(ADAM))
+        if number == 10:
+            futures[0].result()
+            daemon.kill()
+        if number == 20:
+            daemon.start()
+    assert [step.result().metrics["step"] for step in futures[1::2]] == list(range(1, 31))
+
+
+_FORKS = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from firetitan_client import FiretitanServiceClient
+from test_client_training import ADAM, TOY, toy_data
+service = FiretitanServiceClient.from_firetitan_config(
+    address={address!r}, base_model=TOY, lora_rank=0, create_deployment=False)
+policy = service.create_training_client()
+policy.forward_backward(toy_data(), "cross_entropy").result()
+pending = policy.forward_backward(toy_data(), "cross_entropy")
+child = os.fork()
+if child == 0:
+    policy.forward_backward(toy_data(), "cross_entropy").result(60)
+    print("child", policy.optim_step(ADAM).result(60).metrics["step"], flush=True)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+pending.result(60)
+policy.forward_backward(toy_data(), "cross_entropy").result(60)
+print("parent", policy.optim_step(ADAM).result(60).metrics["step"], flush=True)
+"""
+
+
+def test_a_forked_child_has_a_lane_of_its_own(daemon: DaemonProcess) -> None:
+    code = _FORKS.format(tests=str(Path(__file__).parent), address=daemon.address)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["child", "1.0", "parent", "2.0"]
+
+
+def test_a_script_that_ends_has_sent_its_calls(daemon: DaemonProcess) -> None:
+    policy = make_service(daemon).create_training_client()
+    code = (
+        "from firetitan_client import FiretitanServiceClient\n"
+        f"c = FiretitanServiceClient(address={daemon.address!r}).create_training_client("
+        f"session={policy.session_name!r})\n"
+        "c.save_state('last')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    policy.forward(toy_data(), "cross_entropy").result()  # behind it in the session's order
+    assert policy.list_checkpoints() == ["last"]
+
+
+def test_autostart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("FIRETITAN_HOME", str(home))
+    monkeypatch.delenv("FIRETITAN_ADDRESS", raising=False)
+    service = FiretitanServiceClient.from_firetitan_config(
+        base_model=TOY, create_deployment=False, autostart=True
+    )
+    daemon = DaemonProcess(home)
+    try:
+        policy = service.create_training_client()
+        assert loss_of(policy, toy_data()) > 0
+        info = service.stubs.system.GetSystemInfo(_system_info_request())
+        assert info.home == str(home)
+        os.kill(info.pid, signal.SIGTERM)
+    finally:
+        daemon.stop()
+
+
+def _system_info_request() -> Any:
+    from firetitan.v1 import system_service_pb2
+
+    return system_service_pb2.GetSystemInfoRequest()
+
+
+def test_what_comes_later_says_so(policy: FiretitanTrainingClient) -> None:
+    service = policy.service
+    for later in (
+        lambda: policy.load_adapter("folder"),
+        lambda: policy.forward_backward_custom(toy_data(), max, output="embedding"),
+        lambda: policy.save_state("x", ttl_seconds=60),
+        lambda: service.create_base_training_client(TOY),
+        lambda: service.create_reference_client(TOY),
+    ):
+        with pytest.raises(NotImplementedError, match="not supported yet"):
+            later()
