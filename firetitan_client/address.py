@@ -24,8 +24,6 @@ logger = logging.getLogger("firetitan")
 
 START_COMMAND = "firetitand serve"
 _ENDPOINT = "firetitan+"
-_started: list[subprocess.Popen[bytes]] = []
-"""Daemons this process started; they outlive it and are never waited for."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +120,11 @@ def start_daemon(timeout_s: float = 30.0) -> str:
             start_new_session=True,
             env={name: value for name, value in os.environ.items() if name != "FIRETITAN_ADDRESS"},
         )
-    _started.append(process)
     logger.warning("no daemon was running: started `%s`, pid %d", " ".join(command), process.pid)
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if record.exists() and record.stat().st_mtime_ns != before:
+            process.returncode = 0  # it outlives this process: nobody is to wait for it
             return _local_address()
         code = process.poll()
         if code == 3:  # another process was faster: its daemon owns the state
