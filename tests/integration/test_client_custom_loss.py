@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tinker
 import torch
+from firetitan.v1 import operation_service_pb2, training_service_pb2
 from support.daemon import DaemonProcess
 
 from firetitan_client import (
@@ -193,8 +194,6 @@ def test_expired_graph_at_equal_weights(
         dropped += 1
         graph = graphs[-1]
         hold = other._lane.hold()
-        from firetitan.v1 import training_service_pb2
-
         hold.submit(
             "TrainingService/Backward",
             training_service_pb2.BackwardRequest(graph=graph).SerializeToString(),
@@ -217,6 +216,11 @@ def test_expired_graph_at_equal_weights(
         step = policy.optim_step(STILL)  # called at once: it waits for the second way
     assert dropped == 1
     assert step.result().metrics["grad_norm"] == pytest.approx(wanted, rel=1e-6)
+    listed = policy.service.stubs.operations.ListOperations(
+        operation_service_pb2.ListOperationsRequest(parent=policy.session_name)
+    )
+    ways = [one.method for one in listed.operations][-5:]
+    assert ways == ["Forward", "Backward", "Backward", "ForwardBackward", "OptimStep"]
 
 
 def test_weights_that_moved_run_the_loss_again(
