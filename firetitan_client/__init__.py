@@ -13,6 +13,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from firetitan_client.address import Endpoint as Endpoint
+    from firetitan_client.compat.tinker_service import (
+        install_tinker_service_client as install_tinker_service_client,
+    )
+    from firetitan_client.compat.tinker_service import (
+        patched_tinker_service_client as patched_tinker_service_client,
+    )
+    from firetitan_client.compat.tinker_service import (
+        restore_tinker_service_client as restore_tinker_service_client,
+    )
+    from firetitan_client.concurrency import (
+        AdaptiveConcurrencyController as AdaptiveConcurrencyController,
+    )
+    from firetitan_client.concurrency import (
+        FixedConcurrencyController as FixedConcurrencyController,
+    )
+    from firetitan_client.concurrency import (
+        SamplingConcurrencyController as SamplingConcurrencyController,
+    )
+    from firetitan_client.constants import DEFAULT_CHECKSUM_FORMAT as DEFAULT_CHECKSUM_FORMAT
+    from firetitan_client.constants import DEFAULT_DELTA_COMPRESSION as DEFAULT_DELTA_COMPRESSION
+    from firetitan_client.constants import (
+        DEFAULT_MERGED_BASE_EXPORT_PRECISION as DEFAULT_MERGED_BASE_EXPORT_PRECISION,
+    )
+    from firetitan_client.constants import ExportPrecision as ExportPrecision
+    from firetitan_client.constants import GradNormMetricsMode as GradNormMetricsMode
     from firetitan_client.deployment_sampler import DeploymentSampler as DeploymentSampler
     from firetitan_client.deployment_sampler import SampledCompletion as SampledCompletion
     from firetitan_client.errors import Aborted as Aborted
@@ -43,10 +68,29 @@ if TYPE_CHECKING:
     from firetitan_client.futures import APIFuture as APIFuture
     from firetitan_client.managed import DeploymentCleanupOnClose as DeploymentCleanupOnClose
     from firetitan_client.managed import FiretitanProvisioningConfig as FiretitanProvisioningConfig
-    from firetitan_client.sample_requests import ServerMetrics as ServerMetrics
     from firetitan_client.sampling import FiretitanSamplingClient as FiretitanSamplingClient
+    from firetitan_client.sdk_errors import (
+        DeploymentSamplerTimeoutError as DeploymentSamplerTimeoutError,
+    )
+    from firetitan_client.sdk_errors import SamplingRequestError as SamplingRequestError
+    from firetitan_client.sdk_errors import validate_output_model_id as validate_output_model_id
+    from firetitan_client.server_metrics import ServerMetrics as ServerMetrics
     from firetitan_client.service import FiretitanServiceClient as FiretitanServiceClient
     from firetitan_client.training import FiretitanTrainingClient as FiretitanTrainingClient
+    from firetitan_client.training_spec import ConstantSchedule as ConstantSchedule
+    from firetitan_client.training_spec import CosineSchedule as CosineSchedule
+    from firetitan_client.training_spec import LinearSchedule as LinearSchedule
+    from firetitan_client.training_spec import LRSchedulerSpec as LRSchedulerSpec
+    from firetitan_client.training_spec import WSDSchedule as WSDSchedule
+    from firetitan_client.training_spec import compute_lr as compute_lr
+    from firetitan_client.training_spec import (
+        default_constant_schedule as default_constant_schedule,
+    )
+    from firetitan_client.training_spec import has_v1_scheduler_fields as has_v1_scheduler_fields
+    from firetitan_client.training_spec import (
+        normalize_lr_scheduler_spec as normalize_lr_scheduler_spec,
+    )
+    from firetitan_client.training_spec import parse_lr_scheduler_spec as parse_lr_scheduler_spec
     from firetitan_client.types import AdamParams as AdamParams
     from firetitan_client.types import GradAccNormalization as GradAccNormalization
     from firetitan_client.types import SamplingParams as SamplingParams
@@ -56,35 +100,49 @@ _EXPORTS = {
     "APIFuture": "futures",
     "Aborted": "errors",
     "AdamParams": "types",
+    "AdaptiveConcurrencyController": "concurrency",
     "AlreadyExists": "errors",
     "Busy": "errors",
     "CLEANUP_DEPLOYMENT_ON_CLOSE_DELETE": "managed",
     "CLEANUP_DEPLOYMENT_ON_CLOSE_SCALE_TO_ZERO": "managed",
     "ClientClosed": "errors",
+    "ConstantSchedule": "training_spec",
     "Corrupt": "errors",
+    "CosineSchedule": "training_spec",
+    "DEFAULT_CHECKSUM_FORMAT": "constants",
+    "DEFAULT_DELTA_COMPRESSION": "constants",
+    "DEFAULT_MERGED_BASE_EXPORT_PRECISION": "constants",
     "DaemonNotRunning": "errors",
     "DeploymentCleanupOnClose": "managed",
     "DeploymentSampler": "deployment_sampler",
+    "DeploymentSamplerTimeoutError": "sdk_errors",
     "Endpoint": "address",
+    "ExportPrecision": "constants",
     "FailedPrecondition": "errors",
     "FiretitanError": "errors",
     "FiretitanProvisioningConfig": "managed",
     "FiretitanSamplingClient": "sampling",
     "FiretitanServiceClient": "service",
     "FiretitanTrainingClient": "training",
+    "FixedConcurrencyController": "concurrency",
     "GradAccNormalization": "types",
+    "GradNormMetricsMode": "constants",
     "GraphExpired": "errors",
     "InternalError": "errors",
     "InvalidArgument": "errors",
+    "LRSchedulerSpec": "training_spec",
     "LaneBroken": "errors",
+    "LinearSchedule": "training_spec",
     "NoGradients": "errors",
     "NotFound": "errors",
     "OperationCancelled": "errors",
     "PrecedingFailed": "errors",
     "SampledCompletion": "deployment_sampler",
+    "SamplingConcurrencyController": "concurrency",
     "SamplingParams": "types",
+    "SamplingRequestError": "sdk_errors",
     "SaveSamplerResult": "types",
-    "ServerMetrics": "sample_requests",
+    "ServerMetrics": "server_metrics",
     "SessionLost": "errors",
     "SessionRestarted": "errors",
     "SnapshotNotActive": "errors",
@@ -93,8 +151,18 @@ _EXPORTS = {
     "Unauthenticated": "errors",
     "Unavailable": "errors",
     "Unsupported": "errors",
+    "WSDSchedule": "training_spec",
     "WeightsChanged": "errors",
+    "compute_lr": "training_spec",
+    "default_constant_schedule": "training_spec",
     "errors": "errors",
+    "has_v1_scheduler_fields": "training_spec",
+    "install_tinker_service_client": "compat.tinker_service",
+    "normalize_lr_scheduler_spec": "training_spec",
+    "parse_lr_scheduler_spec": "training_spec",
+    "patched_tinker_service_client": "compat.tinker_service",
+    "restore_tinker_service_client": "compat.tinker_service",
+    "validate_output_model_id": "sdk_errors",
 }
 
 __all__ = sorted(_EXPORTS)

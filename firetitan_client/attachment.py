@@ -156,6 +156,7 @@ class Attachment:
     async def _send(self, command: Command, payload: bytes) -> None:
         answer = await self._transport.call(command.method, payload, command.response)
         command.future.operation = answer.operation.name
+        command.body = b""  # accepted: it is the daemon's now
         if answer.operation.done:
             await self._take(answer.operation)
 

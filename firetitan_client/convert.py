@@ -36,6 +36,30 @@ def invalid(field: str, problem: str) -> InvalidArgument:
     return InvalidArgument(f"{field}: {problem}", field=field)
 
 
+def whole_number(value: Any, field: str, low: int, high: int) -> int:
+    """An integer within bounds, those included.
+
+    Raises:
+        InvalidArgument: Anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise invalid(field, f"is {value!r}; give a whole number")
+    if not low <= value <= high:
+        raise invalid(field, f"is {value}; give at least {low} and at most {high}")
+    return int(value)
+
+
+def real_number(value: Any, field: str) -> float:
+    """A number, finite or not.
+
+    Raises:
+        InvalidArgument: Anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise invalid(field, f"is {value!r}; give a number")
+    return float(value)
+
+
 def data_to_proto(data: Any) -> list[tensor_pb2.Datum]:
     """Training sequences, all their loss inputs with them.
 
@@ -269,9 +293,7 @@ def adam_params_to_proto(params: Any) -> training_service_pb2.AdamParams:
     values = {}
     for name in ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm"):
         value = getattr(params, name, getattr(defaults, name))
-        if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-            raise invalid(f"adam_params.{name}", f"is {value!r}; give a number")
-        values[name] = float(value)
+        values[name] = real_number(value, f"adam_params.{name}")
     return training_service_pb2.AdamParams(**values)
 
 

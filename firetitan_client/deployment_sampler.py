@@ -19,7 +19,6 @@ from firetitan_client.errors import ClientClosed, Unsupported
 from firetitan_client.futures import APIFuture, SelfFuture, completed
 from firetitan_client.sample_requests import (
     DEFAULT_MAX_TOKENS,
-    ServerMetrics,
     Target,
     build_request,
     deployment_target,
@@ -28,6 +27,7 @@ from firetitan_client.sample_requests import (
     send,
     stop_reason,
 )
+from firetitan_client.server_metrics import ServerMetrics
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class DeploymentSampler(SelfFuture[Target]):
 
 def _metrics(response: sampling_service_pb2.SampleResponse, prompt_tokens: int) -> ServerMetrics:
     return ServerMetrics(
-        queue_duration=response.queue_duration.ToTimedelta().total_seconds(),
+        prefill_queue_duration=response.queue_duration.ToTimedelta().total_seconds(),
         prefill_duration=response.prefill_duration.ToTimedelta().total_seconds(),
         prompt_tokens=prompt_tokens,
         completion_tokens=sum(len(one.token_ids) // 4 for one in response.sequences),

@@ -16,11 +16,15 @@ DOMAIN = "firetitan.v1"
 """The `domain` of `google.rpc.ErrorInfo` the daemon's reasons live in."""
 
 
+_MAX_TEXT = 2000
+
+
 class FiretitanError(Exception):
     """Something failed; `reason` says what kind of thing.
 
     Args:
-        message: For people: what is wrong and what to do.
+        message: For people: what is wrong and what to do. One that is too long, because a value
+            is, loses its middle.
         reason: Name of a `firetitan.v1.ErrorReason`, without its prefix; decide on this.
         field: Path of the offending argument, e.g. `data[3].loss_fn_inputs["weights"]`.
         metadata: Further facts as text.
@@ -39,6 +43,8 @@ class FiretitanError(Exception):
         metadata: dict[str, str] | None = None,
         retry_after_s: float | None = None,
     ) -> None:
+        if len(message) > _MAX_TEXT:
+            message = f"{message[: _MAX_TEXT // 2]} ... {message[-_MAX_TEXT // 2 :]}"
         super().__init__(message)
         self.message = message
         if reason is not None:

@@ -30,6 +30,7 @@ from firetitan_client.errors import (
     InvalidArgument,
     OperationCancelled,
     PrecedingFailed,
+    SessionLost,
     from_status,
 )
 from firetitan_client.futures import APIFuture
@@ -335,9 +336,13 @@ class Lane:
     def _settled(
         self, attachment: Attachment, command: Command, operation: operation_pb2.Operation
     ) -> None:
+        if isinstance(from_status(operation.error), SessionLost):
+            self._leave(attachment, "the session lost work")  # a new epoch: attach again
         deliver(self._finish, command, operation, attachment)
 
-    def _finish(self, command: Command, operation: operation_pb2.Operation, owner: object) -> None:
+    def _finish(
+        self, command: Command, operation: operation_pb2.Operation, owner: Attachment
+    ) -> None:
         if not operation.HasField("error"):
             command.future.finish(command.convert(operation))
             return

@@ -94,8 +94,10 @@ class FiretitanProvisioningConfig:
             )
         for name in ("lora_rank", "max_context_length"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or int(value) != value or value < 0):
-                raise ValueError(f"{name}: is {value!r}; give a whole number of at least 0")
+            if value is not None and (
+                isinstance(value, bool) or int(value) != value or not 0 <= value < 2**31
+            ):
+                raise ValueError(f"{name}: is {value!r}; give a whole number from 0 to 2147483647")
         if self.cleanup_deployment_on_close not in (None, "delete", "scale_to_zero"):
             raise ValueError(
                 f"cleanup_deployment_on_close: is {self.cleanup_deployment_on_close!r}; give "
@@ -242,6 +244,8 @@ class Provisioner:
 
     async def roll_back(self) -> None:
         """Remove what this service created, after provisioning failed half-way."""
+        if self._trainer_task is not None:
+            await asyncio.wait([self._trainer_task])
         if self.deployment_created and self.config.deployment_id:
             await self.delete_deployment()
         if self.trainer_created and self.config.trainer_job_id:
@@ -322,9 +326,7 @@ class Provisioner:
                 trainer_id=config.trainer_job_id,
                 base_model=found.base_model if found else config.base_model or "",
                 lora_rank=found.lora_rank if found else config.lora_rank or 0,
-                max_context_length=(
-                    found.max_context_length if found else config.max_context_length or 0
-                ),
+                max_context_length=config.max_context_length or 0,
                 request_id=uuid.uuid4().hex,
             ),
             trainer_service_pb2.CreateTrainerResponse,

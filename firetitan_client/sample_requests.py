@@ -24,6 +24,8 @@ from firetitan_client.transport import Transport
 logger = logging.getLogger("firetitan")
 
 DEFAULT_MAX_TOKENS = 1024
+MAX_SAMPLES = 4096
+_INT32 = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,6 @@ class Target:
     """Folder or id the tokenizer is loaded from."""
 
 
-@dataclass(frozen=True)
-class ServerMetrics:
-    """What one request cost on the server, in seconds."""
-
-    queue_duration: float = 0.0
-    prefill_duration: float = 0.0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
 def build_request(
     tokens: Any, num_samples: int, params: Any, *, prompt_logprobs: bool = False
 ) -> sampling_service_pb2.SampleRequest:
@@ -64,19 +56,24 @@ def build_request(
     Raises:
         ValueError: A malformed argument, by name.
     """
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise convert.invalid("num_samples", f"is {num_samples!r}; give 1 or more")
+    num_samples = convert.whole_number(num_samples, "num_samples", 1, MAX_SAMPLES)
     prompt = convert.model_input_to_proto(tokens, "prompt")
     if not prompt.chunks[0].encoded_text.token_ids:
         raise convert.invalid("prompt", "has no tokens; give at least one")
     max_tokens = getattr(params, "max_tokens", None)
     seed = getattr(params, "seed", None)
     message = sampling_service_pb2.SamplingParams(
-        max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
-        temperature=getattr(params, "temperature", 1.0),
-        top_p=getattr(params, "top_p", 1.0),
-        top_k=max(0, getattr(params, "top_k", 0)),
-        seed=secrets.randbits(62) if seed is None else seed,
+        max_tokens=convert.whole_number(
+            DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens, "max_tokens", 1, _INT32
+        ),
+        temperature=convert.real_number(getattr(params, "temperature", 1.0), "temperature"),
+        top_p=convert.real_number(getattr(params, "top_p", 1.0), "top_p"),
+        top_k=max(0, convert.whole_number(getattr(params, "top_k", 0), "top_k", -1, _INT32)),
+        seed=(
+            secrets.randbits(62)
+            if seed is None
+            else convert.whole_number(seed, "seed", -(2**63), 2**63 - 1)
+        ),
     )
     _set_stop(message, getattr(params, "stop", None))
     return sampling_service_pb2.SampleRequest(
@@ -97,7 +94,8 @@ def _set_stop(message: sampling_service_pb2.SamplingParams, stop: Any) -> None:
         if isinstance(one, str) and one:
             message.stop.append(one)
         elif isinstance(one, int | np.integer) and not isinstance(one, bool):
-            message.stop_token_ids.append(int(one))
+            token = convert.whole_number(one, f"stop[{index}]", 0, _INT32)
+            message.stop_token_ids.append(token)
         else:
             raise convert.invalid(f"stop[{index}]", f"is {one!r}; give texts or token ids")
 

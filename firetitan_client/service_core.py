@@ -12,6 +12,7 @@ from typing import Any
 
 from firetitan_client import address as addresses
 from firetitan_client import transport
+from firetitan_client.errors import FiretitanError
 from firetitan_client.futures import SelfFuture, in_event_loop
 from firetitan_client.lane import Lane
 from firetitan_client.managed import FiretitanProvisioningConfig, Provisioner
@@ -58,6 +59,13 @@ class ServiceCore:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("FiretitanServiceClient is closed")
+
+    async def _roll_back(self) -> None:
+        """Remove what this service created, after creating the rest failed."""
+        try:
+            await self._provisioner.roll_back()
+        except FiretitanError as error:
+            logger.warning("what was created could not be removed: %s", error)
 
     def _await_ready(
         self,

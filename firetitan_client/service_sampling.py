@@ -136,7 +136,12 @@ class SamplingClients(ServiceCore):
         return self._provisioner.needs_sync
 
     async def _open_target(self, path: str | None, snapshot: str = "") -> Target:
-        deployment = await self._provisioner.get_deployment()
+        try:
+            deployment = await self._provisioner.get_deployment()
+        except Exception:
+            if not self._training:  # nobody else here uses the trainer made beside it
+                await self._roll_back()
+            raise
         if path is not None:
             await self._hotload(deployment.name, path)
         return Target(

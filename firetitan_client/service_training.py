@@ -7,12 +7,12 @@ travel.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from firetitan_client import references
-from firetitan_client.errors import FiretitanError, Unsupported
+from firetitan_client.convert import whole_number
+from firetitan_client.errors import Unsupported
 from firetitan_client.futures import APIFuture
 from firetitan_client.lane import Lane
 from firetitan_client.managed import check_same
@@ -23,8 +23,6 @@ from firetitan_client.training import FiretitanTrainingClient
 
 if TYPE_CHECKING:
     from firetitan_client.service import FiretitanServiceClient
-
-logger = logging.getLogger("firetitan")
 
 
 class _Unset:
@@ -151,6 +149,8 @@ class TrainingClients(ServiceCore):
 
     def _wanted(self, rank: int | None, alpha: float | _Unset | None, wanted: Wanted) -> Wanted:
         rank = self._config.lora_rank if rank is None else rank
+        if wanted.seed is not None:
+            whole_number(wanted.seed, "seed", -(2**63), 2**63 - 1)
         if rank == 0:
             return Wanted(seed=wanted.seed, user_metadata=wanted.user_metadata)
         if wanted.train_mlp is wanted.train_attn is wanted.train_unembed is False:
@@ -259,12 +259,6 @@ class TrainingClients(ServiceCore):
         opened = await open_session(self._transport, trainer, session, wanted)
         self._config.base_model, self._config.lora_rank = opened.base_model, opened.lora_rank
         return opened
-
-    async def _roll_back(self) -> None:
-        try:
-            await self._provisioner.roll_back()
-        except FiretitanError as error:
-            logger.warning("what was created could not be removed: %s", error)
 
     async def _attach(self, opened: APIFuture[Opened], client_id: str) -> Any:
         return await attach(self._transport, (await opened).session, client_id)

@@ -6,6 +6,7 @@ made, what commands do.
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from firetitan.v1 import (
 
 from firetitan_client.attachment import Place
 from firetitan_client.transport import Transport
+
+logger = logging.getLogger("firetitan")
 
 
 @dataclass(frozen=True)
@@ -72,33 +75,51 @@ async def open_session(
     Raises:
         FiretitanError: INVALID_ARGUMENT naming the setting that differs; SESSION_NOT_FOUND.
     """
-    lora = wanted.lora(trainer.lora_rank)
     if session is None and not trainer.session:
-        answer = await transport.call(
-            "TrainingService/CreateSession",
-            training_service_pb2.CreateSessionRequest(
-                trainer=trainer.name,
-                base_model=trainer.base_model,
-                lora=lora,
-                seed=wanted.seed,
-                user_metadata=dict(wanted.user_metadata),
-                request_id=uuid.uuid4().hex,
-            ),
-            training_service_pb2.CreateSessionResponse,
-        )
+        found = await _create(transport, trainer, wanted)
     else:
-        answer = await transport.call(
-            "TrainingService/AttachSession",
-            training_service_pb2.AttachSessionRequest(
-                name=session or trainer.session,
-                client_id=uuid.uuid4().hex,
-                lora=lora if trainer.lora_rank else None,
-                seed=wanted.seed,
-            ),
-            training_service_pb2.AttachSessionResponse,
-        )
-    found = answer.session
+        found = await _join(transport, trainer, session or trainer.session, wanted)
+        if found.state == session_pb2.Session.STATE_LOST and session is None:
+            logger.warning(
+                "%s lost its weights with its worker and starts over; load a checkpoint to go on",
+                found.name,
+            )
+            found = await _create(transport, trainer, wanted)
     return Opened(found.name, trainer, found.base_model, found.lora.rank, found.suffix)
+
+
+async def _create(
+    transport: Transport, trainer: trainer_pb2.Trainer, wanted: Wanted
+) -> session_pb2.Session:
+    answer = await transport.call(
+        "TrainingService/CreateSession",
+        training_service_pb2.CreateSessionRequest(
+            trainer=trainer.name,
+            base_model=trainer.base_model,
+            lora=wanted.lora(trainer.lora_rank),
+            seed=wanted.seed,
+            user_metadata=dict(wanted.user_metadata),
+            request_id=uuid.uuid4().hex,
+        ),
+        training_service_pb2.CreateSessionResponse,
+    )
+    made: session_pb2.Session = answer.session
+    return made
+
+
+async def _join(
+    transport: Transport, trainer: trainer_pb2.Trainer, name: str, wanted: Wanted
+) -> session_pb2.Session:
+    lora = wanted.lora(trainer.lora_rank) if trainer.lora_rank else None
+    answer = await transport.call(
+        "TrainingService/AttachSession",
+        training_service_pb2.AttachSessionRequest(
+            name=name, client_id=uuid.uuid4().hex, lora=lora, seed=wanted.seed
+        ),
+        training_service_pb2.AttachSessionResponse,
+    )
+    joined: session_pb2.Session = answer.session
+    return joined
 
 
 async def attach(transport: Transport, session: str, client_id: str) -> Place:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tinker
+from firetitan.v1 import system_service_pb2, trainer_service_pb2
 from support.daemon import DaemonProcess
 
 from firetitan_client import (
@@ -24,6 +25,7 @@ from firetitan_client import (
     GradAccNormalization,
     NoGradients,
     PrecedingFailed,
+    SessionLost,
 )
 
 pytestmark = pytest.mark.timeout(120)
@@ -409,6 +411,21 @@ def test_calls_outlive_a_killed_daemon(daemon: DaemonProcess) -> None:
     assert [step.result().metrics["step"] for step in futures[1::2]] == list(range(1, 31))
 
 
+def test_a_lost_worker_is_told_and_the_trainer_comes_back(daemon: DaemonProcess) -> None:
+    policy = make_service(daemon).create_training_client()
+    saved = policy.save_state("before").result()
+    request = trainer_service_pb2.GetTrainerRequest(name=f"trainers/{policy.trainer_job_id}")
+    trainer = policy.service.stubs.trainers.GetTrainer(request).trainer
+    os.kill(trainer.worker_pid, signal.SIGKILL)
+    for _ in range(2):
+        with pytest.raises(SessionLost):
+            policy.forward_backward(toy_data(), "cross_entropy").result()
+    again = FiretitanServiceClient(policy.service.base_url).create_training_client()
+    again.load_state_with_optimizer(saved).result()
+    again.forward_backward(toy_data(), "cross_entropy").result()
+    assert policy.optim_step(ADAM).result().metrics["step"] == 1.0  # the first client is back too
+
+
 _FORKS = """
 import os, sys
 sys.path.insert(0, {tests!r})
@@ -465,17 +482,11 @@ def test_autostart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         policy = service.create_training_client()
         assert loss_of(policy, toy_data()) > 0
-        info = service.stubs.system.GetSystemInfo(_system_info_request())
+        info = service.stubs.system.GetSystemInfo(system_service_pb2.GetSystemInfoRequest())
         assert info.home == str(home)
         os.kill(info.pid, signal.SIGTERM)
     finally:
         daemon.stop()
-
-
-def _system_info_request() -> Any:
-    from firetitan.v1 import system_service_pb2
-
-    return system_service_pb2.GetSystemInfoRequest()
 
 
 def test_what_comes_later_says_so(policy: FiretitanTrainingClient) -> None:
