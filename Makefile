@@ -10,8 +10,9 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
 READY := $(VENV)/.ready
 PROTO_READY := $(PROTO_VENV)/.ready
+TINKERS := 0.23.0 0.27.0 0.38.0
 
-.PHONY: help setup demo test test-slow verify verify-lint verify-types verify-imports verify-proto \
+.PHONY: help setup demo test test-slow test-tinker verify verify-lint verify-types verify-imports verify-proto \
 	verify-docs fix-lint fix-proto proto proto-baseline bench examples ci clean
 
 help: ## Show this list
@@ -41,6 +42,20 @@ test: setup $(PROTO_READY) ## Run the tests that take seconds
 
 test-slow: setup $(PROTO_READY) ## Run the tests that take minutes
 	@$(PYTEST) -m slow
+
+test-tinker: setup $(TINKERS:%=.venv-tinker-%/.ready) ## Run the compatibility tests against each tinker
+	@for version in $(TINKERS); do \
+		FIRETITAN_TEST_TINKER=$$version .venv-tinker-$$version/bin/python -m pytest -q tests/compat \
+			|| exit 1; \
+	done
+
+# A tinker of its own before everything else of .venv: they differ in nothing but that.
+.venv-tinker-%/.ready: $(READY)
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python $(PIP_INSTALL) --no-deps 'tinker==$*'
+	@$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> "$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/firetitan.pth"
+	@touch $@
 
 verify: verify-lint verify-types verify-imports verify-proto verify-docs ## Run every check below
 

@@ -166,7 +166,7 @@ def request_with_retries(
     while True:
         try:
             answer = func(*args, **kwargs)
-        except (ConnectionError, TimeoutError, Busy, *_foreign_retryable()) as error:
+        except _retryable() as error:
             pause_s = _pause_s(attempt, deadline, getattr(error, "retry_after_s", None))
             if pause_s <= 0:
                 raise
@@ -187,13 +187,14 @@ def _pause_s(attempt: int, deadline: float, asked_s: float | None) -> float:
     return min(wanted, deadline - time.monotonic())
 
 
-def _foreign_retryable() -> tuple[type[Exception], ...]:
-    """Exceptions of HTTP libraries that the caller has loaded; none is loaded for this."""
-    return tuple(
+def _retryable() -> tuple[type[BaseException], ...]:
+    """What is worth another try; of HTTP libraries, those the caller has loaded."""
+    foreign = (
         getattr(sys.modules[module], name)
         for module, name in _FOREIGN_RETRYABLE
         if hasattr(sys.modules.get(module), name)
     )
+    return (ConnectionError, TimeoutError, Busy, *foreign)
 
 
 def validate_output_model_id(output_model_id: str | None) -> list[str]:

@@ -75,12 +75,7 @@ def _replace_from_ints(model: Any) -> None:
     def from_ints(
         cls: Any, tokens: Sequence[int], routing_matrices: list[str] | None = None
     ) -> Any:
-        """A model input of tokens.
-
-        Args:
-            tokens: Token ids, [N].
-            routing_matrices: One text of expert indices per position, [N]; "" replays nothing.
-        """
+        """A model input of tokens and, per token, a text of expert indices ("": no replay)."""
         if routing_matrices is not None and len(routing_matrices) != len(tokens):
             _tell_of_lengths(len(routing_matrices), len(tokens))
         extra = {} if routing_matrices is None else {"routing_matrices": routing_matrices}
@@ -111,7 +106,8 @@ def _discriminate_chunks(model: Any) -> None:
     union, *metadata = get_args(chunk) if hasattr(chunk, "__metadata__") else (chunk,)
     if any(isinstance(one, Discriminator) for one in metadata):
         return
-    _set_chunks(model, list[Annotated[(union, Discriminator("type"), *metadata)]])
+    annotated: Any = Annotated
+    _set_chunks(model, list[annotated[(union, Discriminator("type"), *metadata)]])
     _undo.append(lambda: _set_chunks(model, before))
 
 
