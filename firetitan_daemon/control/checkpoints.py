@@ -100,11 +100,16 @@ class CheckpointManager:
         """The checkpoint a session means.
 
         Raises:
-            FiretitanError: CHECKPOINT_NOT_FOUND naming what there is.
+            FiretitanError: CHECKPOINT_NOT_FOUND naming what there is; NAME_INVALID for a snapshot.
         """
         trainer = reference.trainer or session.trainer_id
         rows = await self._services.store.checkpoints(trainer)
-        return names.pick_checkpoint(reference, session.name, rows)
+        try:
+            return names.pick_checkpoint(reference, session.name, rows)
+        except FiretitanError:
+            if await self._services.store.snapshot(reference.text) is not None:
+                raise names.no_checkpoint(reference.text) from None
+            raise
 
     async def get(self, name: str) -> Checkpoint:
         """One checkpoint by full name.

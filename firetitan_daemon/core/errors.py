@@ -105,12 +105,18 @@ CODES: dict[Reason, str] = {
 """The gRPC status code of each reason, by name."""
 
 
+MAX_TEXT_BYTES = 1200
+"""Longest message: it travels in the trailers of a call, and those are bounded."""
+_MAX_FIELD_BYTES = 400
+
+
 class FiretitanError(Exception):
     """A failure with a reason both sides know.
 
     Args:
         reason: What clients decide on.
-        message: For people: what is wrong, with field and value, and what to do.
+        message: For people: what is wrong, with field and value, and what to do. One that is
+            too long, because a value is, loses its middle.
         field: Path of the offending request field, e.g. `data[3].loss_fn_inputs["weights"]`.
         metadata: Further facts, as strings; become `ErrorInfo.metadata`.
     """
@@ -118,13 +124,22 @@ class FiretitanError(Exception):
     def __init__(
         self, reason: Reason, message: str, *, field: str | None = None, **metadata: str
     ) -> None:
+        message = _shorten(message, MAX_TEXT_BYTES)
         super().__init__(message)
         self.reason = reason
         self.message = message
-        self.field = field
+        self.field = None if field is None else _shorten(field, _MAX_FIELD_BYTES)
         self.metadata = metadata
 
     @property
     def code(self) -> str:
         """Name of the gRPC status code."""
         return CODES[self.reason]
+
+
+def _shorten(text: str, limit: int) -> str:
+    raw = text.encode("utf-8", "replace")
+    if len(raw) > limit:
+        half = limit // 2 - 10
+        raw = raw[:half] + b" ... " + raw[-half:]
+    return raw.decode("utf-8", "ignore")

@@ -250,12 +250,7 @@ def parse_checkpoint_reference(reference: str, field: str = "checkpoint") -> Che
     if len(segments) == 1:
         return CheckpointReference(text, text)
     if segments[0] == "snapshots":
-        raise _refused(
-            field,
-            reference,
-            "is a snapshot for serving and holds no optimizer; name a checkpoint made by "
-            "save_state",
-        )
+        raise no_checkpoint(reference, field)
     parts = parse_checkpoint(text, field)
     session = session_name(parts.trainer, parts.session)
     return CheckpointReference(text, parts.checkpoint, parts.trainer, session)
@@ -286,6 +281,15 @@ def pick_checkpoint(
         f"checkpoint {reference.text!r} was not found: {where} has {there}; nothing was loaded",
         field="checkpoint",
         checkpoint=reference.text,
+    )
+
+
+def no_checkpoint(snapshot: str, field: str = "checkpoint") -> FiretitanError:
+    """The error where a load names a snapshot."""
+    return _refused(
+        field,
+        snapshot,
+        "is a snapshot for serving and holds no optimizer; name a checkpoint made by save_state",
     )
 
 
@@ -338,7 +342,9 @@ def _cross_job(text: str, field: str) -> CheckpointReference:
 
 def _check_segment(segment: str, field: str, text: str) -> None:
     if not _ID.fullmatch(segment):
-        raise _refused(field, text, f"checkpoint path segment {segment!r} is not valid: {_RULE}")
+        raise _refused(
+            field, text, f"checkpoint path segment {_shown(segment)} is not valid: {_RULE}"
+        )
 
 
 def _refused(field: str, value: str, why: str) -> FiretitanError:

@@ -224,7 +224,11 @@ def _check_finite(where: str, values: Array) -> None:
     if not finite.all():
         first = tuple(np.argwhere(~finite)[0].tolist())
         place = "".join(f"[{index}]" for index in first)
-        raise _bad(f"{where}{place}", f"is {float(values[first])}", Reason.NON_FINITE)
+        raise _bad(
+            f"{where}{place}",
+            f"is {float(values[first])}; give finite numbers",
+            Reason.NON_FINITE,
+        )
 
 
 def _bad(where: str, what: str, reason: Reason = Reason.INVALID_DATUM) -> FiretitanError:

@@ -17,6 +17,7 @@ from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import AdamParams
 
 _CLIP_EPSILON = 1e-6
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class AdamW:
@@ -130,9 +131,11 @@ def check_params(params: AdamParams) -> None:
     }
     for name, (good, wanted) in ranges.items():
         value = getattr(params, name)
-        if not math.isfinite(value):
+        if not abs(value) <= _LARGEST:
             raise FiretitanError(
-                Reason.NON_FINITE, f"adam_params.{name} is {value}", field=f"adam_params.{name}"
+                Reason.NON_FINITE,
+                f"adam_params.{name} is {value}; give a finite number of float32",
+                field=f"adam_params.{name}",
             )
         if not good:
             raise FiretitanError(

@@ -38,6 +38,8 @@ from firetitan_daemon.engine.api import (
 )
 
 DEFAULT_MAX_TOKENS = 1024
+MAX_SAMPLES = 4096
+"""Sequences of one request; they come back in one answer."""
 SNAPSHOT_PREFIX = "snapshots/"
 TOKEN_BYTES = 4
 
@@ -243,6 +245,12 @@ def sample_request_from_proto(
             Reason.INVALID_ARGUMENT,
             "params.seed: missing; a worker never draws one",
             field="params.seed",
+        )
+    if request.num_samples > MAX_SAMPLES:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"num_samples: is {request.num_samples}; at most {MAX_SAMPLES}, send several requests",
+            field="num_samples",
         )
     snapshot = request.snapshot or None
     if snapshot is not None and snapshot not in loaded:
