@@ -42,6 +42,11 @@ class Options:
         """Sequence lengths of a batch."""
         return list(workload.QUICK if self.quick else full)
 
+    @property
+    def vocab(self) -> int:
+        """Token ids are drawn below it."""
+        return workload.QUICK_VOCAB if self.quick else workload.VOCAB
+
 
 def uniform(options: Options) -> list[Finding]:
     """Equal lengths, every position in the loss: nothing to gain from packing."""
@@ -67,7 +72,7 @@ def early(options: Options) -> list[Finding]:
         ("bfloat16", "peft", {"adapter": adapter, "dtype": "bfloat16"}),
     ):
         with Side(kind, options.threads, model=options.model, **arguments) as side:
-            side.call("batch", lengths=lengths, half=False)
+            side.call("batch", lengths=lengths, vocab=options.vocab, half=False)
             losses[name] = [side.call("step").result for _ in range(3)]
         falls[name] = losses[name][0] - losses[name][-1]
     return [
@@ -89,7 +94,7 @@ def custom(options: Options) -> list[Finding]:
     ways = ("kept_graph", "built_in", "two_passes")
     times: dict[str, list[float]] = {way: [] for way in ways}
     with Side("engine", options.threads, model=options.model) as side:
-        side.call("batch", lengths=lengths, half=True)
+        side.call("batch", lengths=lengths, vocab=options.vocab, half=True)
         for way in ways:
             side.call(way)
         for _ in range(options.rounds):
@@ -105,7 +110,6 @@ def custom(options: Options) -> list[Finding]:
 def sampling(options: Options) -> list[Finding]:
     """Groups of samples through client, daemon and worker, against `generate` in a process."""
     lengths = list(workload.QUICK_PROMPTS if options.quick else workload.PROMPTS)
-    prompts = workload.make_prompts(lengths)
     samples, tokens = (2, 4) if options.quick else (8, 64)
     params = tinker.SamplingParams(max_tokens=tokens, temperature=1.0, stop=[])
     ours: list[Timed] = []
@@ -119,7 +123,7 @@ def sampling(options: Options) -> list[Finding]:
     ):
         sampler = service.create_sampling_client()
 
-        def sample(max_tokens: int) -> int:
+        def sample(prompts: list[list[int]], max_tokens: int) -> int:
             futures = [
                 sampler.sample(
                     prompt=tinker.ModelInput.from_ints(prompt),
@@ -131,24 +135,26 @@ def sampling(options: Options) -> list[Finding]:
             sequences = [one for future in futures for one in future.result().sequences]
             return sum(len(one.tokens) for one in sequences)
 
-        def generate(max_tokens: int) -> Timed:
+        def generate(prompts: list[list[int]], max_tokens: int) -> Timed:
             return side.call(
                 "generate", prompts=prompts, num_samples=samples, max_tokens=max_tokens
             )
 
-        sample(2)
-        generate(2)
-        for _ in range(options.rounds):
+        prompts = workload.make_prompts(lengths, options.vocab, 0)
+        sample(prompts, 2)
+        generate(prompts, 2)
+        for number in range(options.rounds):
+            prompts = workload.make_prompts(lengths, options.vocab, number + 1)
             started = time.monotonic()
             cpu = worker_usage(home)[0] + time.process_time()
-            made = sample(tokens)
+            made = sample(prompts, tokens)
             seconds = time.monotonic() - started
             used, peak_bytes = worker_usage(home)
             ours.append(Timed(made, seconds, used + time.process_time() - cpu, peak_bytes))
-            other.append(generate(tokens))
-            assert made == other[-1].result == len(prompts) * samples * tokens
+            other.append(generate(prompts, tokens))
+            assert made == other[-1].result == len(lengths) * samples * tokens
         details = {
-            "tokens": len(prompts) * samples * tokens,
+            "tokens": len(lengths) * samples * tokens,
             "sides": [{}, side.about],
             "cpu_s": _cpu_seconds(ours, other),
             "peak_bytes": [ours[-1].peak_bytes, other[-1].peak_bytes],
@@ -174,7 +180,7 @@ def hotload(options: Options) -> list[Finding]:
 
 def _hotload(options: Options, service: Any, rank: int, name: str) -> Finding:
     policy = service.create_training_client(base_model=options.model, lora_rank=rank)
-    (sequence,) = workload.make_batch([16], half=False)
+    (sequence,) = workload.make_batch([16], options.vocab, half=False)
     datum = tinker.Datum(
         model_input=tinker.ModelInput.from_ints(sequence.tokens.tolist()),
         loss_fn_inputs={"target_tokens": sequence.targets, "weights": sequence.weights},
@@ -204,7 +210,7 @@ def _steps(
     ):
         sides = (engine, peft)
         for side in sides:
-            side.call("batch", lengths=lengths, half=half)
+            side.call("batch", lengths=lengths, vocab=options.vocab, half=half)
             side.call("step")
         rounds = [[side.call("step") for side in sides] for _ in range(options.rounds)]
         about = [side.about for side in sides]

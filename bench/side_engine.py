@@ -46,11 +46,11 @@ class EngineSide:
         info = self._engine.info
         return {"threads": torch.get_num_threads(), "source": info.source, **info.versions}
 
-    def batch(self, lengths: list[int], half: bool) -> None:
+    def batch(self, lengths: list[int], vocab: int, half: bool) -> None:
         """Choose what the next calls compute with."""
         self._data = [
             Datum(one.tokens, {"target_tokens": one.targets, "weights": one.weights})
-            for one in workload.make_batch(lengths, half=half)
+            for one in workload.make_batch(lengths, vocab, half=half)
         ]
 
     def step(self) -> float:

@@ -51,9 +51,9 @@ class PeftSide:
             "transformers": transformers.__version__,
         }
 
-    def batch(self, lengths: list[int], half: bool) -> None:
+    def batch(self, lengths: list[int], vocab: int, half: bool) -> None:
         """Choose what the next calls compute with: padded to the longest sequence."""
-        sequences = workload.make_batch(lengths, half=half)
+        sequences = workload.make_batch(lengths, vocab, half=half)
         shape = (len(lengths), max(lengths))
         tokens, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
         targets = torch.full(shape, _NO_TARGET)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-VOCAB = 40_000
-"""Ids are drawn below this; every model compared has more."""
+VOCAB, QUICK_VOCAB = 40_000, 250
+"""Ids are drawn below this; a model compared must have more."""
 RANK, ALPHA = 32, 32.0
 LEARNING_RATE = 1e-4
 
@@ -33,12 +33,18 @@ class Sequence:
     weights: npt.NDArray[np.float32]
 
 
-def make_batch(lengths: list[int], *, half: bool) -> list[Sequence]:
-    """Random sequences; `half` puts the loss on the last half of each, else on every position."""
+def make_batch(lengths: list[int], vocab: int, *, half: bool) -> list[Sequence]:
+    """Random sequences.
+
+    Args:
+        lengths: Of each.
+        vocab: Ids are below it.
+        half: The loss is on the last half of each only.
+    """
     generator = np.random.default_rng(0)
     batch = []
     for length in lengths:
-        ids = generator.integers(0, VOCAB, length + 1)
+        ids = generator.integers(0, vocab, length + 1)
         weights = np.ones(length, np.float32)
         if half:
             weights[: length // 2] = 0.0
@@ -46,7 +52,7 @@ def make_batch(lengths: list[int], *, half: bool) -> list[Sequence]:
     return batch
 
 
-def make_prompts(lengths: list[int]) -> list[list[int]]:
-    """Random prompts."""
-    generator = np.random.default_rng(1)
-    return [generator.integers(0, VOCAB, length).tolist() for length in lengths]
+def make_prompts(lengths: list[int], vocab: int, seed: int) -> list[list[int]]:
+    """Random prompts; another seed gives others, which no cache can know."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, vocab, length).tolist() for length in lengths]
