@@ -326,9 +326,7 @@ class Provisioner:
                 trainer_id=config.trainer_job_id,
                 base_model=found.base_model if found else config.base_model or "",
                 lora_rank=found.lora_rank if found else config.lora_rank or 0,
-                max_context_length=(
-                    found.max_context_length if found else config.max_context_length or 0
-                ),
+                max_context_length=config.max_context_length or 0,
                 request_id=uuid.uuid4().hex,
             ),
             trainer_service_pb2.CreateTrainerResponse,

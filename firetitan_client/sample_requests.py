@@ -42,16 +42,6 @@ class Target:
     """Folder or id the tokenizer is loaded from."""
 
 
-@dataclass(frozen=True)
-class ServerMetrics:
-    """What one request cost on the server, in seconds."""
-
-    queue_duration: float = 0.0
-    prefill_duration: float = 0.0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
 def build_request(
     tokens: Any, num_samples: int, params: Any, *, prompt_logprobs: bool = False
 ) -> sampling_service_pb2.SampleRequest:
