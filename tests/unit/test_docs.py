@@ -135,3 +135,19 @@ def test_diagrams_hold_nothing_that_ends_a_line() -> None:
     blocks = re.findall(r"```mermaid\n(.*?)```", page("request-lifecycle.md"), re.DOTALL)
     assert len(blocks) >= 2
     assert [line for block in blocks for line in block.splitlines() if set(line) & set(";#")] == []
+
+
+def test_every_exported_name_is_in_the_table() -> None:
+    import firetitan_client
+
+    text = page("api.md")
+    assert [name for name in firetitan_client.__all__ if f"`{name}" not in text] == []
+
+
+def test_the_names_that_are_not_there_are_those_listed() -> None:
+    from firetitan_client.compat import names
+
+    text = section(page("api.md"), "Code written for fireworks.training.sdk")
+    listed = text.partition("These are:")[2].partition(".")[0]
+    missing = [name for name in names.ROOT if not names.exists(name)]
+    assert re.findall(r"`(\w+)`", listed) == missing
