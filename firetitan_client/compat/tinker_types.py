@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
+from types import GenericAlias, ModuleType
 from typing import Annotated, Any, Literal, get_args
 
 logger = logging.getLogger("firetitan")
@@ -107,7 +107,8 @@ def _discriminate_chunks(model: Any) -> None:
     if any(isinstance(one, Discriminator) for one in metadata):
         return
     annotated: Any = Annotated
-    _set_chunks(model, list[annotated[(union, Discriminator("type"), *metadata)]])
+    described = annotated[(union, Discriminator("type"), *metadata)]
+    _set_chunks(model, GenericAlias(list, (described,)))
     _undo.append(lambda: _set_chunks(model, before))
 
 
