@@ -12,7 +12,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from firetitan_daemon.control.provisioning import check_request, choose_id, new_operation, settled
+from firetitan_daemon.control.provisioning import (
+    check_request,
+    check_text,
+    choose_id,
+    new_operation,
+    settled,
+)
 from firetitan_daemon.control.services import Services, error_record, internal_error, logger
 from firetitan_daemon.control.workers import WorkerPool
 from firetitan_daemon.core import names
@@ -157,6 +163,7 @@ class DeploymentManager:
             FiretitanError: NAME_INVALID, INVALID_ARGUMENT, ALREADY_EXISTS, REQUEST_ID_REUSED.
         """
         check_request(request.base_model, request.max_context_length, request.dtype)
+        check_text(request.request_id, "request_id")
         if request.trainer:
             names.parse_trainer(request.trainer, "trainer")
         deployment_id = names.check_id(

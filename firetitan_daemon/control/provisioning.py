@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.records import ErrorRecord, Operation, OperationState, SpoolRef
+from firetitan_daemon.core.sequencer import MAX_TEXT
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -38,6 +39,20 @@ def check_request(base_model: str, max_context_length: int, dtype: str) -> None:
             Reason.INVALID_ARGUMENT,
             f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}",
             field="dtype",
+        )
+
+
+def check_text(text: str, field: str) -> None:
+    """Refuse a request id or the like that is too long to be kept.
+
+    Raises:
+        FiretitanError: INVALID_ARGUMENT naming the field.
+    """
+    if len(text) > MAX_TEXT:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"{field}: has {len(text)} characters; use up to {MAX_TEXT}, e.g. a random UUID",
+            field=field,
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from firetitan_daemon.control.checkpoints import CheckpointManager
 from firetitan_daemon.control.codec import Header
 from firetitan_daemon.control.commands import CommandPipeline
+from firetitan_daemon.control.provisioning import check_text
 from firetitan_daemon.control.services import Services
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -86,6 +87,7 @@ class SessionManager:
             FiretitanError: INVALID_ARGUMENT or ALREADY_EXISTS naming the setting that differs.
         """
         self._check_trainer(trainer, wanted)
+        check_text(request_id, "request_id")
         async with self._opening:
             for pipeline in self._of_trainer(trainer.id):
                 self._check_same(pipeline.session, wanted, Reason.ALREADY_EXISTS)

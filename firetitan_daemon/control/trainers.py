@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from firetitan_daemon.control.provisioning import (
     check_request,
+    check_text,
     choose_id,
     new_operation,
     settled,
@@ -126,6 +127,7 @@ class TrainerManager:
                 differs, REQUEST_ID_REUSED, CLOSED while it is being deleted.
         """
         check_request(request.base_model, request.max_context_length, request.dtype)
+        check_text(request.request_id, "request_id")
         if not 0 <= request.lora_rank <= 4096:
             raise FiretitanError(
                 Reason.INVALID_ARGUMENT,

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from firetitan_daemon.control.checkpoints import find_snapshot
 from firetitan_daemon.control.codec import HotloadArguments
 from firetitan_daemon.control.deployments import DeploymentManager
-from firetitan_daemon.control.provisioning import new_operation, settled
+from firetitan_daemon.control.provisioning import check_text, new_operation, settled
 from firetitan_daemon.control.services import Services, error_record, internal_error, logger
 from firetitan_daemon.core import chain, names
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -41,6 +41,7 @@ class WeightSyncer:
             FiretitanError: DEPLOYMENT_NOT_FOUND, SNAPSHOT_NOT_FOUND, NAME_INVALID, ETAG_MISMATCH,
                 REQUEST_ID_REUSED, INVALID_ARGUMENT where the snapshot is of another base model.
         """
+        check_text(request_id, "request_id")
         acceptance = asyncio.create_task(self._accept(arguments, request_id, payload))
         return await asyncio.shield(acceptance)
 
@@ -192,6 +193,7 @@ class WeightSyncer:
             raise FiretitanError(
                 Reason.INVALID_ARGUMENT, "holder: is empty; name who pins", field="holder"
             )
+        check_text(holder, "holder")
         await self._deployments.ready(name)
         async with self._deployments.weights_lock(deployment.id):
             deployment, worker = self._deployments.serving(name)

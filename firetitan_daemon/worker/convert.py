@@ -42,6 +42,8 @@ MAX_SAMPLES = 4096
 """Sequences of one request; they come back in one answer."""
 SNAPSHOT_PREFIX = "snapshots/"
 TOKEN_BYTES = 4
+MAX_DIMENSIONS = 8
+"""Of a tensor; no array library takes any number."""
 
 _DTYPES: dict[int, np.dtype[np.float32] | np.dtype[np.int64] | np.dtype[np.int32]] = {
     tensor_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),
@@ -116,6 +118,8 @@ def tensor_from_proto(tensor: tensor_pb2.Tensor, field: str) -> Array:
         known = ", ".join(item.name for item in _DTYPES.values())
         raise _invalid(field, f"has data_type {tensor.data_type}; give one of {known}")
     shape = list(tensor.shape)
+    if len(shape) > MAX_DIMENSIONS:
+        raise _invalid(field, f"has {len(shape)} dimensions; give [N] or [N, K]")
     if any(extent < 0 for extent in shape):
         raise _invalid(field, f"has shape {shape}; extents are 0 or more")
     raw = tensor.data

@@ -90,7 +90,7 @@ def _check_datum(at: str, datum: Datum, loss: Loss, vocab: int, context: int, st
             if strict:
                 raise _bad(where, f"is not read by this loss; it reads {sorted(known)}")
             continue
-        if values.ndim not in (1, 2) or values.shape[0] != length:
+        if values.ndim not in (1, 2) or values.shape[0] != length or 0 in values.shape:
             raise _bad(where, f"has shape {list(values.shape)}, model_input has {length} tokens")
         if values.shape != shape:
             raise _bad(
