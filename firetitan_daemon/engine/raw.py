@@ -93,8 +93,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise
         raise FiretitanError(
             Reason.STATE_DISK_FULL,
-            f"no space left to write {path.parent.name}/{path.name}; nothing was saved, "
-            "free some space and save again",
+            f"no space left to write {path.name} in {path.parents[1]}; nothing was saved, "
+            "free some space there and save again",
             file=path.name,
         ) from error
 

@@ -1,0 +1,148 @@
+"""A full disk: refused or failed by name, with nothing changed; once there is room, on it goes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from firetitan.v1 import operation_service_pb2, training_service_pb2
+from support.commands import GOOD, toy_datum
+from support.daemon import DaemonProcess
+from support.stubs import LaneClient, Stubs, reason, status_reason
+
+pytestmark = [
+    pytest.mark.timeout(90),
+    pytest.mark.skipif(
+        os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting a tmpfs needs root"
+    ),
+]
+SIZE_KB = 256
+
+
+class Disk:
+    """A small file system of its own at a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(mode=0o700, parents=True)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={SIZE_KB}k,mode=700", "tmpfs", str(folder)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if mounted.returncode:
+            pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+
+    def fill(self, left_bytes: int = 0) -> None:
+        free = shutil.disk_usage(self.folder).free
+        (self.folder / "filler").write_bytes(bytes(max(0, free - left_bytes)))
+
+    def free(self) -> None:
+        (self.folder / "filler").unlink(missing_ok=True)
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", "-l", str(self.folder)], check=True)
+
+
+class World:
+    """A daemon one of whose folders is a small disk; a session with a gradient pending."""
+
+    def __init__(self, home: Path, folder: str) -> None:
+        self.disk = Disk(home / folder)
+        self.daemon = DaemonProcess(home)
+
+    def start(self) -> None:
+        self.daemon.start()
+        self.stubs = Stubs(self.daemon.address)
+        self.stubs.create_trainer()
+        self.lane = LaneClient(self.stubs, self.stubs.session())
+        self.lane.step()
+        self.stubs.done(self.lane.forward_backward())
+
+    def state(self) -> tuple[str, list[int]]:
+        """Digest of weights, optimizer and gradients; the daemon and its workers."""
+        saved = self.stubs.done(self.lane.save_state("probe")).checkpoint
+        return saved.digest, [self.daemon.process.pid, *self.daemon.worker_pids()]
+
+
+@pytest.fixture
+def world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[World]:
+    world = World(tmp_path / "home", request.param)
+    try:
+        world.start()
+        yield world
+        world.stubs.channel.close()
+    finally:
+        world.daemon.stop()
+        world.disk.unmount()
+
+
+@pytest.mark.parametrize("world", ["spool"], indirect=True)
+def test_no_room_for_a_request(world: World) -> None:
+    before = world.state()
+    big = training_service_pb2.ForwardBackwardRequest(
+        data=[toy_datum(row, row) for row in np.ones((200, 100), int).tolist()],
+        loss_fn="cross_entropy",
+    )
+    world.disk.fill(8192)
+    with pytest.raises(grpc.RpcError) as caught:
+        world.lane.send(big)
+    world.lane.seq -= 1
+    assert reason(caught.value) == "STATE_DISK_FULL"
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    for text in (str(world.disk.folder), "is full", "bytes are needed", "send the request again"):
+        assert text in caught.value.details()
+    world.disk.free()
+    assert world.state() == before
+    assert world.lane.step().optim_step.metrics["step"] == 2
+
+
+@pytest.mark.parametrize("world", ["spool"], indirect=True)
+def test_no_room_for_a_result_waits_for_room(world: World) -> None:
+    """The worker has run it: failing it would be a lie, so it ends once there is room."""
+    before = world.state()[1]
+    data = [toy_datum(row, row) for row in np.ones((20, 100), int).tolist()]
+    forward = training_service_pb2.ForwardRequest(data=data, loss_fn="cross_entropy")
+    world.disk.fill(-(-forward.ByteSize() // 4096) * 4096)  # room for the request alone
+    operation = world.lane.send(forward)
+    wait = operation_service_pb2.WaitOperationRequest(name=operation.name)
+    wait.timeout.FromMilliseconds(1500)
+    waiting = world.stubs.operations.WaitOperation(wait).operation
+    world.disk.free()
+    assert not waiting.done
+    assert len(world.stubs.done(operation).forward.outputs) == 20
+    assert world.state()[1] == before
+
+
+@pytest.mark.parametrize("world", ["store"], indirect=True)
+@pytest.mark.parametrize("method", ["save_state", "save_snapshot"])
+def test_no_room_for_a_save(world: World, method: str) -> None:
+    before = world.state()
+    world.disk.fill(8192)
+    save = getattr(world.lane, method)
+    operation = save("more")
+    ended = world.stubs.wait(operation.name)
+    assert status_reason(ended.error) == "STATE_DISK_FULL", ended.error
+    for text in ("no space left", str(world.disk.folder), "nothing was saved", "free some space"):
+        assert text in ended.error.message
+    assert "Traceback" not in str(ended.error)
+    world.lane.seen_failure = operation.seq
+    assert not list((world.disk.folder / "staging").iterdir())
+    world.disk.free()
+    assert world.state() == before
+    world.stubs.done(save("more"))
+    assert world.lane.step().optim_step.metrics["step"] == 2
+
+
+@pytest.mark.parametrize("world", ["store"], indirect=True)
+def test_training_goes_on_without_room_for_saves(world: World) -> None:
+    world.disk.fill()
+    assert world.lane.step().optim_step.metrics["step"] == 2
+    world.stubs.done(world.lane.forward_backward(GOOD))
