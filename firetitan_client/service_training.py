@@ -10,9 +10,11 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from firetitan.v1 import trainer_pb2
+
 from firetitan_client import references
 from firetitan_client.convert import whole_number
-from firetitan_client.errors import Unsupported
+from firetitan_client.errors import Unavailable, Unsupported
 from firetitan_client.futures import APIFuture
 from firetitan_client.lane import Lane
 from firetitan_client.managed import check_same
@@ -251,14 +253,26 @@ class TrainingClients(ServiceCore):
         if failures:
             await self._roll_back()
             raise failures[0]
-        trainer = provisioner.trainer
-        assert trainer is not None
-        check_same(self._config, trainer)
-        if session is None and not provisioner.trainer_created:
-            trainer = await get_trainer(self._transport, trainer.name)
-        opened = await open_session(self._transport, trainer, session, wanted)
+        for pause_s in (0.1, 0.5, None):
+            try:
+                opened = await self._open_on(await provisioner.get_trainer(), session, wanted)
+                break
+            except Unavailable as error:
+                if error.reason != "WORKER_UNAVAILABLE" or pause_s is None:
+                    raise
+                # Its worker died after it was looked at: making it again starts another.
+                provisioner.trainer = None
+                await asyncio.sleep(pause_s)
         self._config.base_model, self._config.lora_rank = opened.base_model, opened.lora_rank
         return opened
+
+    async def _open_on(
+        self, trainer: trainer_pb2.Trainer, session: str | None, wanted: Wanted
+    ) -> Opened:
+        check_same(self._config, trainer)
+        if session is None and not self._provisioner.trainer_created:
+            trainer = await get_trainer(self._transport, trainer.name)
+        return await open_session(self._transport, trainer, session, wanted)
 
     async def _attach(self, opened: APIFuture[Opened], client_id: str) -> Any:
         return await attach(self._transport, (await opened).session, client_id)

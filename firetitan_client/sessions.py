@@ -25,6 +25,8 @@ from firetitan_client.transport import Transport
 
 logger = logging.getLogger("firetitan")
 
+_GONE = frozenset({"WORKER_UNAVAILABLE"})
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -73,7 +75,8 @@ async def open_session(
         wanted: Settings; those that are given must be those of a session that exists.
 
     Raises:
-        FiretitanError: INVALID_ARGUMENT naming the setting that differs; SESSION_NOT_FOUND.
+        FiretitanError: INVALID_ARGUMENT naming the setting that differs; SESSION_NOT_FOUND;
+            WORKER_UNAVAILABLE where the trainer's worker is gone: create the trainer again.
     """
     if session is None and not trainer.session:
         found = await _create(transport, trainer, wanted)
@@ -102,6 +105,7 @@ async def _create(
             request_id=uuid.uuid4().hex,
         ),
         training_service_pb2.CreateSessionResponse,
+        final=_GONE,
     )
     made: session_pb2.Session = answer.session
     return made
@@ -117,6 +121,7 @@ async def _join(
             name=name, client_id=uuid.uuid4().hex, lora=lora, seed=wanted.seed
         ),
         training_service_pb2.AttachSessionResponse,
+        final=_GONE,
     )
     joined: session_pb2.Session = answer.session
     return joined

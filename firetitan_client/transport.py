@@ -148,6 +148,7 @@ class Transport:
         *,
         timeout_s: float | None = SLICE_S,
         patience_s: float | None = None,
+        final: frozenset[str] = frozenset(),
     ) -> Any:
         """Call a unary RPC; tries again where that is safe and promises something.
 
@@ -159,6 +160,7 @@ class Transport:
             response: Class of the answer.
             timeout_s: Deadline of one try; None for calls that last as long as their work.
             patience_s: How long to go on trying a daemon that is away; None: PATIENCE_S.
+            final: Reasons that another try will not change, though they say UNAVAILABLE.
 
         Raises:
             FiretitanError: By reason; DaemonNotRunning where nobody has answered yet.
@@ -168,7 +170,7 @@ class Transport:
             request_serializer=None if isinstance(request, bytes) else _serialize,
             response_deserializer=response.FromString,
         )
-        patience = Patience(self, PATIENCE_S if patience_s is None else patience_s)
+        patience = Patience(self, PATIENCE_S if patience_s is None else patience_s, final)
         while True:
             try:
                 answer = await bridge(rpc.future(request, timeout=timeout_s))
@@ -201,7 +203,13 @@ class Transport:
 class Patience:
     """Decides after each failed try whether to try again, and waits the right time."""
 
-    def __init__(self, transport: Transport, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        patience_s: float = PATIENCE_S,
+        final: frozenset[str] = frozenset(),
+    ) -> None:
+        self.final = final
         self.transport = transport
         self.deadline = loop().time() + patience_s
         self.pause_s = _FIRST_PAUSE_S
@@ -216,7 +224,8 @@ class Patience:
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_after_s is not None:
             await asyncio.sleep(error.retry_after_s * random.uniform(1.0, 1.2))
             return
-        if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        tries = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+        if code not in tries or error.reason in self.final:
             raise error from None
         unreachable = error.reason == "UNAVAILABLE"
         if unreachable and not self.transport.served:
