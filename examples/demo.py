@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,10 @@ def daemon(home: Path) -> Iterator[None]:
     os.environ.pop("FIRETITAN_ADDRESS", None)
     command = [sys.executable, "-m", "firetitan_daemon"]
     with (home / "daemon.log").open("wb") as log:
-        process = subprocess.Popen([*command, "serve"], stdout=log, stderr=log)
+        # A session of its own: Ctrl-C reaches the demo alone, which then clears up over the daemon.
+        process = subprocess.Popen(
+            [*command, "serve"], stdout=log, stderr=log, start_new_session=True
+        )
         try:
             while not (home / "daemon.json").exists():
                 if process.poll() is not None:
@@ -93,6 +97,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="more steps of both")
     options = parser.parse_args()
     model, rank, seed = options.model, options.lora_rank, options.seed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     start = time.monotonic()
     with daemon(OUT / "demo"):
         with service(model, rank) as one:
