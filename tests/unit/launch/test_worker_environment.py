@@ -1,0 +1,20 @@
+"""The environment a worker starts in."""
+
+from __future__ import annotations
+
+from firetitan_daemon.launch.local import environment
+
+
+def test_threads_are_set_and_wait_asleep() -> None:
+    theirs = environment({"OMP_NUM_THREADS": "3"}, 0)
+    assert theirs["OMP_NUM_THREADS"] == theirs["MKL_NUM_THREADS"] == "3"
+    assert theirs["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment({"OMP_NUM_THREADS": "3"}, 2)["OMP_NUM_THREADS"] == "2"
+
+
+def test_the_users_choice_of_waiting_stands() -> None:
+    assert environment({"OMP_WAIT_POLICY": "ACTIVE"}, 0)["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_secrets_of_others_stay_behind() -> None:
+    assert "AWS_SECRET_ACCESS_KEY" not in environment({"AWS_SECRET_ACCESS_KEY": "x"}, 0)
