@@ -129,6 +129,7 @@ def test_uninstall_leaves_tinker_as_it_was() -> None:
         set(types.ModelInput.model_fields) | set(types.LoraConfig.model_fields),
         set(types.AdamParams.model_fields),
     )
+    assert "dapo" not in get_args(types.LossFnType)
     assert types.ModelInput.from_ints([1]).model_dump() == {
         "chunks": [{"tokens": [1], "type": "encoded_text"}]
     }
