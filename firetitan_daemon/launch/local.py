@@ -299,8 +299,8 @@ def environment(ours: Mapping[str, str], num_threads: int) -> dict[str, str]:
         theirs["PYTHONPATH"] = os.pathsep.join(str(Path(folder).absolute()) for folder in folders)
     threads = str(num_threads or ours.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     theirs["OMP_NUM_THREADS"] = theirs["MKL_NUM_THREADS"] = threads
-    # Threads that wait asleep: a machine shared with a sampler, a trainer or a notebook loses most of
-    # its time to threads that spin between two kernels (a step took 2 s instead of 10 s).
+    # Threads wait asleep: a machine shared with a sampler or a notebook loses most of its time to
+    # threads that spin between two kernels (a step took 10 s instead of 2 s).
     theirs.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Activations come and go by the hundred megabytes: keep their pages instead of faulting anew.
     theirs["MALLOC_MMAP_MAX_"] = "0"
