@@ -70,8 +70,10 @@ def resolve(base_url: str | None = None, address: str | None = None) -> Endpoint
 def _normalise(address: str) -> str:
     if address.startswith(_ENDPOINT):
         address = address.removeprefix(_ENDPOINT).partition("#")[0]
-    path = address.removeprefix("unix://") if address.startswith("unix:///") else (
-        address.removeprefix("unix:")
+    path = (
+        address.removeprefix("unix://")
+        if address.startswith("unix:///")
+        else (address.removeprefix("unix:"))
     )
     if path.startswith(("/", "~", "./")):
         return f"unix:{Path(path).expanduser().absolute()}"

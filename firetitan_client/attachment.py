@@ -280,4 +280,3 @@ def _header_field(header: bytes) -> bytes:
         length >>= 7
     encoded.append(length)
     return b"\x0a" + bytes(encoded) + header
-

@@ -196,16 +196,20 @@ def _dense(value: Any, field: str) -> npt.NDArray[Any]:
     if rows is not None:
         return _from_csr(value, rows, field)
     if hasattr(value, "detach"):  # torch, where the user's own code made it
-        return _array(value.detach().cpu().float() if value.is_floating_point() else (
-            value.detach().cpu()), field)
+        return _array(
+            value.detach().cpu().float() if value.is_floating_point() else (value.detach().cpu()),
+            field,
+        )
     if isinstance(getattr(value, "dtype", None), str) and hasattr(value, "data"):
         to_numpy = getattr(value, "to_numpy", None)
         array = _array(to_numpy() if to_numpy is not None else value.data, field)
         shape = value.shape
         if shape is not None and list(array.shape) != list(shape):
             if math.prod(shape) != array.size:
-                raise invalid(field, f"has {array.size} values, its shape {list(shape)} says "
-                                     f"{math.prod(shape)}")
+                raise invalid(
+                    field,
+                    f"has {array.size} values, its shape {list(shape)} says {math.prod(shape)}",
+                )
             array = array.reshape(shape)
         return array
     return _array(value, field)
@@ -322,8 +326,10 @@ def forward_output(result: operation_pb2.ForwardResult) -> Any:
     return types.result_type("ForwardBackwardOutput")(
         loss_fn_output_type="ArrayRecord",
         loss_fn_outputs=[
-            {name: types.tensor_data(tensor_from_proto(value))
-             for name, value in output.tensors.items()}
+            {
+                name: types.tensor_data(tensor_from_proto(value))
+                for name, value in output.tensors.items()
+            }
             for output in result.outputs
         ],
         metrics=dict(result.metrics),

@@ -114,9 +114,7 @@ class CustomLossCall:
         return self.future
 
     def _forward_and_loss(self) -> None:
-        forward = self._submit(
-            "Forward", self._body, training_service_pb2.ForwardResponse
-        )
+        forward = self._submit("Forward", self._body, training_service_pb2.ForwardResponse)
         result: operation_pb2.ForwardResult = forward.result()
         try:
             loss = self._run_loss(result)
@@ -140,9 +138,7 @@ class CustomLossCall:
         leaves = [torch.from_numpy(array.copy()).requires_grad_() for array in arrays]
         returned = self._loss_fn(self._data, leaves)
         if not isinstance(returned, tuple) or len(returned) != 2:
-            raise TypeError(
-                f"loss_fn: returned {type(returned).__name__}; return (loss, metrics)"
-            )
+            raise TypeError(f"loss_fn: returned {type(returned).__name__}; return (loss, metrics)")
         value, metrics = returned
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             raise TypeError("loss_fn: the loss must be a torch tensor with one element")
@@ -258,8 +254,5 @@ def _torch() -> Any:
     try:
         import torch
     except ImportError:
-        raise ImportError(
-            "PyTorch is not installed. Cannot run custom forward_backward."
-        ) from None
+        raise ImportError("PyTorch is not installed. Cannot run custom forward_backward.") from None
     return torch
-

@@ -204,9 +204,7 @@ class DeploymentSampler(SelfFuture[Target]):
                 self.concurrency_controller.release(metrics)
         self._metrics.append(metrics)
         made = [self._completion(prompt, one, response.snapshot) for one in response.sequences]
-        return [
-            one for one in made if max_seq_len is None or len(one.full_tokens) <= max_seq_len
-        ]
+        return [one for one in made if max_seq_len is None or len(one.full_tokens) <= max_seq_len]
 
     async def sample_with_prompt_tokens_result(
         self, prompt_token_ids: Sequence[int], **options: Any
@@ -274,4 +272,3 @@ def _refuse(options: dict[str, Any]) -> None:
             raise Unsupported(f"{name}={value!r} is not supported yet; leave it out", field=name)
         if name not in _LATER and name not in _IGNORED and value is not None:
             raise TypeError(f"sampling got an unexpected keyword argument {name!r}")
-

@@ -166,9 +166,7 @@ class Lane:
             )
             raise failure.error
 
-    def make(
-        self, method: str, body: bytes, response: type[Any], convert: Convert
-    ) -> Command:
+    def make(self, method: str, body: bytes, response: type[Any], convert: Convert) -> Command:
         """A command with its future."""
         self._check_open()
         if len(body) > MAX_MESSAGE_BYTES:
@@ -179,9 +177,7 @@ class Lane:
                 field="data",
             )
         future: APIFuture[Any] = APIFuture(method.partition("/")[2])
-        command = Command(
-            method, body, response, convert, future, seen_failure=self._seen_failure
-        )
+        command = Command(method, body, response, convert, future, seen_failure=self._seen_failure)
         future._canceller = lambda: self._cancel(command)
         return command
 
@@ -368,9 +364,7 @@ class Lane:
             deliver(self._fail, other, _preceding(f"{command.label} was not accepted"), attachment)
         self._leave(attachment, f"{command.label} was not accepted")
 
-    def _lost(
-        self, attachment: Attachment, commands: list[Command], error: FiretitanError
-    ) -> None:
+    def _lost(self, attachment: Attachment, commands: list[Command], error: FiretitanError) -> None:
         for command in commands:
             deliver(self._fail, command, error, attachment)
         self._leave(attachment, "the session was lost")

@@ -448,5 +448,3 @@ async def wait_operation(
     if operation.HasField("error"):
         raise from_status(operation.error)
     return operation
-
-

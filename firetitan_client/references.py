@@ -40,7 +40,7 @@ def refuse_ttl(ttl_seconds: int | None) -> None:
     """
     if ttl_seconds is not None:
         raise Unsupported(
-            f"ttl_seconds={ttl_seconds}: expiry is not supported yet; leave it out", 
+            f"ttl_seconds={ttl_seconds}: expiry is not supported yet; leave it out",
             field="ttl_seconds",
         )
 

@@ -144,9 +144,7 @@ class FiretitanSamplingClient(SelfFuture[Target]):
         follow(self._sample(request, prompt_logprobs_last_n), future)
         return future
 
-    async def _sample(
-        self, request: sampling_service_pb2.SampleRequest, last_n: int | None
-    ) -> Any:
+    async def _sample(self, request: sampling_service_pb2.SampleRequest, last_n: int | None) -> Any:
         response = await send(await self._ready, request)
         if last_n is not None and response.prompt_logprobs:
             array = np.frombuffer(response.prompt_logprobs, "<f4").copy()

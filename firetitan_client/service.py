@@ -220,8 +220,6 @@ class FiretitanServiceClient(TrainingClients, SamplingClients):
         await asyncio.to_thread(self.close)
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else (
-            self.managed_trainer_job_id or "nothing created yet"
-        )
+        state = "closed" if self._closed else (self.managed_trainer_job_id or "nothing created yet")
         model = self._config.base_model or ""
         return f"<FiretitanServiceClient {self._transport.address} {model} {state}>"

@@ -197,8 +197,6 @@ class SamplingClients(ServiceCore):
         """As `create_sampling_client`."""
         return await self.create_sampling_client(*args, **kwargs)
 
-    async def create_deployment_sampler_async(
-        self, *args: Any, **kwargs: Any
-    ) -> DeploymentSampler:
+    async def create_deployment_sampler_async(self, *args: Any, **kwargs: Any) -> DeploymentSampler:
         """As `create_deployment_sampler`."""
         return await self.create_deployment_sampler(*args, **kwargs)

@@ -158,8 +158,10 @@ class FiretitanTrainingClient(WeightsCalls):
 
     def forward_backward_contrastive(self, data: Any, **_: Any) -> APIFuture[Any]:
         """Not supported yet."""
-        raise Unsupported("forward_backward_contrastive is not supported yet; write the loss with "
-                          "forward_backward_custom")
+        raise Unsupported(
+            "forward_backward_contrastive is not supported yet; write the loss with "
+            "forward_backward_custom"
+        )
 
     def optim_step(
         self,

@@ -304,9 +304,7 @@ class Worker(Protocol):
     async def fetch_result(self, session: str, commit_seq: int) -> Outcome | None:
         """The stored outcome of a command."""
 
-    async def apply(
-        self, layers: Sequence[SnapshotLayer], keep: Sequence[str]
-    ) -> Sequence[str]:
+    async def apply(self, layers: Sequence[SnapshotLayer], keep: Sequence[str]) -> Sequence[str]:
         """Serve the last layer's weights; returns what is loaded."""
 
     async def generate(self, request: bytes) -> bytes:

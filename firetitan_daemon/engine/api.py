@@ -135,7 +135,7 @@ class SavedSnapshot:
     kind: SnapshotKind
     format: SnapshotFormat
     result_digest: str
-    """BLAKE3 over the tensors a reader ends up with; equal for a base and a chain that reaches it."""
+    """BLAKE3 over the tensors a reader ends up with; equal for a base and a chain to it."""
 
 
 @dataclass(frozen=True)

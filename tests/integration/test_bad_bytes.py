@@ -364,8 +364,10 @@ def test_bodies_behind_a_good_header(world: World) -> None:
     """Accepted by their header, read by whoever runs them."""
     deep = b""
     for _ in range(300):
-        deep = b"\x32" + varint(len(b"\x0a" + varint(len(deep)) + deep)) + (
-            b"\x0a" + varint(len(deep)) + deep
+        deep = (
+            b"\x32"
+            + varint(len(b"\x0a" + varint(len(deep)) + deep))
+            + (b"\x0a" + varint(len(deep)) + deep)
         )
     bodies = (b"\xff\xff\xff", b"\x12\xff\xff\xff\xff\x0f", b"\x1a\x02\xff\xfe", deep_struct(deep))
     for message in (

@@ -57,8 +57,13 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterato
     try:
         stubs = Stubs(daemon.address)
         service = FiretitanServiceClient.from_firetitan_config(
-            address=daemon.address, base_model=str(tiny_llama), lora_rank=4, seed=5,
-            max_context_length=CONTEXT, trainer_job_id="llama", deployment_id="serving",
+            address=daemon.address,
+            base_model=str(tiny_llama),
+            lora_rank=4,
+            seed=5,
+            max_context_length=CONTEXT,
+            trainer_job_id="llama",
+            deployment_id="serving",
         )
         policy = service.create_training_client()
         go_on(policy)
@@ -68,8 +73,14 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterato
         toy = LaneClient(stubs, stubs.session("trainers/toy"))
         foreign = stubs.done(toy.save_snapshot("foreign")).snapshot.name
         yield World(
-            daemon, stubs, service, policy, service.create_sampling_client(saved.path),
-            LaneClient(stubs, policy.session_name), saved.path, foreign,
+            daemon,
+            stubs,
+            service,
+            policy,
+            service.create_sampling_client(saved.path),
+            LaneClient(stubs, policy.session_name),
+            saved.path,
+            foreign,
         )
         service.close()
         stubs.channel.close()
@@ -239,7 +250,10 @@ def test_optimizer_settings(world: World, name: str, value: Any, reason: str) ->
 
 def test_a_step_without_a_gradient(world: World) -> None:
     service = FiretitanServiceClient.from_firetitan_config(
-        address=world.daemon.address, base_model=TOY, lora_rank=0, trainer_job_id="toy",
+        address=world.daemon.address,
+        base_model=TOY,
+        lora_rank=0,
+        trainer_job_id="toy",
         create_deployment=False,
     )
     with service:
@@ -250,7 +264,8 @@ def test_a_step_without_a_gradient(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "../x", "a/b", "/etc/passwd", ".x", "a\0b", "a b", "é", 5, TEN_MB],
+    "name",
+    ["", ".", "..", "../x", "a/b", "/etc/passwd", ".x", "a\0b", "a b", "é", 5, TEN_MB],
     ids=lambda value: repr(value)[:12],
 )
 def test_names_of_new_things(world: World, name: Any) -> None:
@@ -403,8 +418,11 @@ def test_services(
     world: World, tiny_llama: Path, config: dict[str, Any], kind: type[Exception], text: str
 ) -> None:
     settings = {
-        "base_model": str(tiny_llama), "lora_rank": 4, "trainer_job_id": "llama",
-        "create_deployment": False, **config,
+        "base_model": str(tiny_llama),
+        "lora_rank": 4,
+        "trainer_job_id": "llama",
+        "create_deployment": False,
+        **config,
     }
     with pytest.raises(kind) as caught:
         with FiretitanServiceClient.from_firetitan_config(
@@ -418,7 +436,10 @@ def test_services(
 
 def test_a_deployment_of_another_model(world: World) -> None:
     with FiretitanServiceClient.from_firetitan_config(
-        address=world.daemon.address, base_model=TOY, lora_rank=0, deployment_id="serving",
+        address=world.daemon.address,
+        base_model=TOY,
+        lora_rank=0,
+        deployment_id="serving",
         create_deployment=True,
     ) as service:
         with pytest.raises(ValueError, match="firetitan/toy") as caught:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from support.models import save_tiny
 
 BENCH = Path(__file__).resolve().parents[2] / "bench" / "run.py"

@@ -270,9 +270,7 @@ async def test_deployment_sampler(
         await elsewhere.sample_with_tokens(chat)
     plain = FiretitanSamplingClient.create(sampler.base_url, sampler.model)
     answer = await plain.sample([1, 2, 3], 2, tinker.SamplingParams(max_tokens=8, seed=3))
-    assert [[1, 2, 3, *one.tokens] for one in answer.sequences] == [
-        one.full_tokens for one in made
-    ]
+    assert [[1, 2, 3, *one.tokens] for one in answer.sequences] == [one.full_tokens for one in made]
 
 
 def test_attaching_anothers_deployment_asks_for_a_sync(
@@ -280,7 +278,10 @@ def test_attaching_anothers_deployment_asks_for_a_sync(
 ) -> None:
     assert not service.requires_initial_sampler_sync()
     with FiretitanServiceClient.from_firetitan_config(
-        base_model=TOY, lora_rank=4, deployment_id="serve", address=daemon.address,
+        base_model=TOY,
+        lora_rank=4,
+        deployment_id="serve",
+        address=daemon.address,
         cleanup_deployment_on_close="delete",
     ) as guest:
         trainer = guest.create_training_client()
@@ -293,7 +294,9 @@ def test_attaching_anothers_deployment_asks_for_a_sync(
 
 def test_created_deployments_are_cleaned_up(daemon: DaemonProcess) -> None:
     with FiretitanServiceClient.from_firetitan_config(
-        base_model=TOY, address=daemon.address, cleanup_deployment_on_close="delete",
+        base_model=TOY,
+        address=daemon.address,
+        cleanup_deployment_on_close="delete",
         cleanup_trainer_on_close=True,
     ) as service:
         service.create_training_client()
@@ -306,7 +309,9 @@ def test_created_deployments_are_cleaned_up(daemon: DaemonProcess) -> None:
 def test_scaled_to_zero_comes_back(daemon: DaemonProcess) -> None:
     def service() -> FiretitanServiceClient:
         return FiretitanServiceClient.from_firetitan_config(
-            base_model=TOY, deployment_id="sleeper", address=daemon.address,
+            base_model=TOY,
+            deployment_id="sleeper",
+            address=daemon.address,
             cleanup_deployment_on_close="scale_to_zero",
         )
 

@@ -329,8 +329,9 @@ def test_joining_by_trainer_by_session_and_by_endpoint(
 ) -> None:
     policy.forward_backward(toy_data(), "cross_entropy").result()
     joins = (
-        make_service(daemon, base_model=None, lora_rank=None, seed=None,
-                     trainer_job_id=policy.trainer_job_id).create_training_client(),
+        make_service(
+            daemon, base_model=None, lora_rank=None, seed=None, trainer_job_id=policy.trainer_job_id
+        ).create_training_client(),
         FiretitanServiceClient(policy.service.base_url).create_training_client(),
         FiretitanServiceClient(address=daemon.address).create_training_client(
             session=policy.session_name
@@ -451,7 +452,10 @@ print("parent", policy.optim_step(ADAM).result(60).metrics["step"], flush=True)
 def test_a_forked_child_has_a_lane_of_its_own(daemon: DaemonProcess) -> None:
     code = _FORKS.format(tests=str(Path(__file__).parent), address=daemon.address)
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=100,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )
     assert done.returncode == 0, done.stderr

@@ -64,8 +64,9 @@ class DaemonProcess:
     def _serves(self) -> bool:
         assert self.process is not None
         try:
-            return bool(json.loads((self.home / "daemon.json").read_text())["pid"]
-                        == self.process.pid)
+            return bool(
+                json.loads((self.home / "daemon.json").read_text())["pid"] == self.process.pid
+            )
         except (FileNotFoundError, json.JSONDecodeError):
             return False
 

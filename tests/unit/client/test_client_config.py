@@ -53,9 +53,7 @@ def test_address_comes_from_the_daemons_record(home: Path) -> None:
     assert address.resolve().address == "unix:/elsewhere.sock"
 
 
-def test_argument_then_environment_then_home(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_argument_then_environment_then_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "daemon.json").write_text('{"address": "unix:/home.sock"}')
     monkeypatch.setenv("FIRETITAN_ADDRESS", "unix:/environment.sock")
     assert address.resolve().address == "unix:/environment.sock"
@@ -187,7 +185,9 @@ def test_checkpoint_references() -> None:
     assert references.cross_job("c", "job") == "cross_job://job/c"
     assert references.cross_job("c", None) == "c"
     for snapshot in (
-        SaveWeightsForSamplerResponse(), "snapshots/x", "tinker://job/sampler_weights/x"
+        SaveWeightsForSamplerResponse(),
+        "snapshots/x",
+        "tinker://job/sampler_weights/x",
     ):
         with pytest.raises(ValueError, match="is a snapshot for sampling"):
             references.checkpoint_reference(snapshot)

@@ -27,9 +27,9 @@ def info(reason: str, **metadata: str) -> error_details_pb2.ErrorInfo:
 
 
 def test_every_reason_has_a_class() -> None:
-    reasons = {
-        name.removeprefix("ERROR_REASON_") for name in error_pb2.ErrorReason.keys()
-    } - {"UNSPECIFIED"}
+    reasons = {name.removeprefix("ERROR_REASON_") for name in error_pb2.ErrorReason.keys()} - {
+        "UNSPECIFIED"
+    }
     assert set(errors.BY_REASON) == reasons
 
 
