@@ -267,23 +267,27 @@ class DeploymentManager:
         operation: Operation | None = None,
         creation_error: ErrorRecord | None = None,
         workers: Sequence[WorkerSpec] = (),
+        if_etag: str = "",
         **changes: Any,
     ) -> Deployment:
         """Change a deployment's fields under a new etag.
 
         Args:
             deployment_id: Which.
-            operation: Written with it, e.g. ended by it.
+            operation: Written with it, e.g. ended or accepted by it.
             creation_error: What operations that wait for its creation end with, where it now
                 stands ACTIVE or FAILED; None: they end well.
             workers: Specifications to write with it.
+            if_etag: The etag it must still have; empty: any.
             changes: Fields of the record.
 
         Raises:
-            FiretitanError: DEPLOYMENT_NOT_FOUND where it was deleted meanwhile.
+            FiretitanError: DEPLOYMENT_NOT_FOUND where it was deleted meanwhile, ETAG_MISMATCH.
         """
         async with self._rows:
-            deployment = replace(self.get(deployment_id), **changes, etag=_etag())
+            former = self.get(deployment_id)
+            _check_etag(former, if_etag)
+            deployment = replace(former, **changes, etag=_etag())
             operations = [operation] if operation is not None else []
             if deployment.state in (ResourceState.ACTIVE, ResourceState.FAILED):
                 now = self._services.clock.now()
@@ -302,18 +306,19 @@ class DeploymentManager:
 
     def _watch(self, deployment_id: str, worker: Worker) -> None:
         async def exited(cause: str) -> None:
-            await self._restart(deployment_id, cause)
+            async with self._lock:
+                await self._restart(deployment_id, worker.spec.worker_id, cause)
 
         self._pool.watch(worker, exited)
 
-    async def _restart(self, deployment_id: str, cause: str) -> None:
+    async def _restart(self, deployment_id: str, worker_id: str, cause: str) -> None:
         deployment = self._deployments.get(deployment_id)
-        if deployment is None or deployment.state is ResourceState.DELETING:
-            return
+        if deployment is None or deployment.worker_id != worker_id:
+            return  # deleted, stopped or created anew meanwhile
         now = self._services.clock.monotonic()
         deaths = [t for t in self._deaths.get(deployment_id, []) if now - t < _RESTART_WINDOW_S]
         self._deaths[deployment_id] = [*deaths, now]
-        await self._pool.forget(deployment.worker_id)
+        await self._pool.forget(worker_id)
         if len(deaths) >= _RESTARTS:
             error = ErrorRecord(
                 str(Reason.WORKER_UNAVAILABLE),
@@ -455,6 +460,17 @@ class DeploymentManager:
                     "that, another deployment_id, or delete the deployment first",
                     field=field_path,
                 )
+
+
+def _check_etag(deployment: Deployment, etag: str) -> None:
+    if etag and etag != deployment.etag:
+        raise FiretitanError(
+            Reason.ETAG_MISMATCH,
+            f"etag: {etag!r}, but {deployment.name} has {deployment.etag!r} now: someone changed "
+            "it since; read it again and decide anew",
+            field="etag",
+            etag=deployment.etag,
+        )
 
 
 def _etag() -> str:

@@ -88,6 +88,13 @@ class SessionManager:
         """
         self._check_trainer(trainer, wanted)
         check_text(request_id, "request_id")
+        # A caller that goes away must not leave a session that only the worker knows of.
+        opening = asyncio.create_task(self._create(trainer, worker, wanted, request_id))
+        return await asyncio.shield(opening)
+
+    async def _create(
+        self, trainer: Trainer, worker: Worker, wanted: Wanted, request_id: str
+    ) -> tuple[Session, bool]:
         async with self._opening:
             for pipeline in self._of_trainer(trainer.id):
                 self._check_same(pipeline.session, wanted, Reason.ALREADY_EXISTS)
@@ -165,7 +172,8 @@ class SessionManager:
         pipeline = self._pipelines.get(operation.target)
         if pipeline is None or operation.done:
             return operation
-        return await pipeline.cancel(operation)
+        # Begun, it is finished: half of it would be a command that runs and is told cancelled.
+        return await asyncio.shield(asyncio.create_task(pipeline.cancel(operation)))
 
     async def resume(self, trainer_id: str, worker: Worker) -> None:
         """Go on with a trainer's sessions on its adopted worker.

@@ -84,7 +84,10 @@ class Supervisor:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
-            await self._sessions.expire()
+            try:
+                await self._sessions.expire()
+            except FiretitanError as error:
+                logger.warning("lanes are looked after again later: %s", error)
 
     def _spawn(self, what: str, work: Awaitable[None]) -> None:
         async def run() -> None:

@@ -229,8 +229,13 @@ class TrainerManager:
         self._pool.watch(worker, exited)
 
     async def _lost(self, trainer_id: str, cause: str) -> None:
-        # The sessions first: a daemon that dies between them finds the rest to do.
+        # The sessions first: a daemon that dies between them finds the rest to do; and without
+        # the lock, which a deletion holds while it waits for them.
         await self._sessions.lose(trainer_id, cause)
+        async with self._lock:
+            await self._end_lost(trainer_id, cause)
+
+    async def _end_lost(self, trainer_id: str, cause: str) -> None:
         trainer = self._trainers.get(trainer_id)
         if trainer is None or trainer.state is ResourceState.DELETING:
             return

@@ -31,6 +31,8 @@ class WeightSyncer:
         self._deployments = deployments
         self._tasks: set[asyncio.Task[None]] = set()
         self._accepting = asyncio.Lock()
+        self._turns: dict[str, asyncio.Lock] = {}
+        """One a deployment; hotloads wait on it in the order they were accepted."""
 
     async def hotload(
         self, arguments: HotloadArguments, request_id: str, payload: bytes
@@ -61,25 +63,28 @@ class WeightSyncer:
                     return former
                 snapshot = await find_snapshot(services.store, arguments.snapshot)
                 _check_base(deployment, snapshot)
-                _check_etag(deployment, arguments.etag)
                 operation = new_operation(
                     METHOD, deployment.name, request_id, ref.digest, services.clock.now(), ref
                 )
-                await services.operations.write(Change(operations=[operation]))
+                # Under a new etag at once: of two hotloads that name the same one, one is refused.
+                await self._deployments.update(
+                    deployment.id, operation=operation, if_etag=arguments.etag
+                )
+                self._begin(operation, snapshot.id)
         except BaseException:
             await services.spool.remove([ref])
             raise
-        self._begin(operation, snapshot.id)
         return operation
 
     async def resume(self) -> None:
         """At start: go on with the hotloads that a former daemon accepted."""
-        for deployment in self._deployments.all():
-            for operation in self._services.operations.open_of(deployment.name, METHOD):
-                assert operation.payload is not None
-                payload = await self._services.spool.read(operation.payload)
-                reference = self._services.codec.hotload(payload).snapshot
-                self._begin(operation, names.parse_snapshot(reference))
+        async with self._accepting:
+            for deployment in self._deployments.all():
+                for operation in self._services.operations.open_of(deployment.name, METHOD):
+                    assert operation.payload is not None
+                    payload = await self._services.spool.read(operation.payload)
+                    reference = self._services.codec.hotload(payload).snapshot
+                    self._begin(operation, names.parse_snapshot(reference))
 
     def _begin(self, operation: Operation, snapshot_id: str) -> None:
         task = asyncio.create_task(self._run(operation, snapshot_id))
@@ -87,6 +92,10 @@ class WeightSyncer:
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, operation: Operation, snapshot_id: str) -> None:
+        async with self._turns.setdefault(operation.target, asyncio.Lock()):
+            await self._run_in_turn(operation, snapshot_id)
+
+    async def _run_in_turn(self, operation: Operation, snapshot_id: str) -> None:
         try:
             while True:
                 try:
@@ -225,15 +234,4 @@ def _check_base(deployment: Deployment, snapshot: Snapshot) -> None:
             "its own base model",
             field="snapshot",
             snapshot=snapshot.name,
-        )
-
-
-def _check_etag(deployment: Deployment, etag: str) -> None:
-    if etag and etag != deployment.etag:
-        raise FiretitanError(
-            Reason.ETAG_MISMATCH,
-            f"etag: {etag!r}, but {deployment.name} has {deployment.etag!r} now: someone changed "
-            "it since; read it again and decide anew",
-            field="etag",
-            etag=deployment.etag,
         )

@@ -81,7 +81,7 @@ class WorkerPool:
         """
         self._specs[spec.worker_id] = spec
         try:
-            worker = await self._services.launcher.adopt(spec)
+            worker = self._live.get(spec.worker_id) or await self.adopt(spec)
             if worker is None:
                 worker = await self._services.launcher.launch(spec)
                 logger.info(

@@ -1,0 +1,329 @@
+"""Sessions, deployments and hotloads where callers go away, workers die and others come between."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from firetitan.v1 import training_service_pb2
+from support.commands import GOOD, SESSION
+
+from firetitan_daemon.app import SystemClock
+from firetitan_daemon.control.checkpoints import CheckpointManager
+from firetitan_daemon.control.codec import HotloadArguments
+from firetitan_daemon.control.deployments import DeploymentManager, DeploymentRequest
+from firetitan_daemon.control.operations import OperationRegistry
+from firetitan_daemon.control.services import Services
+from firetitan_daemon.control.sessions import SessionManager, Wanted
+from firetitan_daemon.control.supervisor import Supervisor
+from firetitan_daemon.control.trainers import TrainerManager, TrainerRequest
+from firetitan_daemon.control.weight_sync import WeightSyncer
+from firetitan_daemon.control.workers import WorkerPool
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.ports import Change, Limits, Worker
+from firetitan_daemon.core.records import (
+    Deployment,
+    Operation,
+    OperationState,
+    ResourceState,
+    Session,
+    Snapshot,
+    Trainer,
+    WorkerKind,
+)
+from firetitan_daemon.launch.in_process import InProcessLauncher
+from firetitan_daemon.rpc.codec import ProtobufCodec, read_header
+from firetitan_daemon.store.folders import FileFolders
+from firetitan_daemon.store.memory import MemoryStore
+from firetitan_daemon.store.spool import FileSpool
+
+pytestmark = pytest.mark.timeout(30)
+TOY = "firetitan/toy"
+
+
+class Managers:
+    """All managers of a daemon, on workers in this process."""
+
+    def __init__(self, root: Path, run: Path) -> None:
+        limits = Limits(gap_timeout_s=0.2)
+        self.store, self.spool = MemoryStore(), FileSpool(root / "spool")
+        self.services = services = Services(
+            store=self.store,
+            spool=self.spool,
+            folders=FileFolders(root / "folders"),
+            launcher=InProcessLauncher(run),
+            clock=SystemClock(),
+            codec=ProtobufCodec(),
+            limits=limits,
+            operations=OperationRegistry(self.store, self.spool, limits),
+        )
+        self.pool = WorkerPool(services)
+        self.sessions = SessionManager(services, CheckpointManager(services))
+        self.trainers = TrainerManager(services, self.pool, self.sessions)
+        self.deployments = DeploymentManager(services, self.pool)
+        self.syncer = WeightSyncer(services, self.deployments)
+        self.deployments.connect(self.syncer.restore)
+        self.supervisor = Supervisor(
+            services, self.pool, self.sessions, self.trainers, self.deployments, self.syncer
+        )
+
+    async def done(self, operation: Operation) -> Operation:
+        found = await self.services.operations.wait(operation.id, 10)
+        assert found.done, found
+        return found
+
+    async def trainer(self) -> tuple[Trainer, Worker]:
+        request = TrainerRequest("t", TOY, 0, 0, "auto", "make-t", "digest")
+        assert (await self.done(await self.trainers.create(request))).error is None
+        return await self.trainers.ready("t")
+
+    async def deployment(self) -> Deployment:
+        request = DeploymentRequest("d", TOY, 0, "", "auto", "make-d", "digest")
+        assert (await self.done(await self.deployments.create(request))).error is None
+        return self.deployments.get("d")
+
+    async def snapshots(self, *ids: str) -> None:
+        """Rows of snapshots; `Applied` workers need no files."""
+        rows = [
+            Snapshot(
+                id=one,
+                session=SESSION.name,
+                base_model=TOY,
+                lora_rank=0,
+                kind="base",
+                format="hf_full",
+                parent=None,
+                step=0,
+                commit_seq=1,
+                folder="/nowhere",
+                digest="d",
+                result_digest="r",
+                size_bytes=1,
+                create_time=0.0,
+            )
+            for one in ids
+        ]
+        await self.store.write(Change(snapshots=rows))
+
+    async def hotload(self, snapshot: str, *, etag: str = "", request_id: str = "") -> Operation:
+        arguments = HotloadArguments("deployments/d", snapshot, etag)
+        return await self.syncer.hotload(arguments, request_id or snapshot, snapshot.encode())
+
+
+@pytest.fixture
+async def managers(tmp_path: Path) -> AsyncIterator[Managers]:
+    # Sockets need a short path.
+    with tempfile.TemporaryDirectory() as run:
+        managers = Managers(tmp_path, Path(run))
+        yield managers
+        await managers.supervisor.stop(1.0)
+        for spec in managers.pool.specs():
+            await managers.pool.stop(spec.worker_id)
+
+
+async def test_session_of_a_caller_that_went_away_is_there_for_the_next(
+    managers: Managers,
+) -> None:
+    trainer, worker = await managers.trainer()
+    opening = asyncio.Event()
+
+    class Slow:
+        def __getattr__(self, name: str) -> object:
+            return getattr(worker, name)
+
+        async def open_session(self, session: Session) -> object:
+            answer = await worker.open_session(session)
+            opening.set()
+            await asyncio.sleep(0.1)
+            return answer
+
+    call = asyncio.create_task(managers.sessions.create(trainer, Slow(), Wanted(), "first"))
+    await opening.wait()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    session, _ = await managers.sessions.create(trainer, worker, Wanted(), "again")
+    assert [one.name for one in managers.sessions.all("")] == [session.name]
+
+
+async def test_of_two_hotloads_with_one_etag_one_is_refused(managers: Managers) -> None:
+    deployment = await managers.deployment()
+    await managers.snapshots("a-01234567", "b-01234567")
+    await managers.hotload("a-01234567", etag=deployment.etag)
+    with pytest.raises(FiretitanError) as caught:
+        await managers.hotload("b-01234567", etag=deployment.etag)
+    assert caught.value.reason is Reason.ETAG_MISMATCH
+
+
+async def test_an_etag_is_compared_with_the_record_as_it_is_by_then(managers: Managers) -> None:
+    deployment = await managers.deployment()
+    await managers.snapshots("a-01234567")
+    call = asyncio.create_task(managers.hotload("a-01234567", etag=deployment.etag))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    await managers.deployments.update("d", trainer_id="other")
+    with pytest.raises(FiretitanError) as caught:
+        await call
+    assert caught.value.reason is Reason.ETAG_MISMATCH
+
+
+async def test_hotloads_apply_in_the_order_they_were_accepted(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await managers.deployment()
+    await managers.snapshots("a-01234567", "b-01234567")
+    applied: list[str] = []
+
+    async def apply(deployment: Deployment, worker: Worker, snapshot_id: str) -> None:
+        applied.append(snapshot_id)
+
+    monkeypatch.setattr(managers.syncer, "_apply", apply)
+    await managers.deployments.update("d", state=ResourceState.RECOVERING)
+    first = await managers.hotload("a-01234567")
+    await asyncio.sleep(0.05)
+    second = await managers.hotload("b-01234567")
+    # Just after the second began to wait: its turn would come before the first's.
+    await asyncio.sleep(0.07)
+    await managers.deployments.update("d", state=ResourceState.ACTIVE)
+    await managers.done(second)
+    await managers.done(first)
+    assert applied == ["a-01234567", "b-01234567"]
+    assert managers.deployments.get("d").active_snapshot == "b-01234567"
+
+
+async def test_a_full_disk_does_not_end_the_watch_over_lanes(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    async def expire() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise FiretitanError(Reason.STATE_DISK_FULL, "the disk is full")
+
+    monkeypatch.setattr(managers.sessions, "expire", expire)
+    managers.supervisor.begin(await managers.store.load())
+    await asyncio.sleep(0.8)
+    assert calls > 1
+
+
+async def test_a_dead_worker_does_not_bring_a_deleted_deployment_back(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = await managers.deployment()
+    forget, forgetting = managers.pool.forget, asyncio.Event()
+
+    async def slow_forget(worker_id: str | None) -> None:
+        if not forgetting.is_set():
+            forgetting.set()
+            await asyncio.sleep(0.2)
+        await forget(worker_id)
+
+    monkeypatch.setattr(managers.pool, "forget", slow_forget)
+    worker = managers.pool.live(deployment.worker_id)
+    assert worker is not None
+    worker._process.kill()
+    await forgetting.wait()
+    await managers.deployments.delete("d")
+    await asyncio.sleep(0.5)
+    assert not managers.deployments.all()
+    assert not [spec for spec in managers.pool.specs() if spec.kind is WorkerKind.SAMPLER]
+
+
+async def test_a_dead_worker_does_not_start_a_deployment_that_was_stopped(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = await managers.deployment()
+    forget, forgetting = managers.pool.forget, asyncio.Event()
+
+    async def slow_forget(worker_id: str | None) -> None:
+        if not forgetting.is_set():
+            forgetting.set()
+            await asyncio.sleep(0.2)
+        await forget(worker_id)
+
+    monkeypatch.setattr(managers.pool, "forget", slow_forget)
+    worker = managers.pool.live(deployment.worker_id)
+    assert worker is not None
+    worker._process.kill()
+    await forgetting.wait()
+    await managers.deployments.scale("d", 0)
+    await asyncio.sleep(0.5)
+    assert managers.deployments.get("d").state is ResourceState.STOPPED
+
+
+async def test_a_dead_worker_does_not_bring_a_deleted_trainer_back(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, worker = await managers.trainer()
+    forget, forgetting = managers.pool.forget, asyncio.Event()
+
+    async def slow_forget(worker_id: str | None) -> None:
+        if not forgetting.is_set():
+            forgetting.set()
+            await asyncio.sleep(0.2)
+        await forget(worker_id)
+
+    monkeypatch.setattr(managers.pool, "forget", slow_forget)
+    worker._process.kill()
+    await forgetting.wait()
+    await managers.trainers.delete("t")
+    await asyncio.sleep(0.5)
+    assert not managers.trainers.all()
+    (row,) = (await managers.store.load()).trainers
+    assert row.state is ResourceState.DELETING
+
+
+async def test_a_worker_that_is_slow_to_answer_while_it_loads_is_waited_for(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, worker = await managers.trainer()
+    adopt, tries = managers.services.launcher.adopt, 0
+
+    async def busy(spec: object) -> Worker | None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise FiretitanError(Reason.WORKER_UNAVAILABLE, "lives but did not answer")
+        return await adopt(spec)
+
+    managers.pool._live.clear()  # as a new daemon has it
+    monkeypatch.setattr(managers.services.launcher, "adopt", busy)
+    found, _ = await managers.pool.start(worker.spec)
+    assert found.pid == worker.pid and tries == 2
+
+
+async def test_a_cancellation_happens_even_if_its_caller_goes_away(managers: Managers) -> None:
+    trainer, worker = await managers.trainer()
+    session, _ = await managers.sessions.create(trainer, worker, Wanted(), "s")
+    pipeline = managers.sessions._pipelines[session.name]
+    writes = managers.store.write
+
+    async def slow(change: Change) -> None:
+        await asyncio.sleep(0.05)
+        await writes(change)
+
+    payload = _forward_backward(session, seq=2)
+    held = await managers.sessions.submit(*payload)
+    managers.store.write = slow  # type: ignore[method-assign]
+    call = asyncio.create_task(managers.sessions.cancel(held))
+    await asyncio.sleep(0.02)
+    call.cancel()
+    await asyncio.wait([call])
+    first = await managers.sessions.submit(*_forward_backward(session, seq=1))
+    await managers.done(first)
+    assert (await managers.done(held)).state is OperationState.CANCELLED
+    assert pipeline.attach("a").next_seq == 3
+
+
+def _forward_backward(session: Session, *, seq: int) -> tuple[object, str, bytes]:
+    message = training_service_pb2.ForwardBackwardRequest(data=[GOOD], loss_fn="cross_entropy")
+    header = message.header
+    header.session, header.epoch, header.client_id = session.name, 1, "a"
+    header.seq, header.request_id = seq, f"r{seq}"
+    payload = message.SerializeToString()
+    return read_header(payload), "ForwardBackward", payload
