@@ -144,7 +144,11 @@ class LocalLauncher:
             await self._wait_for_bootstrap(bundle)
             process = self._hold(bundle)
             worker = self._connect(spec, bundle, process, socket)
-            await self._check(worker, bundle, socket, known.incarnation)
+            try:
+                await self._check(worker, bundle, socket, known.incarnation)
+            except BaseException:
+                process.release()
+                raise
         except BundleError as error:
             log.warning("event=not_adopted worker=%s cause=%r", spec.worker_id, str(error))
             return None

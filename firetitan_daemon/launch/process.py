@@ -76,6 +76,13 @@ class OsProcess:
         """Send SIGKILL."""
         self._signal(signal.SIGKILL)
 
+    def release(self) -> None:
+        """Let go of a process that nobody waits for; it lives on."""
+        if self.alive:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._ended.cancel()
+
     def _signal(self, number: signal.Signals) -> None:
         if self.alive:
             try:

@@ -24,6 +24,8 @@ Context = grpc.aio.ServicerContext[bytes, bytes]
 Call = Callable[[Any], Awaitable[message.Message]]
 """An ordinary RPC: request message in, response message out."""
 CommandCall = Callable[[str, bytes], Awaitable[Any]]
+_BULK = ("data", "output_grads", "prompt")
+"""Fields that make a request large."""
 """A session command: the RPC's name and the request's bytes in, its Operation out."""
 
 
@@ -38,7 +40,10 @@ def is_command(method: MethodDescriptor) -> bool:
 
 
 def bind(
-    service: ServiceDescriptor, servicer: object, submit: CommandCall | None = None
+    service: ServiceDescriptor,
+    servicer: object,
+    submit: CommandCall | None,
+    max_message_bytes: int,
 ) -> grpc.GenericRpcHandler:
     """A handler for every RPC of a service.
 
@@ -46,22 +51,27 @@ def bind(
         service: Its descriptor.
         servicer: Has a coroutine for every unary RPC, an async generator for every stream.
         submit: Takes the session commands.
+        max_message_bytes: Largest request; a larger one is refused with REQUEST_TOO_LARGE.
     """
     handlers = {}
     for method in service.methods:
         if is_command(method):
             assert submit is not None
-            handlers[method.name] = _command(method, submit)
+            handlers[method.name] = _command(method, submit, max_message_bytes)
         elif method.server_streaming:
             handlers[method.name] = _stream(method, getattr(servicer, method.name))
         else:
-            handlers[method.name] = _unary(method, getattr(servicer, method.name))
+            call = getattr(servicer, method.name)
+            handlers[method.name] = _unary(method, call, max_message_bytes)
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
 
-def _unary(method: MethodDescriptor, call: Call) -> grpc.RpcMethodHandler[bytes, bytes]:
+def _unary(
+    method: MethodDescriptor, call: Call, max_bytes: int
+) -> grpc.RpcMethodHandler[bytes, bytes]:
     async def handle(request: bytes, context: Context) -> bytes:
         try:
+            _check_size(method, request, max_bytes)
             return (await call(_parse(method, request))).SerializeToString()
         except Exception as error:  # the outermost place: every failure leaves as a status
             await _abort(context, method, error)
@@ -69,11 +79,14 @@ def _unary(method: MethodDescriptor, call: Call) -> grpc.RpcMethodHandler[bytes,
     return grpc.unary_unary_rpc_method_handler(handle)
 
 
-def _command(method: MethodDescriptor, submit: CommandCall) -> grpc.RpcMethodHandler[bytes, bytes]:
+def _command(
+    method: MethodDescriptor, submit: CommandCall, max_bytes: int
+) -> grpc.RpcMethodHandler[bytes, bytes]:
     response = GetMessageClass(method.output_type)
 
     async def handle(request: bytes, context: Context) -> bytes:
         try:
+            _check_size(method, request, max_bytes)
             return response(operation=await submit(method.name, request)).SerializeToString()
         except Exception as error:  # the outermost place: every failure leaves as a status
             await _abort(context, method, error)
@@ -96,6 +109,21 @@ def _stream(
             await _abort(context, method, error)
 
     return grpc.stream_stream_rpc_method_handler(handle)
+
+
+def _check_size(method: MethodDescriptor, request: bytes, max_bytes: int) -> None:
+    if len(request) <= max_bytes:
+        return
+    bulk = [name for name in _BULK if name in method.input_type.fields_by_name]
+    raise FiretitanError(
+        Reason.REQUEST_TOO_LARGE,
+        f"{bulk[0] if bulk else method.name}: this call takes {len(request)} bytes, one call may "
+        f"take {max_bytes}; send it in several calls, gradients add up",
+        field=bulk[0] if bulk else None,
+        limit="max_message_bytes",
+        max_message_bytes=str(max_bytes),
+        size_bytes=str(len(request)),
+    )
 
 
 def _parse(method: MethodDescriptor, request: bytes) -> message.Message:

@@ -6,6 +6,7 @@ Knows: messages, the registry, the spool. Must not know: rules.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 
 from firetitan.v1 import operation_pb2, operation_service_pb2, trainer_pb2
@@ -21,6 +22,7 @@ from firetitan_daemon.rpc import convert
 from firetitan_daemon.rpc.errors import to_status
 from firetitan_daemon.rpc.paging import page_limit
 
+logger = logging.getLogger("firetitan.rpc")
 MAX_STREAMED_BYTES = 1024 * 1024
 """Larger results are left out of a stream; GetOperation has them."""
 MAX_WAIT_S = 30.0
@@ -157,10 +159,19 @@ class OperationServicer:
         first: operation_service_pb2.WatchOperationsRequest,
         requests: AsyncIterator[operation_service_pb2.WatchOperationsRequest],
     ) -> None:
-        through = first.acked_through
-        if through:
-            await self._operations.acknowledge(session, first.client_id, through)
-        async for request in requests:
-            if request.acked_through > through:
-                through = request.acked_through
+        taken = 0
+
+        async def acknowledge(through: int) -> None:
+            nonlocal taken
+            if through <= taken:
+                return
+            try:
                 await self._operations.acknowledge(session, first.client_id, through)
+                taken = through
+            except FiretitanError as error:
+                # The results stay; a later acknowledgement covers this one too.
+                logger.warning("not acknowledged session=%s: %s", session, error)
+
+        await acknowledge(first.acked_through)
+        async for request in requests:
+            await acknowledge(request.acked_through)

@@ -34,7 +34,8 @@ from firetitan_daemon.rpc.system import SystemServicer
 from firetitan_daemon.rpc.trainers import TrainerServicer
 from firetitan_daemon.rpc.training import TrainingServicer
 
-_SLACK_BYTES = 1024 * 1024
+_READ_FACTOR = 2
+"""What gRPC itself lets in, in largest requests: below that the refusal can say what is wrong."""
 """Room for what surrounds a payload of exactly the published limit."""
 _FILES = (
     (training_service_pb2, "TrainingService", TrainingServicer),
@@ -78,7 +79,7 @@ class RpcServer:
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             options=(
-                ("grpc.max_receive_message_length", max_message_bytes + _SLACK_BYTES),
+                ("grpc.max_receive_message_length", _READ_FACTOR * max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 # The state's lock says who may serve; a port that is taken must be an error.
                 ("grpc.so_reuseport", 0),
@@ -88,7 +89,7 @@ class RpcServer:
         for module, name, kind in _FILES:
             service: ServiceDescriptor = module.DESCRIPTOR.services_by_name[name]
             servicer = next(one for one in servicers if isinstance(one, kind))
-            self._server.add_generic_rpc_handlers((bind(service, servicer, submit),))
+            self._server.add_generic_rpc_handlers((bind(service, servicer, submit, max_message_bytes),))
             names.append(service.full_name)
         self._services = ["", *names]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

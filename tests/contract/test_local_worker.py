@@ -232,3 +232,25 @@ async def test_a_run_folder_that_is_too_long_is_named(tmp_path: Path) -> None:
     with pytest.raises(FiretitanError, match="107 is the limit") as caught:
         await launcher.launch(TRAINER_SPEC)
     assert caught.value.field == "run"
+
+
+async def test_attempts_to_adopt_a_worker_that_does_not_answer_leave_nothing_open(
+    local: LocalLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = await local.launch(TRAINER_SPEC)
+
+    async def silent(worker: Worker, incarnation: str) -> None:
+        raise FiretitanError(Reason.WORKER_UNAVAILABLE, "does not answer")
+
+    monkeypatch.setattr(local, "_check_answer", silent)
+
+    def pidfds() -> int:
+        links = [os.readlink(one) for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
+        return sum("pidfd" in link for link in links)
+
+    before = pidfds()
+    for _ in range(3):
+        with pytest.raises(FiretitanError):
+            await local.adopt(TRAINER_SPEC)
+    assert pidfds() == before
+    await worker.shutdown()

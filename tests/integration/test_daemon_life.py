@@ -220,6 +220,11 @@ def test_a_request_of_the_limit_passes_and_a_larger_one_does_not(daemon: DaemonP
     message.loss_fn = "x" * (66 * 2**20)
     with pytest.raises(grpc.RpcError) as caught:
         lane.send(message, seq=2)
+    assert reason(caught.value) == "REQUEST_TOO_LARGE"
+    assert caught.value.details().startswith("data: ") and "67108864" in caught.value.details()
+    message.loss_fn = "x" * (130 * 2**20)
+    with pytest.raises(grpc.RpcError) as caught:
+        lane.send(message, seq=2)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     stubs.done(lane.forward_backward(seq=2))
     stubs.channel.close()
