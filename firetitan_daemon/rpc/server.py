@@ -89,7 +89,9 @@ class RpcServer:
         for module, name, kind in _FILES:
             service: ServiceDescriptor = module.DESCRIPTOR.services_by_name[name]
             servicer = next(one for one in servicers if isinstance(one, kind))
-            self._server.add_generic_rpc_handlers((bind(service, servicer, submit, max_message_bytes),))
+            self._server.add_generic_rpc_handlers(
+                (bind(service, servicer, submit, max_message_bytes),)
+            )
             names.append(service.full_name)
         self._services = ["", *names]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -245,7 +245,7 @@ async def test_attempts_to_adopt_a_worker_that_does_not_answer_leave_nothing_ope
     monkeypatch.setattr(local, "_check_answer", silent)
 
     def pidfds() -> int:
-        links = [os.readlink(one) for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
+        links = [str(one.readlink()) for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
         return sum("pidfd" in link for link in links)
 
     before = pidfds()
