@@ -18,7 +18,6 @@ from firetitan_client import types
 from firetitan_client.errors import ClientClosed, Unsupported
 from firetitan_client.futures import APIFuture, SelfFuture, completed
 from firetitan_client.sample_requests import (
-    DEFAULT_MAX_TOKENS,
     Target,
     build_request,
     deployment_target,
@@ -113,7 +112,7 @@ class DeploymentSampler(SelfFuture[Target]):
         self,
         messages: Sequence[Any],
         n: int = 1,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
+        max_tokens: int | None = None,
         temperature: float = 1.0,
         max_seq_len: int | None = None,
         **options: Any,
@@ -123,7 +122,7 @@ class DeploymentSampler(SelfFuture[Target]):
         Args:
             messages: `{"role": ..., "content": ...}`.
             n: Completions.
-            max_tokens: New tokens at most.
+            max_tokens: New tokens at most; None: 1024, or what the prompt leaves of the context.
             temperature: 0 takes the most likely token.
             max_seq_len: Prompts this long give nothing, longer completions are dropped.
             options: As `sample_with_prompt_tokens`.
@@ -150,7 +149,7 @@ class DeploymentSampler(SelfFuture[Target]):
         self,
         prompt_token_ids: Sequence[int],
         n: int = 1,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
+        max_tokens: int | None = None,
         temperature: float = 1.0,
         max_seq_len: int | None = None,
         stop: Any = None,
@@ -168,7 +167,7 @@ class DeploymentSampler(SelfFuture[Target]):
         Args:
             prompt_token_ids: The prompt.
             n: Completions; the prompt is computed once.
-            max_tokens: New tokens at most.
+            max_tokens: New tokens at most; None: 1024, or what the prompt leaves of the context.
             temperature: 0 takes the most likely token.
             max_seq_len: Prompts this long give nothing, longer completions are dropped.
             stop: Texts or token ids.

@@ -23,7 +23,6 @@ from firetitan_client.transport import Transport
 
 logger = logging.getLogger("firetitan")
 
-DEFAULT_MAX_TOKENS = 1024
 MAX_SAMPLES = 4096
 _INT32 = 2**31 - 1
 
@@ -63,8 +62,10 @@ def build_request(
     max_tokens = getattr(params, "max_tokens", None)
     seed = getattr(params, "seed", None)
     message = sampling_service_pb2.SamplingParams(
-        max_tokens=convert.whole_number(
-            DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens, "max_tokens", 1, _INT32
+        max_tokens=(
+            None
+            if max_tokens is None
+            else convert.whole_number(max_tokens, "max_tokens", 1, _INT32)
         ),
         temperature=convert.real_number(getattr(params, "temperature", 1.0), "temperature"),
         top_p=convert.real_number(getattr(params, "top_p", 1.0), "top_p"),

@@ -111,8 +111,8 @@ class FiretitanSamplingClient(SelfFuture[Target]):
         Args:
             prompt: `tinker.ModelInput` or token ids.
             num_samples: Independent sequences; the prompt is computed once.
-            sampling_params: `tinker.SamplingParams`; without max_tokens 1024 are made at most,
-                without a seed one is drawn.
+            sampling_params: `tinker.SamplingParams`; without max_tokens at most 1024 are made, or
+                what the prompt leaves of the context, without a seed one is drawn.
             include_prompt_logprobs: Also the prompt's logprobs, at temperature 1.
             topk_prompt_logprobs: Not supported yet.
             topk_sample_logprobs: Not supported yet.

@@ -152,7 +152,7 @@ class HfSampleEngine:
         if len(prompt) + request.max_tokens > info.max_context_length:
             raise _invalid(
                 "max_tokens",
-                f"prompt has {len(prompt)} tokens + max_tokens {request.max_tokens} > "
+                f"is {request.max_tokens}; with the prompt's {len(prompt)} tokens that is above "
                 f"{info.max_context_length}, the model's context; shorten one of them",
             )
         if not (math.isfinite(request.temperature) and request.temperature >= 0.0):

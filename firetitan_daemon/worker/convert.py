@@ -232,13 +232,15 @@ def forward_result_to_proto(output: ForwardOutput, step: int) -> operation_pb2.F
 
 
 def sample_request_from_proto(
-    request: sampling_service_pb2.SampleRequest, loaded: Sequence[str]
+    request: sampling_service_pb2.SampleRequest, loaded: Sequence[str], context_length: int
 ) -> SampleRequest:
     """A prompt and how to continue it; absent settings take their documented defaults.
 
     Args:
         request: From the daemon, its seed set.
         loaded: Names of the snapshots the engine holds, to find the asked one among.
+        context_length: Tokens the model takes; where no max_tokens is asked for, what the prompt
+            leaves of them bounds the default.
 
     Raises:
         FiretitanError: INVALID_ARGUMENT naming the field.
@@ -263,10 +265,11 @@ def sample_request_from_proto(
         prompt = tokens_from_proto(request.prompt, "prompt")
     except FiretitanError as error:
         raise FiretitanError(Reason.INVALID_ARGUMENT, error.message, field=error.field) from error
+    default = max(1, min(DEFAULT_MAX_TOKENS, context_length - len(prompt)))
     return SampleRequest(
         prompt=prompt,
         num_samples=request.num_samples or 1,
-        max_tokens=params.max_tokens if params.HasField("max_tokens") else DEFAULT_MAX_TOKENS,
+        max_tokens=params.max_tokens if params.HasField("max_tokens") else default,
         seed=params.seed,
         temperature=params.temperature if params.HasField("temperature") else 1.0,
         top_k=params.top_k,

@@ -65,7 +65,9 @@ class SamplerServicer(worker_pb2_grpc.SamplerWorkerServiceServicer):
             raise FiretitanError(
                 Reason.INVALID_ARGUMENT, f"the payload is not a SampleRequest: {error}"
             ) from error
-        sample = convert.sample_request_from_proto(message, engine.loaded)
+        sample = convert.sample_request_from_proto(
+            message, engine.loaded, engine.info.max_context_length
+        )
         result = await asyncio.wrap_future(engine.submit(sample))
         response = convert.sample_response_to_proto(result)
         return worker_pb2.GenerateResponse(response=response.SerializeToString())

@@ -60,7 +60,7 @@ class SamplingParams(google.protobuf.message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: builtins.int
     IGNORE_EOS_FIELD_NUMBER: builtins.int
     max_tokens: builtins.int
-    """New tokens at most; absent: 1024."""
+    """New tokens at most; absent: 1024, or what the prompt leaves of the context."""
     temperature: builtins.float
     """0 takes the most likely token; absent: 1."""
     top_p: builtins.float
