@@ -44,7 +44,9 @@ class SavedBytes:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._weights:
             self._sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Handed back itself, an output would hold the node that holds it: a graph that is dropped
+        # without a backward would never be freed.
+        return tensor.detach()
 
 
 def estimate_bytes_per_token(model: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,27 @@ def test_over_budget_no_graph_is_kept(folder: Path) -> None:
     assert output.graph is None
     roomy = make(folder, LORA)
     assert roomy.forward(make_data(1), "cross_entropy", {}, retain_graph=True).graph is not None
+
+@KINDS
+def test_a_graph_that_is_dropped_is_freed(folder: Path, lora: LoraSpec | None) -> None:
+    engine, data = make(folder, lora), make_data(1)
+
+    def drop(how: str) -> int:
+        gc.collect()
+        before = {id(item) for item in gc.get_objects() if issubclass(type(item), torch.Tensor)}
+        for _ in range(3):
+            graph = engine.forward(data, "cross_entropy", {}, retain_graph=True).graph
+            assert graph is not None
+            if how == "released":
+                engine.release_graph(graph)
+            else:
+                engine._graphs.clear()
+        gc.collect()
+        after = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+        return sum(id(item) not in before for item in after)
+
+    assert drop("released") == 0
+    assert drop("cleared") == 0
 
 
 def test_passes_change_rounding_only(
