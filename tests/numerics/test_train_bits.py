@@ -136,6 +136,7 @@ def test_over_budget_no_graph_is_kept(folder: Path) -> None:
     roomy = make(folder, LORA)
     assert roomy.forward(make_data(1), "cross_entropy", {}, retain_graph=True).graph is not None
 
+
 @KINDS
 def test_a_graph_that_is_dropped_is_freed(folder: Path, lora: LoraSpec | None) -> None:
     engine, data = make(folder, lora), make_data(1)
