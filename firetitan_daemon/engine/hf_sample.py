@@ -118,6 +118,9 @@ class HfSampleEngine:
     def _build(self, layers: Sequence[SnapshotLayer]) -> Version:
         if layers[-1].format is not SnapshotFormat.PEFT_ADAPTER:
             self._versions.make_room()
+            # Where nothing was sampled since the last swap the model still points at weights that
+            # have left the table; they would be a third set beside the new ones.
+            self._scheduler.call(lambda: self._weights.select(self._versions.active))
         version = self._weights.build(layers, self._versions.find)
         self._scheduler.call(lambda: self._prepare(version))
         return version

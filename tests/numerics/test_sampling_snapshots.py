@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +70,27 @@ def test_a_chain_serves_what_it_was_saved_from(
         assert result.snapshot == name
         assert bits(result)[2] != base[2]
         assert _gap(engine, plain_model(folder, snapshots.tensors[name]), REQUEST) < 1e-4
+
+
+def test_weights_that_nobody_needs_are_freed_before_others_are_built(
+    engine: HfSampleEngine, snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = snapshots.full("step-0", seed=0)
+    engine.apply(chain)
+    engine.submit(REQUEST).result()
+    first = weakref.ref(engine._versions.find("step-0"))
+    engine.apply(snapshots.full("step-1", seed=1))
+    chain = snapshots.full("step-2", seed=2)
+    build, held = engine._weights.build, []
+
+    def watched(*arguments: object) -> object:
+        gc.collect()
+        held.append(first() is not None)
+        return build(*arguments)
+
+    monkeypatch.setattr(engine._weights, "build", watched)
+    engine.apply(chain)
+    assert held == [False]
 
 
 def test_a_chain_and_its_end_alone_give_the_same_bits(
