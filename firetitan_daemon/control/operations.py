@@ -7,6 +7,7 @@ Every change of an operation's row goes through `OperationRegistry.write`.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Sequence
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -32,6 +33,7 @@ class OperationRegistry:
         self._ended: dict[str, asyncio.Event] = {}
         self._lane_moved: dict[tuple[str, str], asyncio.Event] = {}
         self._broken_lanes: set[tuple[str, str]] = set()
+        self._next_seqs: dict[tuple[str, str], int] = {}
         self._closed = False
         self._removals: set[asyncio.Task[None]] = set()
 
@@ -41,6 +43,7 @@ class OperationRegistry:
         self._broken_lanes = {
             (lane.session, lane.client_id) for lane in ledger.lanes if lane.broken
         }
+        self._next_seqs = {(lane.session, lane.client_id): lane.next_seq for lane in ledger.lanes}
 
     @property
     def num_open(self) -> int:
@@ -119,6 +122,7 @@ class OperationRegistry:
             removal.add_done_callback(self._removals.discard)
         # No await from here on: whoever is woken finds what the caller sets after this returns.
         for lane in change.lanes:
+            self._next_seqs[lane.session, lane.client_id] = lane.next_seq
             if lane.broken:
                 self._broken_lanes.add((lane.session, lane.client_id))
                 self._signal_lane(lane.session, lane.client_id)
@@ -179,13 +183,16 @@ class OperationRegistry:
     async def watch(self, session: str, client_id: str, after_seq: int) -> AsyncIterator[Operation]:
         """Operations of a lane as they end, in the order of their seq, without gaps.
 
-        Only of a broken lane, where some seq will never come, are gaps passed over.
+        Gaps are passed over only where a seq will never come: in a broken lane, and below the
+        lane's next seq, where the end of its session has left some.
         """
         cursor, key = after_seq, (session, client_id)
         while not self._closed:
             moved = self._lane_moved.setdefault(key, asyncio.Event())
+            # Taken before the rows are read: what comes later is not among them.
+            to_come = self._lowest_to_come(key)
             for operation in await self._store.lane_operations(session, client_id, cursor):
-                if operation.seq != cursor + 1 and not self._may_skip(key, operation.seq):
+                if operation.seq != cursor + 1 and operation.seq > to_come:
                     break
                 cursor = operation.seq
                 yield operation
@@ -213,11 +220,11 @@ class OperationRegistry:
         for event in (*self._lane_moved.values(), *self._ended.values()):
             event.set()
 
-    def _may_skip(self, key: tuple[str, str], seq: int) -> bool:
-        return key in self._broken_lanes and not any(
-            (operation.target, operation.client_id) == key and operation.seq < seq
-            for operation in self._open.values()
-        )
+    def _lowest_to_come(self, key: tuple[str, str]) -> float:
+        """The lowest seq of a lane that may still end."""
+        unused = math.inf if key in self._broken_lanes else self._next_seqs.get(key, 1)
+        open_seqs = (one.seq for one in self._open.values() if (one.target, one.client_id) == key)
+        return min((unused, *open_seqs))
 
     def _signal_lane(self, session: str, client_id: str) -> None:
         moved = self._lane_moved.pop((session, client_id), None)

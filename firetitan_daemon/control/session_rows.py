@@ -314,9 +314,11 @@ class SessionRows:
             left = [
                 self.ended(one, OperationState.FAILED, record) for one in self.open_operations()
             ]
+            # Lanes go on behind what was held: whoever watches one waits for no gap.
+            _, lanes = self._sequencer.restart()
             session = replace(self.session, state=SessionState.CLOSED)
             await self._services.operations.write(
-                Change(operations=left, sessions=[session], durable=True)
+                Change(operations=left, sessions=[session], lanes=lanes, durable=True)
             )
             self.session = session
 

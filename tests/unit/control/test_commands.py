@@ -214,6 +214,18 @@ async def test_close_finishes_what_was_accepted(bench: Bench) -> None:
     assert caught.value.reason is Reason.CLOSED
 
 
+@pytest.mark.parametrize("end", ["lose", "close"])
+async def test_a_watch_passes_a_gap_that_an_end_left_open(bench: Bench, end: str) -> None:
+    await bench.ended(await bench.forward_backward())
+    watch = bench.services.operations.watch(SESSION.name, "a", 1)
+    waiting = asyncio.ensure_future(anext(watch))
+    held = await bench.forward_backward(seq=3)
+    await asyncio.sleep(0.02)
+    assert not waiting.done()
+    await (bench.pipeline.lose("signal 9") if end == "lose" else bench.pipeline.close())
+    assert (await asyncio.wait_for(waiting, 2)).id == held.id
+
+
 async def test_a_queued_command_can_be_cancelled_and_its_lane_goes_on(bench: Bench) -> None:
     await bench.pipeline.pause(5)
     operations = [await bench.forward_backward() for _ in range(3)]
