@@ -179,6 +179,7 @@ class Daemon:
         await self._store.close()
         await self._spool.close()
         await self._folders.close()
+        self.places.leave()
         self._lock.release()
         logger.info("stopped")
 

@@ -14,6 +14,7 @@ Knows: names of files and folders. Must not know: what is in them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -89,6 +90,15 @@ class Places:
         """
         for folder in (self.home, self.spool, self.store, self.workers, self.run):
             make_private(folder)
+
+    def leave(self) -> None:
+        """Remove a run folder in the temporary directory, unless workers still have sockets there.
+
+        Whoever calls this holds the lock.
+        """
+        if self.run.parent != self.home:
+            with contextlib.suppress(OSError):
+                self.run.rmdir()
 
 
 def make_private(folder: Path) -> None:

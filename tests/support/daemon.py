@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from firetitan_daemon.places import Places
 
 
 class DaemonProcess:
@@ -91,6 +94,9 @@ class DaemonProcess:
                 self.kill()
         for pid in self.worker_pids():
             os.kill(pid, signal.SIGKILL)
+        run = Places(self.home).run
+        if run.parent != self.home:
+            shutil.rmtree(run, ignore_errors=True)
 
     def worker_pids(self) -> list[int]:
         """Live worker processes whose bundle lies under this home."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -48,3 +49,18 @@ def test_every_socket_path_fits(length: int) -> None:
 
 def test_two_long_homes_have_two_run_folders() -> None:
     assert Places(Path("/" + "h" * 100)).run != Places(Path("/" + "i" * 100)).run
+
+
+def test_leaving_takes_away_an_empty_run_folder_outside_the_home(tmp_path: Path) -> None:
+    long, short = Places(tmp_path / ("h" * 100)), Places(Path("/tmp") / tmp_path.name)
+    long.make()
+    (long.run / "w-1.sock").touch()
+    long.leave()
+    assert long.run.is_dir()
+    (long.run / "w-1.sock").unlink()
+    long.leave()
+    assert not long.run.exists()
+    short.make()
+    short.leave()
+    assert short.run.is_dir()
+    shutil.rmtree(short.home)
