@@ -100,7 +100,8 @@ class CommandPipeline:
 
     async def _admit(self, header: Header, method: str, payload: bytes) -> Operation:
         target, spool = self.session.name, self._services.spool
-        self._services.operations.reserve(target, len(payload))
+        needed = self._rows.awaits(header.client_id, header.seq)
+        self._services.operations.reserve(target, len(payload), needed=needed)
         try:
             ref = await spool.write(payload)
             failpoint("commands.spooled")

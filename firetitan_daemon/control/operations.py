@@ -62,8 +62,14 @@ class OperationRegistry:
         """An open operation; None once it is done."""
         return self._open.get(operation_id)
 
-    def reserve(self, target: str, size_bytes: int) -> None:
+    def reserve(self, target: str, size_bytes: int, *, needed: bool = False) -> None:
         """Take a place in the quotas; `release` gives it back.
+
+        Args:
+            target: Whose command it is.
+            size_bytes: Of its payload.
+            needed: Accepted ones wait for it: let in even where the quotas are used up, as they
+                could not be given back otherwise.
 
         Raises:
             FiretitanError: QUEUE_FULL naming the limit, with `retry_after_s`.
@@ -89,7 +95,7 @@ class OperationRegistry:
                 limits.max_queued_bytes,
             ),
         ):
-            if found > allowed:
+            if found > allowed and not needed:
                 raise FiretitanError(
                     Reason.QUEUE_FULL,
                     f"{target}: {name} is {allowed} and this command would make it {found}; "

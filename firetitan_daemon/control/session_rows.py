@@ -64,6 +64,10 @@ class SessionRows:
         """
         return self._sequencer.attach(client_id)
 
+    def awaits(self, client_id: str, seq: int) -> bool:
+        """Whether held commands of a lane wait for this one."""
+        return self._sequencer.awaits(client_id, seq)
+
     def open_operations(self) -> list[Operation]:
         """Accepted and not done."""
         return self._services.operations.open_of(self.session.name)

@@ -160,6 +160,11 @@ class SessionSequencer:
         # A broken lane has forgotten what it held.
         return state.row.broken or 0 < seq < state.row.next_seq or seq in state.held
 
+    def awaits(self, client_id: str, seq: int) -> bool:
+        """Whether held commands of a lane wait for this one."""
+        state = self._lanes.get(client_id)
+        return state is not None and _waits(state) and seq == state.row.next_seq
+
     def decide(self, command: Incoming, existing: Operation | None = None) -> Replay | Admit:
         """What to do with a command; changes nothing.
 
