@@ -240,6 +240,18 @@ class Lane:
         """Wait until everything queued is done."""
         return self._finished.wait(timeout_s)
 
+    def take_unseen(self) -> list[Failure]:
+        """The failures nobody has looked at; they count as seen from here on."""
+        if not transports.in_own_thread():
+            delivered = threading.Event()  # behind the failures that are on their way
+            deliver(delivered.set)
+            delivered.wait(_EXIT_FLUSH_S)
+        with self._lock:
+            unseen = list(self._failures)
+        for failure in unseen:
+            self.see(failure)
+        return unseen
+
     def close(self) -> None:
         """Refuse further calls; what was queued still runs."""
         self._closed = True

@@ -213,6 +213,8 @@ class Provisioner:
         self._trainer_task: asyncio.Task[trainer_pb2.Trainer] | None = None
         self._trainer_known = asyncio.Event()
         self._deployment_task: asyncio.Task[deployment_pb2.Deployment] | None = None
+        self._joined_for = ""
+        """The trainer the deployment was asked for; empty: for its base model alone."""
 
     async def get_trainer(self) -> trainer_pb2.Trainer:
         """The trainer, ready."""
@@ -230,7 +232,7 @@ class Provisioner:
 
     async def get_deployment(self) -> deployment_pb2.Deployment:
         """The deployment, ready; its trainer is made beside it where one is wanted."""
-        if self.deployment is not None:
+        if self.deployment is not None and (self._joined_for or not self._wants_trainer):
             return self.deployment
         if self._deployment_task is None:
             self._deployment_task = asyncio.get_running_loop().create_task(self._make_deployment())
@@ -344,15 +346,21 @@ class Provisioner:
                 "this service has no deployment (create_deployment=False); create one without it, "
                 "or sample with another service on the same trainer_job_id"
             )
-        # The deployment names its trainer, which need not be ready yet.
-        trainer = asyncio.get_running_loop().create_task(self.get_trainer())
-        known = asyncio.get_running_loop().create_task(self._trainer_known.wait())
-        await asyncio.wait([trainer, known], return_when=asyncio.FIRST_COMPLETED)
-        known.cancel()
-        if trainer.done():
-            trainer.result()
-        base_model = config.base_model or (await trainer).base_model
-        found = await self._find_deployment(base_model)
+        trainer: asyncio.Task[trainer_pb2.Trainer] | None = None
+        base_model = config.base_model
+        if self._wants_trainer:
+            # The deployment names its trainer, which need not be ready yet.
+            trainer = asyncio.get_running_loop().create_task(self.get_trainer())
+            known = asyncio.get_running_loop().create_task(self._trainer_known.wait())
+            await asyncio.wait([trainer, known], return_when=asyncio.FIRST_COMPLETED)
+            known.cancel()
+            if trainer.done():
+                trainer.result()
+            base_model = base_model or (await trainer).base_model
+        elif base_model is None:
+            raise ValueError("base_model: missing; name the model to sample from")
+        joined_for = self._trainer_name() if trainer is not None else ""
+        found = await self._find_deployment(base_model, joined_for)
         if config.deployment_id is None:
             config.deployment_id = default_deployment_id(base_model)
         self.deployment_created = self.deployment_created or found is None
@@ -362,7 +370,7 @@ class Provisioner:
                 deployment_id=config.deployment_id,
                 base_model=base_model,
                 max_context_length=config.max_context_length or 0,
-                trainer=self._trainer_name(),
+                trainer=joined_for,
                 request_id=uuid.uuid4().hex,
             ),
             deployment_service_pb2.CreateDeploymentResponse,
@@ -371,10 +379,21 @@ class Provisioner:
         made: deployment_pb2.Deployment = operation.deployment
         if made.state == deployment_pb2.Deployment.STATE_STOPPED:
             made = await self.scale_deployment(1)
-        await trainer
+        if trainer is not None:
+            await trainer
+        self._joined_for = joined_for
         return made
 
-    async def _find_deployment(self, base_model: str) -> deployment_pb2.Deployment | None:
+    @property
+    def _wants_trainer(self) -> bool:
+        """Whether anyone asked for training: a base model alone can be sampled without."""
+        config = self.config
+        asked = config.trainer_job_id is not None or config.lora_rank is not None
+        return asked or self.trainer is not None or self._trainer_task is not None
+
+    async def _find_deployment(
+        self, base_model: str, trainer: str
+    ) -> deployment_pb2.Deployment | None:
         if self.config.deployment_id is None:
             return None
         try:
@@ -389,10 +408,10 @@ class Provisioner:
         if found.base_model != base_model:
             raise ValueError(
                 f"deployment_id: {self.config.deployment_id!r} serves {found.base_model!r}, this "
-                f"service trains {base_model!r}; choose another deployment_id"
+                f"service has {base_model!r}; choose another deployment_id"
             )
-        if not self.deployment_created:
-            self.needs_sync = found.trainer != self._trainer_name()
+        if trainer and not self.deployment_created:
+            self.needs_sync = found.trainer != trainer
         return found
 
 

@@ -120,6 +120,8 @@ class FiretitanServiceClient(TrainingClients, SamplingClients):
     @property
     def deployment_id(self) -> str:
         """The deployment's id."""
+        if not self._config.create_deployment:
+            raise RuntimeError("this service has no deployment (create_deployment=False)")
         return str(self._resolved("deployment_id", self.managed_deployment_id))
 
     @property
@@ -190,6 +192,8 @@ class FiretitanServiceClient(TrainingClients, SamplingClients):
                 lane.wait_finished()
             else:
                 lane.wait_accepted(SILENCE_S)
+            for failure in lane.take_unseen():
+                logger.warning("%s failed, unnoticed: %s", failure.label, failure.error)
         work: list[Callable[[], Any]] = []
         if provisioner.deployment_created and config.cleanup_deployment_on_close == "delete":
             work.append(provisioner.delete_deployment)

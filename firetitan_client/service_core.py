@@ -5,6 +5,7 @@ Knows: transport, provisioner, lanes, waiting until something is ready. Must not
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -44,6 +45,7 @@ class ServiceCore:
         self._lock = threading.Lock()
         self._training: dict[tuple[str | None, int | None], object] = {}
         self._lanes: list[Lane] = []
+        self._opening = asyncio.Lock()
         self._closed = False
         self.stubs = Stubs(self._transport)
         """The raw services, for what is not wrapped."""
@@ -65,7 +67,8 @@ class ServiceCore:
         try:
             await self._provisioner.roll_back()
         except FiretitanError as error:
-            logger.warning("what was created could not be removed: %s", error)
+            if self._transport.served:  # else nothing can have been created
+                logger.warning("what was created could not be removed: %s", error)
 
     def _await_ready(
         self,
@@ -90,6 +93,6 @@ class ServiceCore:
                     raise
                 logger.warning("%s at %s: still waiting", what, self._transport.address)
                 client.result()
-        except Exception:
+        except BaseException:  # Ctrl-C too: the work goes on, and the call can be repeated
             failed()
             raise

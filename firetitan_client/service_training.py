@@ -199,6 +199,7 @@ class TrainingClients(ServiceCore):
                     f"{first_rank or 0}) already exists on this service. Create a new "
                     "FiretitanServiceClient for a separate trainer."
                 )
+            before = config.base_model, config.lora_rank
             config.base_model, config.lora_rank = base_model, lora_rank
             opened: APIFuture[Opened] = APIFuture("create_training_client")
             lane = Lane(self._transport, lambda client_id: self._attach(opened, client_id))
@@ -208,10 +209,16 @@ class TrainingClients(ServiceCore):
             )
             self._training[key] = client
             self._lanes.append(lane)
+
+        def failed() -> None:
+            """Let the call be repeated, with other settings too."""
+            self._training.pop(key, None)
+            config.base_model, config.lora_rank = before
+
         follow(self._open(session, wanted), opened)
         if load is not None:
             client._ready = self._loaded(client, opened, load)
-        self._await_ready(client, "the trainer", lambda: self._training.pop(key, None))
+        self._await_ready(client, "the trainer", failed)
         return client
 
     def _loaded(
@@ -270,9 +277,10 @@ class TrainingClients(ServiceCore):
         self, trainer: trainer_pb2.Trainer, session: str | None, wanted: Wanted
     ) -> Opened:
         check_same(self._config, trainer)
-        if session is None and not self._provisioner.trainer_created:
-            trainer = await get_trainer(self._transport, trainer.name)
-        return await open_session(self._transport, trainer, session, wanted)
+        async with self._opening:  # an interrupted call may still be opening the same session
+            if session is None:
+                trainer = await get_trainer(self._transport, trainer.name)
+            return await open_session(self._transport, trainer, session, wanted)
 
     async def _attach(self, opened: APIFuture[Opened], client_id: str) -> Any:
         return await attach(self._transport, (await opened).session, client_id)

@@ -34,6 +34,8 @@ SLICE_S = 30.0
 PATIENCE_S = float(os.environ.get("FIRETITAN_PATIENCE_S", "300"))
 """How long a daemon that was there may stay away before calls fail."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 0.25
+_SILENCE_S = 2.0
+"""How long a daemon may be away before the user is told; a restart takes less."""
 _OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -121,6 +123,8 @@ class Transport:
         self.autostart = autostart
         self.served = False
         """Whether the daemon ever answered this process."""
+        self.told_away = False
+        """Whether the user was told that it has stopped answering."""
         self._channel: grpc.Channel | None = None
         self._abandoned: grpc.Channel | None = None
         self._channel_lock = threading.Lock()
@@ -177,7 +181,7 @@ class Transport:
             except grpc.RpcError as error:
                 await patience.after(error)
             else:
-                self.served = True
+                self.served, self.told_away = True, False
                 return answer
 
     async def start_missing_daemon(self, error: FiretitanError) -> None:
@@ -211,7 +215,8 @@ class Patience:
     ) -> None:
         self.final = final
         self.transport = transport
-        self.deadline = loop().time() + patience_s
+        self.began = loop().time()
+        self.deadline = self.began + patience_s
         self.pause_s = _FIRST_PAUSE_S
 
     async def after(self, rpc_error: Any) -> None:
@@ -239,6 +244,15 @@ class Patience:
             raise error from None
         if self.pause_s == _FIRST_PAUSE_S:
             logger.info("%s: trying again: %s", self.transport.address, error)
+        now = loop().time()
+        if unreachable and now - self.began > _SILENCE_S and not self.transport.told_away:
+            self.transport.told_away = True
+            logger.warning(
+                "the daemon at %s went away; waiting up to %.0f s for it, start it with: %s",
+                self.transport.address,
+                self.deadline - now,
+                addresses.START_COMMAND,
+            )
         await asyncio.sleep(max(self.pause_s, error.retry_after_s or 0.0))
         self.pause_s = min(_LONGEST_PAUSE_S, self.pause_s * 1.5)
 

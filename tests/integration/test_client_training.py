@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tinker
-from firetitan.v1 import system_service_pb2, trainer_service_pb2
+from firetitan.v1 import trainer_service_pb2
 from support.daemon import DaemonProcess
 
 from firetitan_client import (
@@ -473,24 +473,6 @@ def test_a_script_that_ends_has_sent_its_calls(daemon: DaemonProcess) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     policy.forward(toy_data(), "cross_entropy").result()  # behind it in the session's order
     assert policy.list_checkpoints() == ["last"]
-
-
-def test_autostart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    home = tmp_path / "home"
-    monkeypatch.setenv("FIRETITAN_HOME", str(home))
-    monkeypatch.delenv("FIRETITAN_ADDRESS", raising=False)
-    service = FiretitanServiceClient.from_firetitan_config(
-        base_model=TOY, create_deployment=False, autostart=True
-    )
-    daemon = DaemonProcess(home)
-    try:
-        policy = service.create_training_client()
-        assert loss_of(policy, toy_data()) > 0
-        info = service.stubs.system.GetSystemInfo(system_service_pb2.GetSystemInfoRequest())
-        assert info.home == str(home)
-        os.kill(info.pid, signal.SIGTERM)
-    finally:
-        daemon.stop()
 
 
 def test_what_comes_later_says_so(policy: FiretitanTrainingClient) -> None:
