@@ -18,6 +18,7 @@ from firetitan.v1 import deployment_service_pb2, sampling_service_pb2
 
 from firetitan_client import address as addresses
 from firetitan_client import convert, transport, types
+from firetitan_client.errors import Unsupported
 from firetitan_client.futures import APIFuture
 from firetitan_client.transport import Transport
 
@@ -59,6 +60,7 @@ def build_request(
     prompt = convert.model_input_to_proto(tokens, "prompt")
     if not prompt.chunks[0].encoded_text.token_ids:
         raise convert.invalid("prompt", "has no tokens; give at least one")
+    _refuse_extras(params)
     max_tokens = getattr(params, "max_tokens", None)
     seed = getattr(params, "seed", None)
     message = sampling_service_pb2.SamplingParams(
@@ -83,6 +85,16 @@ def build_request(
         params=message,
         prompt_logprobs=prompt_logprobs,
     )
+
+
+def _refuse_extras(params: Any) -> None:
+    """Refuse what FiretitanSamplingParams may ask for and no daemon here does."""
+    for name in ("include_routing_matrix", "top_sampling_logprobs", "sampling_mask"):
+        value = getattr(params, name, None)
+        if value is not None and not (isinstance(value, int) and value == 0):
+            raise Unsupported(f"{name} is not supported yet; leave it out", field=name)
+    if getattr(params, "r3_ttl_seconds", None) is not None:
+        raise Unsupported("r3_ttl_seconds is not supported; leave it out", field="r3_ttl_seconds")
 
 
 def _set_stop(message: sampling_service_pb2.SamplingParams, stop: Any) -> None:
@@ -171,8 +183,13 @@ def load_tokenizer(source: Any) -> Any:
         raise ValueError("no tokenizer: pass tokenizer=, or tokenizer_model= to the service")
     if not isinstance(source, str):
         return source
-    from transformers import AutoTokenizer
-
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise ImportError(
+            "tokenizers are loaded by transformers, which is not installed; install it, or pass "
+            "a tokenizer object as tokenizer="
+        ) from None
     return AutoTokenizer.from_pretrained(source)
 
 

@@ -59,6 +59,23 @@ class SamplingParams:
     top_p: float = 1.0
 
 
+@dataclass(frozen=True)
+class FiretitanSamplingParams(SamplingParams):
+    """How to sample, with what FireTitan adds; what the daemon lacks is refused where it is used.
+
+    Not a subclass of tinker's, so that it needs no tinker; every sampling call takes either.
+    """
+
+    include_routing_matrix: bool = False
+    """Not supported: no experts are recorded."""
+    top_sampling_logprobs: int = 0
+    """Not supported."""
+    sampling_mask: Any = None
+    """Not supported."""
+    r3_ttl_seconds: int | None = None
+    """Not supported."""
+
+
 @dataclass(frozen=True, eq=False)
 class TensorData:
     """A dense array, for users without tinker."""
@@ -176,7 +193,7 @@ def result_type(name: str) -> type[Any]:
         found: type[Any] | None = getattr(tinker.types, name, None)
         if found is not None:
             return found
-    return _LIKENESSES[name]
+    return type(name, (_LIKENESSES[name],), {"__doc__": _LIKENESSES[name].__doc__})
 
 
 def tensor_data(array: npt.NDArray[Any]) -> Any:
@@ -229,6 +246,15 @@ def sample_response_type() -> type[Any]:
         "Sampled sequences; `snapshot` names what made them, empty for the base model.",
         {"snapshot": (str, ""), "seed": (int, 0)},
     )
+
+
+def __getattr__(name: str) -> Any:
+    """The result types whose base is tinker's, made when they are asked for."""
+    if name == "FiretitanSampleResponse":
+        return sample_response_type()
+    if name == "FiretitanSampledSequence":
+        return sampled_sequence_type()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _extended(

@@ -46,7 +46,6 @@ class WeightsCalls(SelfFuture[Opened]):
         self._lane = lane
         self._ready = ready
         self._label = label
-        self._saved_names: set[str] = set()
         self._num_samplers = 0
 
     # Snapshots, to serve
@@ -103,9 +102,6 @@ class WeightsCalls(SelfFuture[Opened]):
         request = checkpoint_service_pb2.SaveSnapshotRequest(
             snapshot_id=references.check_name(name), kind=kind
         )
-        if name in self._saved_names:
-            logger.warning("snapshot name %r was used before; this one gets a number", name)
-        self._saved_names.add(name)
 
         def finish(operation: operation_pb2.Operation) -> Any:
             snapshot: checkpoint_pb2.Snapshot = operation.snapshot

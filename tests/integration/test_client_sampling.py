@@ -127,7 +127,7 @@ def test_a_name_used_twice_gets_a_number(
     second = policy.save_weights_for_sampler("same").result().path
     suffix = first.removeprefix("same-")
     assert second == f"same.2-{suffix}"
-    assert any("was used before" in record.message for record in caplog.records)
+    assert any("exists and never changes" in record.message for record in caplog.records)
 
 
 def test_missing_snapshot_is_a_runtime_error_that_names_it(
