@@ -16,7 +16,7 @@ TINKERS := 0.23.0 0.27.0 0.38.0
 	verify-docs fix-lint fix-proto proto proto-baseline bench examples ci clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Install everything into .venv (torch for the CPU where the index has it)
 
