@@ -7,6 +7,7 @@ Knows: deployment records, the pool, pins. Must not know: how weights are put to
 from __future__ import annotations
 
 import asyncio
+import functools
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,13 @@ from firetitan_daemon.control.provisioning import (
     new_operation,
     settled,
 )
-from firetitan_daemon.control.services import Services, error_record, internal_error, logger
+from firetitan_daemon.control.services import (
+    Services,
+    error_record,
+    internal_error,
+    logger,
+    when_there_is_space,
+)
 from firetitan_daemon.control.workers import WorkerPool
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -248,17 +255,22 @@ class DeploymentManager:
             record = error_record(internal_error(deployment.name, error))
             await self._fail(deployment_id, record)
         else:
-            await self.update(deployment_id, state=ResourceState.ACTIVE, model=model, error=None)
+            active = functools.partial(
+                self.update, deployment_id, state=ResourceState.ACTIVE, model=model, error=None
+            )
+            await when_there_is_space(deployment.name, active)
             self._watch(deployment_id, worker)
 
     async def _fail(self, deployment_id: str, error: ErrorRecord) -> None:
-        await self.update(
+        failed = functools.partial(
+            self.update,
             deployment_id,
             creation_error=error,
             state=ResourceState.FAILED,
             error=error,
             worker_id=None,
         )
+        await when_there_is_space(f"deployments/{deployment_id}", failed)
 
     async def update(
         self,

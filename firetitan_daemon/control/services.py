@@ -5,9 +5,12 @@ Knows: the ports. Must not know: which implementations stand behind them.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from firetitan_daemon.control.codec import Codec
 from firetitan_daemon.control.operations import OperationRegistry
@@ -16,6 +19,8 @@ from firetitan_daemon.core.ports import Clock, Folders, Limits, Spool, Store, Wo
 from firetitan_daemon.core.records import ErrorRecord
 
 logger = logging.getLogger("firetitan.control")
+DISK_RETRY_S = 1.0
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,23 @@ class Services:
     """Threads a worker computes with; 0: as many as there are cores."""
     adopt_timeout_s: float = 5.0
     """How long one attempt to reach a worker of a former daemon may take."""
+
+
+async def when_there_is_space(what: str, write: Callable[[], Awaitable[_T]]) -> _T:
+    """Repeat a write that a full disk refuses: for what has happened and must be told.
+
+    Args:
+        what: For the log.
+        write: Changes nothing where it fails.
+    """
+    while True:
+        try:
+            return await write()
+        except FiretitanError as error:
+            if error.reason is not Reason.STATE_DISK_FULL:
+                raise
+            logger.error("cannot write down %s, trying again: %s", what, error)
+            await asyncio.sleep(DISK_RETRY_S)
 
 
 def error_record(error: FiretitanError) -> ErrorRecord:

@@ -6,6 +6,7 @@ Knows: session records, which settings two clients must agree on. Must not know:
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import uuid
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from firetitan_daemon.control.checkpoints import CheckpointManager
 from firetitan_daemon.control.codec import Header
 from firetitan_daemon.control.commands import CommandPipeline
 from firetitan_daemon.control.provisioning import check_text
-from firetitan_daemon.control.services import Services
+from firetitan_daemon.control.services import Services, when_there_is_space
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Change, Ledger, Worker
@@ -190,7 +191,9 @@ class SessionManager:
         """The trainer's worker is gone."""
         for pipeline in self._of_trainer(trainer_id):
             if pipeline.session.state is not SessionState.LOST:
-                await pipeline.lose(cause)
+                await when_there_is_space(
+                    pipeline.session.name, functools.partial(pipeline.lose, cause)
+                )
 
     async def close_trainer(self, trainer_id: str) -> None:
         """Finish what a trainer's sessions accepted and close them."""

@@ -17,7 +17,12 @@ from firetitan_daemon.control.provisioning import (
     new_operation,
     settled,
 )
-from firetitan_daemon.control.services import Services, error_record, internal_error
+from firetitan_daemon.control.services import (
+    Services,
+    error_record,
+    internal_error,
+    when_there_is_space,
+)
 from firetitan_daemon.control.sessions import SessionManager
 from firetitan_daemon.control.workers import WorkerPool
 from firetitan_daemon.core import names
@@ -217,9 +222,8 @@ class TrainerManager:
             settled(one, now, error)
             for one in self._services.operations.open_of(trainer.name, METHOD)
         ]
-        await self._services.operations.write(
-            Change(trainers=[trainer], operations=operations, durable=True)
-        )
+        change = Change(trainers=[trainer], operations=operations, durable=True)
+        await when_there_is_space(trainer.name, lambda: self._services.operations.write(change))
         self._trainers[trainer.id] = trainer
 
     def _watch(self, trainer_id: str, worker: Worker) -> None:

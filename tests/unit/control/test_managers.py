@@ -30,6 +30,7 @@ from firetitan_daemon.core.records import (
     OperationState,
     ResourceState,
     Session,
+    SessionState,
     Snapshot,
     Trainer,
     WorkerKind,
@@ -197,18 +198,18 @@ async def test_hotloads_apply_in_the_order_they_were_accepted(
 async def test_a_full_disk_does_not_end_the_watch_over_lanes(
     managers: Managers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = 0
+    calls, again = 0, asyncio.Event()
 
     async def expire() -> None:
         nonlocal calls
         calls += 1
         if calls == 1:
             raise FiretitanError(Reason.STATE_DISK_FULL, "the disk is full")
+        again.set()
 
     monkeypatch.setattr(managers.sessions, "expire", expire)
     managers.supervisor.begin(await managers.store.load())
-    await asyncio.sleep(0.8)
-    assert calls > 1
+    await asyncio.wait_for(again.wait(), 5)
 
 
 async def test_a_dead_worker_does_not_bring_a_deleted_deployment_back(
@@ -295,6 +296,35 @@ async def test_a_worker_that_is_slow_to_answer_while_it_loads_is_waited_for(
     monkeypatch.setattr(managers.services.launcher, "adopt", busy)
     found, _ = await managers.pool.start(worker.spec)
     assert found.pid == worker.pid and tries == 2
+
+
+async def test_a_full_disk_delays_what_has_happened_and_loses_none_of_it(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firetitan_daemon.control.services.DISK_RETRY_S", 0.02)
+    write, refused = managers.store.write, 0
+
+    async def full(change: Change) -> None:
+        nonlocal refused
+        ended = any(one.done for one in change.operations)
+        lost = any(one.state is SessionState.LOST for one in change.sessions)
+        if (ended or lost) and refused % 3 != 2:
+            refused += 1
+            raise FiretitanError(Reason.STATE_DISK_FULL, "the disk is full")
+        refused += 1 if ended or lost else 0
+        await write(change)
+
+    monkeypatch.setattr(managers.store, "write", full)
+    trainer, worker = await managers.trainer()
+    await managers.deployment()
+    session, _ = await managers.sessions.create(trainer, worker, Wanted(), "s")
+    worker._process.kill()
+    for _ in range(250):
+        if managers.trainers.get("t").state is ResourceState.FAILED:
+            break
+        await asyncio.sleep(0.02)
+    assert managers.sessions.get(session.name).state is SessionState.LOST
+    assert refused >= 9
 
 
 async def test_a_cancellation_happens_even_if_its_caller_goes_away(managers: Managers) -> None:
