@@ -61,8 +61,8 @@ class Command:
 
     @property
     def label(self) -> str:
-        """The method, for people."""
-        return self.method.partition("/")[2]
+        """The call, for people."""
+        return call_name(self.method)
 
 
 class Attachment:
@@ -270,6 +270,14 @@ def _pass_on(call: Iterator[Any], loop: asyncio.AbstractEventLoop, arrived: Any)
         loop.call_soon_threadsafe(arrived.put_nowait, end)
     except RuntimeError:
         logger.debug("the loop ended before its watch stream")
+
+
+def call_name(method: str) -> str:
+    """What users call an RPC: `TrainingService/OptimStep` is `optim_step`."""
+    last = method.partition("/")[2]
+    if last == "SaveSnapshot":
+        return "save_weights_for_sampler"
+    return "".join(f"_{one.lower()}" if one.isupper() else one for one in last).lstrip("_")
 
 
 def _header_field(header: bytes) -> bytes:

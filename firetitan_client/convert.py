@@ -244,7 +244,8 @@ def _array(values: Any, field: str) -> npt.NDArray[Any]:
     if array.size == 0:
         return array.astype(np.float32) if array.dtype.kind not in "iu" else array
     if array.dtype.kind == "b" or array.dtype.kind not in "iuf":
-        raise invalid(field, f"holds {array.dtype}; give numbers")
+        what = "text; encode it with get_tokenizer()" if array.dtype.kind == "U" else array.dtype
+        raise invalid(field, f"holds {what}; give numbers")
     return array
 
 

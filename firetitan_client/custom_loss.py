@@ -85,6 +85,10 @@ class CustomLossCall:
 
     def __init__(self, lane: Lane, data: Any, loss_fn: LossFn) -> None:
         _torch()
+        if not callable(loss_fn):
+            raise convert.invalid(
+                "loss_fn", f"is {loss_fn!r}; give a function, or call forward_backward for a name"
+            )
         self._lane = lane
         self._data = data
         self._loss_fn = loss_fn

@@ -157,7 +157,8 @@ class APIFuture(concurrent.futures.Future[T], Generic[T]):
         elif self.done():
             error = super().exception(0)
             state = "done" if error is None else f"failed: {type(error).__name__}"
-        return f"<APIFuture {self._label or '?'} {self.operation or 'not yet accepted'} {state}>"
+        operation = f" {self.operation}" if self.operation else ""
+        return f"<APIFuture {self._label or '?'}{operation} {state}>"
 
 
 class SelfFuture(Generic[T]):

@@ -23,7 +23,7 @@ from typing import Any
 from firetitan.v1 import operation_pb2
 
 from firetitan_client import transport as transports
-from firetitan_client.attachment import Attachment, Command, Place
+from firetitan_client.attachment import Attachment, Command, Place, call_name
 from firetitan_client.errors import (
     ClientClosed,
     FiretitanError,
@@ -176,7 +176,7 @@ class Lane:
                 reason="REQUEST_TOO_LARGE",
                 field="data",
             )
-        future: APIFuture[Any] = APIFuture(method.partition("/")[2])
+        future: APIFuture[Any] = APIFuture(call_name(method))
         command = Command(method, body, response, convert, future, seen_failure=self._seen_failure)
         future._canceller = lambda: self._cancel(command)
         return command

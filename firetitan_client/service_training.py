@@ -99,15 +99,17 @@ class TrainingClients(ServiceCore):
     def create_lora_training_client(
         self,
         base_model: str | None = None,
-        rank: int = 32,
+        rank: int | None = None,
         seed: int | None = None,
-        train_mlp: bool = True,
-        train_attn: bool = True,
-        train_unembed: bool = True,
+        train_mlp: bool | None = None,
+        train_attn: bool | None = None,
+        train_unembed: bool | None = None,
         user_metadata: Mapping[str, str] | None = None,
-        alpha: float = 32,
+        alpha: float | _Unset = UNSET,
     ) -> FiretitanTrainingClient:
-        """As `create_training_client`, in tinker's words."""
+        """As `create_training_client`, in tinker's words; without a rank anywhere it is 32."""
+        if rank is None and self._config.lora_rank is None and self._config.trainer_job_id is None:
+            rank = 32
         return self.create_training_client(
             base_model, rank, seed, train_mlp, train_attn, train_unembed, alpha, user_metadata
         )

@@ -65,6 +65,35 @@ def test_a_mistyped_rank_of_a_joined_trainer_can_be_corrected(address: str) -> N
     assert joining.create_training_client().session_name == policy.session_name
 
 
+def test_tinkers_words_keep_what_the_service_was_set_to(address: str) -> None:
+    first = FiretitanServiceClient.from_firetitan_config(
+        base_model=TOY, lora_rank=4, lora_alpha=8, train_mlp=False, create_deployment=False
+    )
+    policy = first.create_lora_training_client(TOY)
+    assert "rank 4" in repr(policy)
+    joining = FiretitanServiceClient(trainer_job_id=policy.trainer_job_id)
+    assert joining.create_lora_training_client(TOY).session_name == policy.session_name
+    assert "rank 32" in repr(FiretitanServiceClient().create_lora_training_client(TOY))
+
+
+def test_calls_are_named_as_they_were_made(address: str) -> None:
+    service = FiretitanServiceClient.from_firetitan_config(base_model=TOY, lora_rank=4)
+    policy = service.create_training_client()
+    futures = [policy.forward_backward([datum()], "cross_entropy") for _ in range(50)]
+    with pytest.raises(TimeoutError, match=r"^forward_backward: not done within"):
+        futures[-1].result(0.0)
+    futures[-1].result()
+    assert repr(futures[0]) == f"<APIFuture forward_backward {futures[0].operation} done>"
+    with pytest.raises(ValueError, match="loss_fn: is 'ppo'; give a function"):
+        policy.forward_backward_custom([datum()], "ppo")
+    sampler = service.create_sampling_client()
+    with pytest.raises(ValueError, match="prompt: holds text; encode it with get_tokenizer"):
+        sampler.sample("hello")
+    sampled = sampler.sample([1], 1, tinker.SamplingParams(max_tokens=1))
+    sampled.result()
+    assert repr(sampled) == "<APIFuture sample done>"
+
+
 def test_an_interrupted_creation_can_be_repeated(address: str) -> None:
     """Ctrl-C while the model loads, then the same cell again."""
     service = FiretitanServiceClient.from_firetitan_config(
