@@ -111,15 +111,16 @@ def train(
         return tokens
 
     def draw(sampler: Any, countries: list[str], num_samples: int, draw_seed: int) -> list[Any]:
-        """For each country a group of sampled sequences."""
-        params = tinker.SamplingParams(max_tokens=max_tokens, seed=draw_seed, temperature=1.0)
+        """For each country a group of sampled sequences, every group by a seed of its own."""
         futures = [
             sampler.sample(
                 prompt=tinker.ModelInput.from_ints(tokens_of(country)),
                 num_samples=num_samples,
-                sampling_params=params,
+                sampling_params=tinker.SamplingParams(
+                    max_tokens=max_tokens, seed=1000 * draw_seed + index, temperature=1.0
+                ),
             )
-            for country in countries
+            for index, country in enumerate(countries)
         ]
         return [future.result().sequences for future in futures]
 
@@ -132,7 +133,7 @@ def train(
 
     def look(sampler: Any) -> tuple[float, str]:
         """Mean reward on the held-out countries, and one answer."""
-        groups = draw(sampler, list(HELD_OUT), 4, seed)
+        groups = draw(sampler, list(HELD_OUT), 4, 1000 + seed)
         rewards = [
             reward(country, capital, text(sequence))
             for (country, capital), group in zip(HELD_OUT.items(), groups, strict=True)
@@ -149,7 +150,7 @@ def train(
             first_look = look(sampler)
         countries = order.sample(sorted(CAPITALS), num_questions)
         data, rewards = [], []
-        groups = draw(sampler, countries, group_size, seed + step)
+        groups = draw(sampler, countries, group_size, 100 * seed + step)
         for country, group in zip(countries, groups, strict=True):
             scores = [reward(country, CAPITALS[country], text(sequence)) for sequence in group]
             rewards += scores

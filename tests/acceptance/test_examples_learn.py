@@ -58,6 +58,8 @@ def test_fine_tuning_learns_and_carries_over(daemon: DaemonProcess, seed: int) -
 def test_reward_rises_on_seen_and_unseen_questions(daemon: DaemonProcess, seed: int) -> None:
     report = run_example(daemon, "grpo", seed)
     rewards, (before, after) = report["rewards"], report["heldout"]
-    assert 0.1 <= rewards[0] <= 0.6
+    # One step asks four questions; only several steps, or all held-out ones, tell where it starts.
+    assert 0.1 <= statistics.mean(rewards[:4]) <= 0.6
+    assert 0.1 <= before <= 0.6
     assert statistics.mean(rewards[-4:]) >= statistics.mean(rewards[:4]) + 0.2
     assert after > before
