@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     )
     from firetitan_client.constants import ExportPrecision as ExportPrecision
     from firetitan_client.constants import GradNormMetricsMode as GradNormMetricsMode
+    from firetitan_client.deployment_config import DeploymentConfig as DeploymentConfig
+    from firetitan_client.deployment_config import DeploymentInfo as DeploymentInfo
+    from firetitan_client.deployment_manager import DeploymentManager as DeploymentManager
     from firetitan_client.deployment_sampler import DeploymentSampler as DeploymentSampler
     from firetitan_client.deployment_sampler import SampledCompletion as SampledCompletion
     from firetitan_client.errors import Aborted as Aborted
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
     from firetitan_client.errors import Unavailable as Unavailable
     from firetitan_client.errors import Unsupported as Unsupported
     from firetitan_client.errors import WeightsChanged as WeightsChanged
+    from firetitan_client.fireworks_client import FireworksClient as FireworksClient
     from firetitan_client.futures import APIFuture as APIFuture
     from firetitan_client.managed import DeploymentCleanupOnClose as DeploymentCleanupOnClose
     from firetitan_client.managed import FiretitanProvisioningConfig as FiretitanProvisioningConfig
@@ -76,7 +80,12 @@ if TYPE_CHECKING:
     from firetitan_client.sdk_errors import validate_output_model_id as validate_output_model_id
     from firetitan_client.server_metrics import ServerMetrics as ServerMetrics
     from firetitan_client.service import FiretitanServiceClient as FiretitanServiceClient
+    from firetitan_client.trainer_job_config import CreatedTrainerJob as CreatedTrainerJob
+    from firetitan_client.trainer_job_config import TrainerJobConfig as TrainerJobConfig
+    from firetitan_client.trainer_job_config import TrainerServiceEndpoint as TrainerServiceEndpoint
+    from firetitan_client.trainer_jobs import TrainerJobManager as TrainerJobManager
     from firetitan_client.training import FiretitanTrainingClient as FiretitanTrainingClient
+    from firetitan_client.training_profile import TrainingShapeProfile as TrainingShapeProfile
     from firetitan_client.training_spec import ConstantSchedule as ConstantSchedule
     from firetitan_client.training_spec import CosineSchedule as CosineSchedule
     from firetitan_client.training_spec import LinearSchedule as LinearSchedule
@@ -92,9 +101,11 @@ if TYPE_CHECKING:
     )
     from firetitan_client.training_spec import parse_lr_scheduler_spec as parse_lr_scheduler_spec
     from firetitan_client.types import AdamParams as AdamParams
+    from firetitan_client.types import FiretitanSamplingParams as FiretitanSamplingParams
     from firetitan_client.types import GradAccNormalization as GradAccNormalization
     from firetitan_client.types import SamplingParams as SamplingParams
     from firetitan_client.types import SaveSamplerResult as SaveSamplerResult
+    from firetitan_client.weight_syncer import WeightSyncer as WeightSyncer
 
 _EXPORTS = {
     "APIFuture": "futures",
@@ -109,11 +120,15 @@ _EXPORTS = {
     "ConstantSchedule": "training_spec",
     "Corrupt": "errors",
     "CosineSchedule": "training_spec",
+    "CreatedTrainerJob": "trainer_job_config",
     "DEFAULT_CHECKSUM_FORMAT": "constants",
     "DEFAULT_DELTA_COMPRESSION": "constants",
     "DEFAULT_MERGED_BASE_EXPORT_PRECISION": "constants",
     "DaemonNotRunning": "errors",
     "DeploymentCleanupOnClose": "managed",
+    "DeploymentConfig": "deployment_config",
+    "DeploymentInfo": "deployment_config",
+    "DeploymentManager": "deployment_manager",
     "DeploymentSampler": "deployment_sampler",
     "DeploymentSamplerTimeoutError": "sdk_errors",
     "Endpoint": "address",
@@ -122,8 +137,10 @@ _EXPORTS = {
     "FiretitanError": "errors",
     "FiretitanProvisioningConfig": "managed",
     "FiretitanSamplingClient": "sampling",
+    "FiretitanSamplingParams": "types",
     "FiretitanServiceClient": "service",
     "FiretitanTrainingClient": "training",
+    "FireworksClient": "fireworks_client",
     "FixedConcurrencyController": "concurrency",
     "GradAccNormalization": "types",
     "GradNormMetricsMode": "constants",
@@ -147,11 +164,16 @@ _EXPORTS = {
     "SessionRestarted": "errors",
     "SnapshotNotActive": "errors",
     "StepMismatch": "errors",
+    "TrainerJobConfig": "trainer_job_config",
+    "TrainerJobManager": "trainer_jobs",
+    "TrainerServiceEndpoint": "trainer_job_config",
     "TrainingAPIError": "errors",
+    "TrainingShapeProfile": "training_profile",
     "Unauthenticated": "errors",
     "Unavailable": "errors",
     "Unsupported": "errors",
     "WSDSchedule": "training_spec",
+    "WeightSyncer": "weight_syncer",
     "WeightsChanged": "errors",
     "compute_lr": "training_spec",
     "default_constant_schedule": "training_spec",

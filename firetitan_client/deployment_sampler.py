@@ -6,6 +6,7 @@ a snapshot.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,19 @@ from firetitan.v1 import sampling_service_pb2
 
 from firetitan_client import address as addresses
 from firetitan_client import types
-from firetitan_client.errors import ClientClosed, Unsupported
+from firetitan_client.concurrency import (
+    AdaptiveConcurrencyController,
+    FixedConcurrencyController,
+    SamplingConcurrencyController,
+)
+from firetitan_client.errors import (
+    Busy,
+    ClientClosed,
+    DaemonNotRunning,
+    FiretitanError,
+    Unavailable,
+    Unsupported,
+)
 from firetitan_client.futures import APIFuture, SelfFuture, completed
 from firetitan_client.sample_requests import (
     Target,
@@ -26,6 +39,7 @@ from firetitan_client.sample_requests import (
     send,
     stop_reason,
 )
+from firetitan_client.sdk_errors import DeploymentSamplerTimeoutError, SamplingRequestError
 from firetitan_client.server_metrics import ServerMetrics
 
 
@@ -64,8 +78,10 @@ class DeploymentSampler(SelfFuture[Target]):
         model: The deployment's id.
         api_key: Ignored on a Unix socket.
         tokenizer: Tokenizer, folder or id; for texts.
-        concurrency_controller: Its `acquire` and `release` surround each request.
-        max_concurrency: Ignored; the daemon batches what it gets.
+        concurrency_controller: Its `acquire` and `release` surround each request; None: a new
+            AdaptiveConcurrencyController.
+        max_concurrency: Deprecated: a FixedConcurrencyController of this size, where no controller
+            is given.
         additional_headers: Ignored.
         ready: Instead of an address and an id: done once the deployment serves.
     """
@@ -86,7 +102,16 @@ class DeploymentSampler(SelfFuture[Target]):
         self._ready = ready or completed(deployment_target(inference_url, model, tokenizer))
         self._source = tokenizer
         self._loaded: Any = None
-        self.concurrency_controller = concurrency_controller
+        if max_concurrency is not None:
+            warnings.warn(
+                "max_concurrency is deprecated; pass "
+                "concurrency_controller=FixedConcurrencyController(n)",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        self.concurrency_controller: SamplingConcurrencyController = (
+            concurrency_controller or _controller(max_concurrency)
+        )
         self._metrics: list[ServerMetrics] = []
         self._closed = False
 
@@ -179,6 +204,11 @@ class DeploymentSampler(SelfFuture[Target]):
             logprobs: Ignored: both kinds are always there.
             options: `echo`, `top_logprobs`, `images`, `include_routing_matrix` and their kin are
                 refused where they ask for something.
+
+        Raises:
+            DeploymentSamplerTimeoutError: No try ended within `http_timeout`; a TimeoutError.
+            SamplingRequestError: The daemon or the worker did not answer in all tries.
+            FiretitanError: What another try would not change, by reason.
         """
         _refuse(options)
         if self._closed:
@@ -190,17 +220,25 @@ class DeploymentSampler(SelfFuture[Target]):
             max_tokens, seed, stop, temperature, top_k if top_k else -1, top_p
         )
         request = build_request(prompt, n, params)
-        if self.concurrency_controller is not None:
-            await self.concurrency_controller.acquire()
+        target = await self._ready
+        await self.concurrency_controller.acquire()
         metrics: ServerMetrics | None = None
         try:
             future: APIFuture[sampling_service_pb2.SampleResponse] = APIFuture("sample")
-            follow(send(await self._ready, request, http_timeout), future)
+            follow(send(target, request, http_timeout), future)
             response = await future
             metrics = _metrics(response, len(prompt))
+        except FiretitanError as error:
+            metrics = ServerMetrics(
+                http_status_code=error.status_code, transport_error=isinstance(error, Unavailable)
+            )
+            self._given_up(metrics)
+            failure = _failure(error, self.model)
+            if failure is None:
+                raise
+            raise failure from error
         finally:
-            if self.concurrency_controller is not None:
-                self.concurrency_controller.release(metrics)
+            self.concurrency_controller.release(metrics)
         self._metrics.append(metrics)
         made = [self._completion(prompt, one, response.snapshot) for one in response.sequences]
         return [one for one in made if max_seq_len is None or len(one.full_tokens) <= max_seq_len]
@@ -220,6 +258,11 @@ class DeploymentSampler(SelfFuture[Target]):
             raise ValueError(f"prompt: has {len(prompt_token_ids)} tokens, max_seq_len is {limit}")
         completions = await self.sample_with_prompt_tokens(prompt_token_ids, 1, **options)
         return SampledRequestResult(completions, self._metrics[-1])
+
+    def _given_up(self, metrics: ServerMetrics) -> None:
+        note = getattr(self.concurrency_controller, "note_retry_exhausted", None)
+        if note is not None:
+            note(metrics)
 
     def drain_metrics(self) -> list[ServerMetrics]:
         """What the requests since the last call cost."""
@@ -250,6 +293,29 @@ class DeploymentSampler(SelfFuture[Target]):
         if not self._ready.done() or self._ready.exception(0) is not None:
             return "<DeploymentSampler not ready>"
         return f"<DeploymentSampler {self.model} at {self._opened.transport.address}>"
+
+
+def _controller(max_concurrency: int | None) -> SamplingConcurrencyController:
+    if max_concurrency is None:
+        return AdaptiveConcurrencyController()
+    return FixedConcurrencyController(max_concurrency)
+
+
+def _failure(error: FiretitanError, model: str) -> SamplingRequestError | None:
+    """The documented error of a request that all tries did not help; None: it is its own."""
+    if isinstance(error, DaemonNotRunning) or not isinstance(error, Unavailable | Busy):
+        return None
+    late = error.reason == "DEADLINE_EXCEEDED"
+    kind = DeploymentSamplerTimeoutError if late else SamplingRequestError
+    failure = kind(
+        f"Sampling from {model!r} failed after all tries: {error}",
+        model=model,
+        final_status=504 if late else error.status_code,
+        final_error_kind=error.reason,
+        context=error.metadata,
+    )
+    failure.reason, failure.retry_after_s = error.reason, error.retry_after_s
+    return failure
 
 
 def _metrics(response: sampling_service_pb2.SampleResponse, prompt_tokens: int) -> ServerMetrics:

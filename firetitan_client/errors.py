@@ -10,6 +10,7 @@ Every class is also the built-in exception a Python user expects (`ValueError`, 
 from __future__ import annotations
 
 import concurrent.futures
+from collections.abc import Mapping
 from typing import Any
 
 DOMAIN = "firetitan.v1"
@@ -62,10 +63,39 @@ class FiretitanError(Exception):
         return (type(self), (self.message,), self.__dict__)
 
 
-class TrainingAPIError(FiretitanError):
-    """A failure with an HTTP-like `status_code`, for code that decides on numbers."""
+class TrainingAPIError(FiretitanError, RuntimeError):
+    """A failure with an HTTP-like `status_code`, for code that decides on numbers.
+
+    Args:
+        message: As of every `FiretitanError`, and so the rest.
+        status_code: HTTP's number for it; None: the class's own.
+        reason: What kind of thing failed.
+        field: Path of the offending argument.
+        metadata: Further facts as text.
+        retry_after_s: Seconds after which another try makes sense.
+    """
 
     status_code = 500
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        status_code: int | None = None,
+        reason: str | None = None,
+        field: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(
+            message,
+            reason=reason,
+            field=field,
+            metadata=dict(metadata or {}),
+            retry_after_s=retry_after_s,
+        )
+        if status_code is not None:
+            self.status_code = status_code
 
 
 class InvalidArgument(FiretitanError, ValueError):

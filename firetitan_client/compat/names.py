@@ -105,7 +105,10 @@ ROOT: tuple[str, ...] = tuple(
 )
 """Names of the SDK itself."""
 
-ELSEWHERE = dict.fromkeys(_ONLY_IN_SUBMODULES, "sdk_errors")
+ELSEWHERE = dict.fromkeys(_ONLY_IN_SUBMODULES, "sdk_errors") | {
+    "FiretitanSampleResponse": "types",
+    "FiretitanSampledSequence": "types",
+}
 """Names that `firetitan_client` does not export: their module in it."""
 
 

@@ -1,0 +1,214 @@
+"""FireworksClient: the managed service's control plane, in what it means for a local daemon.
+
+Knows: rows of checkpoints, facts about models and shapes. Must not know: how trainers and
+deployments are run (`trainer_jobs`, `deployment_manager`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from firetitan.v1 import checkpoint_pb2, checkpoint_service_pb2, trainer_service_pb2
+
+from firetitan_client.control_client import ControlClient, job_id_of, job_name_of, rfc3339
+from firetitan_client.errors import NotFound, Unsupported
+from firetitan_client.sdk_errors import validate_output_model_id
+from firetitan_client.training_profile import (
+    TrainingShapeProfile,
+    context_length,
+    is_moe,
+    local_profile,
+    read_config,
+)
+
+_TOY = "firetitan/toy"
+
+
+class FireworksClient(ControlClient):
+    """Checkpoints, models and shapes of the local daemon, in the managed service's terms."""
+
+    def list_checkpoints(self, job_id: str, *, page_size: int = 200) -> list[dict[str, Any]]:
+        """Everything a trainer has saved, oldest first; also of one that was deleted.
+
+        Args:
+            job_id: Id or name of the trainer.
+            page_size: Rows asked for at a time; all are returned.
+
+        Returns:
+            Rows with `name` (`accounts/local/rlorTrainerJobs/<job>/checkpoints/<id>`),
+            `createTime`, `updateTime` (RFC 3339), `checkpointType` and `promotable`; and of ours
+            `baseModel`, `loraRank`, `step` and `sizeBytes`. Snapshots for sampling and checkpoints
+            to resume from are told apart by their type.
+
+        Raises:
+            NotFound: No such trainer, and nothing it would have saved.
+        """
+        return self._run("list_checkpoints", self._rows(job_id_of(job_id), page_size))
+
+    async def _rows(self, trainer_id: str, page_size: int) -> list[dict[str, Any]]:
+        rows = [
+            *[
+                _checkpoint_row(trainer_id, one)
+                for one in await self._all("ListCheckpoints", "checkpoints", trainer_id, page_size)
+            ],
+            *[
+                _snapshot_row(trainer_id, one)
+                for one in await self._all("ListSnapshots", "snapshots", trainer_id, page_size)
+            ],
+        ]
+        if not rows:
+            await self._find_trainer(trainer_id)
+        return sorted(rows, key=lambda row: str(row["createTime"]))
+
+    async def _all(self, method: str, field: str, trainer_id: str, page_size: int) -> list[Any]:
+        found: list[Any] = []
+        token = ""
+        while True:
+            answer = await self._transport.call(
+                f"CheckpointService/{method}",
+                getattr(checkpoint_service_pb2, f"{method}Request")(
+                    parent=f"trainers/{trainer_id}", page_size=page_size, page_token=token
+                ),
+                getattr(checkpoint_service_pb2, f"{method}Response"),
+            )
+            found += getattr(answer, field)
+            token = answer.next_page_token
+            if not token:
+                return found
+
+    def promote_checkpoint(
+        self,
+        job_id: str | None = None,
+        checkpoint_id: str | None = None,
+        output_model_id: str | None = None,
+        base_model: str | None = None,
+        *,
+        name: str | None = None,
+        hot_load_deployment_id: str | None = None,
+    ) -> dict[str, Any]:
+        """Not supported: the daemon has no registry of models.
+
+        Raises:
+            ValueError: The arguments name no checkpoint, or no valid model id.
+            Unsupported: Otherwise; says where the files of a snapshot are.
+        """
+        if name is not None and checkpoint_id is not None:
+            raise ValueError("pass either name= or checkpoint_id, not both")
+        if name is None and (job_id is None or checkpoint_id is None):
+            raise ValueError(
+                "name: give the `name` of a list_checkpoints row, "
+                "accounts/<a>/rlorTrainerJobs/<job>/checkpoints/<id>"
+            )
+        if name is None:
+            warnings.warn(
+                "job_id and checkpoint_id are deprecated; pass name=",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        problems = validate_output_model_id((output_model_id or "").rpartition("/")[2])
+        if problems:
+            raise ValueError("\n".join(problems))
+        snapshot = (name or checkpoint_id or "").rpartition("/")[2]
+        raise Unsupported(
+            f"promote_checkpoint: there is no registry of models yet; the files of {snapshot!r} "
+            "are a PEFT or Hugging Face folder already: service.stubs.checkpoints.GetSnapshot(...)"
+            ".snapshot.path"
+        )
+
+    def model_is_moe(self, model: str) -> bool:
+        """Whether a model is a mixture of experts, as its config.json says.
+
+        Args:
+            model: Folder, Hugging Face id that is on this machine, or the base model of a trainer.
+
+        Raises:
+            NotFound: There is no such model on this machine yet.
+        """
+        if model == _TOY:
+            return False
+        return is_moe(self._run("model_is_moe", self._config(model)))
+
+    async def _config(self, model: str) -> dict[str, Any]:
+        config = read_config(model)
+        token = ""
+        while config is None:
+            answer = await self._transport.call(
+                "TrainerService/ListTrainers",
+                trainer_service_pb2.ListTrainersRequest(page_token=token),
+                trainer_service_pb2.ListTrainersResponse,
+            )
+            paths = [one.model.path for one in answer.trainers if one.base_model == model]
+            config = next(filter(None, map(read_config, filter(None, paths))), None)
+            token = answer.next_page_token
+            if not token:
+                break
+        if config is None:
+            raise NotFound(
+                f"model: {model!r} is not on this machine: no folder, not in the Hugging Face "
+                "cache, and no trainer has loaded it; create a trainer with it first",
+                reason="MODEL_NOT_FOUND",
+                field="model",
+            )
+        return config
+
+    def resolve_training_profile(
+        self, training_shape_id: str, *, base_model: str | None = None, **_: Any
+    ) -> TrainingShapeProfile:
+        """What a training shape is here: this machine, whatever the shape's name says.
+
+        Args:
+            training_shape_id: Any name; kept.
+            base_model: Model whose own limit becomes `max_supported_context_length`; None: that
+                is 0, for the limit of whatever is trained.
+
+        Raises:
+            ValueError: No name.
+            NotFound: `base_model` is not on this machine yet.
+        """
+        if not isinstance(training_shape_id, str) or not training_shape_id.strip():
+            raise ValueError("training_shape_id: is empty; any name will do, e.g. 'local'")
+        length = 0
+        if base_model is not None and base_model != _TOY:
+            length = context_length(self._run("resolve_training_profile", self._config(base_model)))
+        return local_profile(training_shape_id.strip(), length)
+
+    def promote_session_checkpoint(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Not supported: there are no serverless sessions."""
+        raise Unsupported("serverless training sessions are not supported; use a trainer")
+
+    def list_training_session_checkpoints(self, *_: Any, **__: Any) -> list[dict[str, Any]]:
+        """Not supported: there are no serverless sessions."""
+        raise Unsupported(
+            "serverless training sessions are not supported; use list_checkpoints(job_id)"
+        )
+
+
+def _row(trainer_id: str, saved: Any, kind: str, promotable: bool) -> dict[str, Any]:
+    time = rfc3339(saved.create_time)
+    row = {
+        "name": f"{job_name_of(trainer_id)}/checkpoints/{saved.name.rpartition('/')[2]}",
+        "createTime": time,
+        "updateTime": time,
+        "checkpointType": f"CHECKPOINT_TYPE_{kind}",
+        "promotable": promotable,
+        "baseModel": saved.base_model,
+        "loraRank": saved.lora_rank,
+        "step": saved.step,
+        "sizeBytes": saved.size_bytes,
+    }
+    if saved.HasField("expire_time"):
+        row["expireTime"] = rfc3339(saved.expire_time)
+    return row
+
+
+def _checkpoint_row(trainer_id: str, saved: checkpoint_pb2.Checkpoint) -> dict[str, Any]:
+    return _row(trainer_id, saved, "TRAINING_LORA" if saved.lora_rank else "TRAINING", False)
+
+
+def _snapshot_row(trainer_id: str, saved: checkpoint_pb2.Snapshot) -> dict[str, Any]:
+    if saved.lora_rank:
+        return _row(trainer_id, saved, "INFERENCE_LORA", True)
+    if saved.kind == checkpoint_pb2.Snapshot.KIND_DELTA:
+        return _row(trainer_id, saved, "INFERENCE_ARC_V2", False)
+    return _row(trainer_id, saved, "INFERENCE_BASE", True)

@@ -1,0 +1,139 @@
+"""What a trainer made by hand is asked for and answered with.
+
+Knows: the documented settings. Must not know: the daemon.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from dataclasses import dataclass
+
+from firetitan_client.errors import Unsupported
+
+_DISPLAY_NAME_LENGTH = 64
+_LONGEST_INACTIVITY_S = 3 * 3600
+_DURATION = re.compile(r"\d+(\.\d{1,9})?s")
+
+
+@dataclass(frozen=True)
+class CreatedTrainerJob:
+    """A trainer that was asked for; it may still be loading its model."""
+
+    job_name: str
+    """`accounts/local/rlorTrainerJobs/<id>`."""
+    job_id: str
+
+
+@dataclass(frozen=True)
+class TrainerServiceEndpoint:
+    """A trainer that is ready."""
+
+    job_name: str
+    """`accounts/local/rlorTrainerJobs/<id>`."""
+    job_id: str
+    base_url: str
+    """For `FiretitanServiceClient(base_url=...)`, in this and any other process."""
+    max_context_length: int | None = None
+    """Longest sequence, in tokens."""
+
+
+@dataclass
+class TrainerJobConfig:
+    """What a trainer is to be. Settings without a remark have no effect on one machine."""
+
+    base_model: str
+    """Hugging Face id or local folder."""
+    lora_rank: int = 0
+    """0 trains every parameter."""
+    max_context_length: int | None = None
+    """Tokens; None: the model's own limit."""
+    learning_rate: float = 1e-5
+    """For information: each optim_step carries its own."""
+    gradient_accumulation_steps: int | None = None
+    """1 or None: accumulate with several backward calls a step."""
+    node_count: int | None = None
+    trainer_replica_count: int | None = None
+    """1 or None; more is refused."""
+    display_name: str | None = None
+    hot_load_deployment_id: str | None = None
+    """Deployment that shall serve this trainer's snapshots; it must exist."""
+    region: str | None = None
+    custom_image_tag: str | None = None
+    extra_args: list[str] | None = None
+    extra_values: dict[str, str] | None = None
+    accelerator_type: str | None = None
+    accelerator_count: int | None = None
+    training_shape_ref: str | None = None
+    """This machine is the shape, whatever its name."""
+    forward_only: bool = False
+    """Refused if True."""
+    auto_select_training_shape: bool = False
+    inactivity_timeout: datetime.timedelta | str | None = None
+    disable_inactivity_cleanup: bool = False
+    skip_validations: bool = False
+    purpose: str | None = None
+    preemptible: bool = False
+    managed_by: str | None = None
+    requested_job_id: str | None = None
+    """The trainer's id; one that exists with equal settings is used. None: one is made up."""
+    use_reservation: bool = True
+    reservation_target: str | None = None
+
+    def validate(self) -> None:
+        """Refuse settings that contradict each other.
+
+        Raises:
+            ValueError: Names every one, a line each.
+        """
+        problems: list[str] = []
+        if not self.base_model:
+            problems.append("base_model is required")
+        if self.gradient_accumulation_steps not in (None, 1):
+            problems.append(
+                "gradient_accumulation_steps must be 1; accumulate with several forward_backward "
+                "calls before an optim_step"
+            )
+        if self.display_name is not None and len(self.display_name) >= _DISPLAY_NAME_LENGTH:
+            problems.append(f"display_name must be fewer than {_DISPLAY_NAME_LENGTH} characters")
+        if self.inactivity_timeout is not None:
+            problems += _check_inactivity(self.inactivity_timeout)
+        if self.training_shape_ref and self.auto_select_training_shape:
+            problems.append("training_shape_ref and auto_select_training_shape cannot both be set")
+        if self.training_shape_ref or self.auto_select_training_shape:
+            problems += [
+                f"{name} cannot be set together with a training shape; leave one of them out"
+                for name in ("accelerator_type", "accelerator_count", "node_count")
+                if getattr(self, name)
+            ]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def refuse_unsupported(self) -> None:
+        """Refuse what the daemon cannot do rather than ignore it.
+
+        Raises:
+            Unsupported: Names the setting.
+        """
+        if self.forward_only:
+            raise Unsupported("forward_only trainers are not supported yet", field="forward_only")
+        if (self.trainer_replica_count or 1) != 1:
+            raise Unsupported(
+                f"trainer_replica_count={self.trainer_replica_count}: one is supported on this "
+                "host",
+                field="trainer_replica_count",
+            )
+
+
+def _check_inactivity(value: datetime.timedelta | str) -> list[str]:
+    if isinstance(value, datetime.timedelta):
+        seconds = value.total_seconds()
+    elif isinstance(value, str) and _DURATION.fullmatch(value):
+        seconds = float(value[:-1])
+    else:
+        return ["inactivity_timeout must be a datetime.timedelta or a text like '1800s'"]
+    if seconds < 0:
+        return ["inactivity_timeout must be non-negative"]
+    if seconds > _LONGEST_INACTIVITY_S:
+        return ["inactivity_timeout must be at most 3 hours"]
+    return []

@@ -1,0 +1,103 @@
+"""DeploymentSampler: its own controller, and what failed requests become."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from firetitan_client import (
+    AdaptiveConcurrencyController,
+    DeploymentSampler,
+    DeploymentSamplerTimeoutError,
+    FiretitanSamplingClient,
+    FiretitanSamplingParams,
+    FixedConcurrencyController,
+    SamplingRequestError,
+    deployment_sampler,
+    errors,
+)
+from firetitan_client.server_metrics import ServerMetrics
+
+ADDRESS = "unix:/nobody/listens.sock"
+
+
+def test_a_sampler_without_a_controller_has_one_of_its_own() -> None:
+    first, second = (DeploymentSampler(ADDRESS, "d") for _ in range(2))
+    assert isinstance(first.concurrency_controller, AdaptiveConcurrencyController)
+    assert first.concurrency_controller is not second.concurrency_controller
+    given = FixedConcurrencyController(3)
+    assert DeploymentSampler(ADDRESS, "d", None, None, given).concurrency_controller is given
+    with pytest.warns(DeprecationWarning, match="FixedConcurrencyController"):
+        old = DeploymentSampler(ADDRESS, "d", max_concurrency=5)
+    assert old.concurrency_controller.window_size == 5
+
+
+class Recording(FixedConcurrencyController):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.released: list[ServerMetrics | None] = []
+        self.given_up: list[ServerMetrics] = []
+
+    def release(self, metrics: ServerMetrics | None = None) -> None:
+        self.released.append(metrics)
+        super().release(metrics)
+
+    def note_retry_exhausted(self, metrics: ServerMetrics) -> None:
+        self.given_up.append(metrics)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "status"),
+    [
+        (errors.Unavailable("gone"), SamplingRequestError, 503),
+        (errors.Busy("full"), SamplingRequestError, 429),
+        (
+            errors.Unavailable("late", reason="DEADLINE_EXCEEDED"),
+            DeploymentSamplerTimeoutError,
+            504,
+        ),
+        (errors.DaemonNotRunning("none"), errors.DaemonNotRunning, 503),
+        (errors.InvalidArgument("bad"), errors.InvalidArgument, 400),
+    ],
+)
+def test_what_a_failed_request_becomes(
+    monkeypatch: pytest.MonkeyPatch,
+    error: errors.FiretitanError,
+    kind: type[errors.FiretitanError],
+    status: int,
+) -> None:
+    async def send(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(deployment_sampler, "send", send)
+    controller = Recording()
+    sampler = DeploymentSampler(ADDRESS, "d", concurrency_controller=controller)
+    with pytest.raises(kind) as failed:
+        asyncio.run(sampler.sample_with_prompt_tokens([1]))
+    assert type(failed.value) is kind
+    assert failed.value.status_code == status
+    assert failed.value.reason == error.reason
+    assert str(error) in str(failed.value)
+    assert [one.http_status_code for one in controller.released if one] == [error.status_code]
+    assert controller.given_up == controller.released
+    # The place was given back.
+    asyncio.run(asyncio.wait_for(controller.acquire(), 1))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"include_routing_matrix": True},
+        {"top_sampling_logprobs": 2},
+        {"sampling_mask": [1]},
+        {"r3_ttl_seconds": 60},
+    ],
+)
+def test_firetitans_own_sampling_settings_are_refused(asked: dict[str, Any]) -> None:
+    client = FiretitanSamplingClient.create(ADDRESS, "d")
+    with pytest.raises(NotImplementedError, match=next(iter(asked))):
+        client.sample([1], 1, FiretitanSamplingParams(max_tokens=1, **asked))
