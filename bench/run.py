@@ -117,7 +117,9 @@ def sampling(options: Options) -> list[Finding]:
     with (
         daemon(options.threads) as home,
         FiretitanServiceClient.from_firetitan_config(
-            base_model=options.model, cleanup_deployment_on_close="delete"
+            base_model=options.model,
+            cleanup_trainer_on_close=True,
+            cleanup_deployment_on_close="delete",
         ) as service,
         Side("generate", options.threads, model=options.model) as side,
     ):

@@ -99,7 +99,7 @@ class PackedDecoder:
         self._rows = RowQuantum(loaded.dtype, loaded.device, max_rows)
         self.measure(None)
         probe = self.prefill(np.zeros(_PROBE_TOKENS, np.int32), logprobs=False)
-        self.bytes_per_token: int = probe.state.num_bytes // _PROBE_TOKENS
+        self.bytes_per_token: int = self.fork(probe, 1).num_bytes // _PROBE_TOKENS
 
     @property
     def quantum(self) -> int | None:

@@ -35,6 +35,7 @@ PASSED_NAMES = frozenset(
 PASSED_PREFIXES = (
     "CUDA_",
     "FIRETITAN_",
+    "GOMP_",
     "HF_",
     "HUGGINGFACE_",
     "KMP_",
@@ -303,9 +304,11 @@ def environment(ours: Mapping[str, str], num_threads: int) -> dict[str, str]:
         theirs["PYTHONPATH"] = os.pathsep.join(str(Path(folder).absolute()) for folder in folders)
     threads = str(num_threads or ours.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     theirs["OMP_NUM_THREADS"] = theirs["MKL_NUM_THREADS"] = threads
-    # Threads wait asleep: a machine shared with a sampler or a notebook loses most of its time to
-    # threads that spin between two kernels (a step took 10 s instead of 2 s).
-    theirs.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads spin for about the time between two kernels and then sleep: asleep at once, a decode
+    # step takes twice as long; spinning on, a machine shared with a sampler or a notebook loses
+    # most of its time (a step took 10 s instead of 2 s).
+    if "OMP_WAIT_POLICY" not in theirs:
+        theirs.setdefault("GOMP_SPINCOUNT", "10000")
     # Activations come and go by the hundred megabytes: keep their pages instead of faulting anew.
     theirs["MALLOC_MMAP_MAX_"] = "0"
     theirs["MALLOC_TRIM_THRESHOLD_"] = str(TRIM_THRESHOLD_BYTES)

@@ -61,7 +61,7 @@ class WorkerServer:
             worker_pb2_grpc.add_TrainerWorkerServiceServicer_to_server(trainer, self._server)
             self._host, describe = trainer_host, trainer.describe
         elif spec.kind == SAMPLER:
-            sampler_host = EngineHost(sample)
+            sampler_host = EngineHost(sample, computes_here=False)
             sampler = SamplerServicer(sampler_host)
             worker_pb2_grpc.add_SamplerWorkerServiceServicer_to_server(sampler, self._server)
             self._host, describe = sampler_host, sampler.describe

@@ -46,10 +46,13 @@ class EngineHost(Generic[EngineT]):
 
     Args:
         make: Loads the engine; runs in the compute thread.
+        computes_here: False for an engine with a compute thread of its own; callers then take
+            turns by themselves, and each call has a thread that ends with it.
     """
 
-    def __init__(self, make: Callable[[ModelSpec], EngineT]) -> None:
+    def __init__(self, make: Callable[[ModelSpec], EngineT], *, computes_here: bool = True) -> None:
         self._make = make
+        self._computes_here = computes_here
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._engine: EngineT | None = None
         self._loading: asyncio.Task[EngineT] | None = None
@@ -85,7 +88,13 @@ class EngineHost(Generic[EngineT]):
 
     async def run(self, work: Callable[[], ResultT]) -> ResultT:
         """Run in the compute thread, after what is queued there."""
-        return await asyncio.get_running_loop().run_in_executor(self._compute, work)
+        done = asyncio.get_running_loop().run_in_executor(self._compute, work)
+        if not self._computes_here:
+            # A second thread's pool of kernel threads halves the speed of the engine's own one for
+            # as long as the thread lives.
+            self._compute.shutdown(wait=False)
+            self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+        return await done
 
     async def load(self, request: worker_pb2.LoadModelRequest) -> EngineT:
         """Load the model once; calls meanwhile wait for it, a failed load can be tried again.

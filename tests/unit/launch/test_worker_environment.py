@@ -5,15 +5,17 @@ from __future__ import annotations
 from firetitan_daemon.launch.local import environment
 
 
-def test_threads_are_set_and_wait_asleep() -> None:
+def test_threads_are_set_and_spin_for_a_bounded_time() -> None:
     theirs = environment({"OMP_NUM_THREADS": "3"}, 0)
     assert theirs["OMP_NUM_THREADS"] == theirs["MKL_NUM_THREADS"] == "3"
-    assert theirs["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert theirs["GOMP_SPINCOUNT"] == "10000"
     assert environment({"OMP_NUM_THREADS": "3"}, 2)["OMP_NUM_THREADS"] == "2"
 
 
 def test_the_users_choice_of_waiting_stands() -> None:
-    assert environment({"OMP_WAIT_POLICY": "ACTIVE"}, 0)["OMP_WAIT_POLICY"] == "ACTIVE"
+    chosen = environment({"OMP_WAIT_POLICY": "ACTIVE"}, 0)
+    assert chosen["OMP_WAIT_POLICY"] == "ACTIVE" and "GOMP_SPINCOUNT" not in chosen
+    assert environment({"GOMP_SPINCOUNT": "7"}, 0)["GOMP_SPINCOUNT"] == "7"
 
 
 def test_secrets_of_others_stay_behind() -> None:
