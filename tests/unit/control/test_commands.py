@@ -179,7 +179,10 @@ async def test_a_full_disk_refuses_before_accepting(
 
 async def test_a_refused_command_leaves_no_file(bench: Bench) -> None:
     await bench.ended(await bench.forward_backward())
-    files = set(bench.spool_root.iterdir())
+    async with asyncio.timeout(10):
+        # The payload goes once the result is settled, shortly after its waiters are told.
+        while len(files := set(bench.spool_root.iterdir())) > 1:
+            await asyncio.sleep(0.001)
     message = optim_request()
     message.adam_params.learning_rate = 5
     with pytest.raises(FiretitanError) as caught:
