@@ -179,10 +179,7 @@ async def test_a_full_disk_refuses_before_accepting(
 
 async def test_a_refused_command_leaves_no_file(bench: Bench) -> None:
     await bench.ended(await bench.forward_backward())
-    async with asyncio.timeout(10):
-        # The payload goes once the result is settled, shortly after its waiters are told.
-        while len(files := set(bench.spool_root.iterdir())) > 1:
-            await asyncio.sleep(0.001)
+    files = set(bench.spool_root.iterdir())
     message = optim_request()
     message.adam_params.learning_rate = 5
     with pytest.raises(FiretitanError) as caught:
@@ -190,7 +187,8 @@ async def test_a_refused_command_leaves_no_file(bench: Bench) -> None:
     assert caught.value.reason is Reason.REQUEST_ID_REUSED
     repeat = await bench.forward_backward(seq=1)
     assert repeat.state is OperationState.DONE
-    assert set(bench.spool_root.iterdir()) == files
+    # The first one's payload may go meanwhile; nothing may come.
+    assert set(bench.spool_root.iterdir()) <= files
 
 
 async def test_a_lost_session_ends_what_is_open_and_begins_anew(bench: Bench) -> None:
