@@ -97,7 +97,7 @@ def train(
         learning_rate: None takes one that suits the rank.
         seed: Of the adapter's first weights, the order of the questions and the samples.
     """
-    learning_rate = learning_rate or (3e-4 if lora_rank else 1e-5)
+    learning_rate = learning_rate or (3e-4 if lora_rank else 3e-5)
     policy = service.create_training_client(base_model=model, lora_rank=lora_rank, seed=seed)
     tokenizer = policy.get_tokenizer()
     report = Report()
