@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from firetitan_client import address as addresses
 from firetitan_client import transport
@@ -18,6 +18,9 @@ from firetitan_client.futures import SelfFuture, in_event_loop
 from firetitan_client.lane import Lane
 from firetitan_client.managed import FiretitanProvisioningConfig, Provisioner
 from firetitan_client.stubs import Stubs
+
+if TYPE_CHECKING:
+    from firetitan_client.training import FiretitanTrainingClient
 
 logger = logging.getLogger("firetitan")
 
@@ -43,7 +46,7 @@ class ServiceCore:
         self._transport = transport.connect(endpoint.address, autostart)
         self._provisioner = Provisioner(self._transport, config)
         self._lock = threading.Lock()
-        self._training: dict[tuple[str | None, int | None], object] = {}
+        self._training: dict[tuple[str | None, int | None], FiretitanTrainingClient] = {}
         self._lanes: list[Lane] = []
         self._opening = asyncio.Lock()
         self._closed = False

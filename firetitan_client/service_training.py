@@ -75,18 +75,8 @@ class TrainingClients(ServiceCore):
                 service has such a client already.
             FiretitanError: By reason, e.g. no daemon, unknown model.
         """
-        wanted = self._wanted(
-            lora_rank,
-            lora_alpha,
-            Wanted(
-                seed=self._config.seed if seed is None else seed,
-                train_mlp=self._config.train_mlp if train_mlp is None else train_mlp,
-                train_attn=self._config.train_attn if train_attn is None else train_attn,
-                train_unembed=(
-                    self._config.train_unembed if train_unembed is None else train_unembed
-                ),
-                user_metadata={**self._user_metadata, **(user_metadata or {})},
-            ),
+        wanted = self._configured(
+            lora_rank, lora_alpha, seed, train_mlp, train_attn, train_unembed, user_metadata
         )
         for name, value in (
             ("projection_head_dim", projection_head_dim),
@@ -150,6 +140,30 @@ class TrainingClients(ServiceCore):
     ) -> FiretitanTrainingClient:
         metadata = {**self._user_metadata, **(user_metadata or {})}
         return self._create(None, None, Wanted(user_metadata=metadata), None, load)
+
+    def _configured(
+        self,
+        lora_rank: int | None = None,
+        lora_alpha: float | _Unset | None = UNSET,
+        seed: int | None = None,
+        train_mlp: bool | None = None,
+        train_attn: bool | None = None,
+        train_unembed: bool | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> Wanted:
+        """What was asked of a session, the service's settings where nothing was."""
+        config = self._config
+        return self._wanted(
+            lora_rank,
+            lora_alpha,
+            Wanted(
+                seed=config.seed if seed is None else seed,
+                train_mlp=config.train_mlp if train_mlp is None else train_mlp,
+                train_attn=config.train_attn if train_attn is None else train_attn,
+                train_unembed=config.train_unembed if train_unembed is None else train_unembed,
+                user_metadata={**self._user_metadata, **(user_metadata or {})},
+            ),
+        )
 
     def _wanted(self, rank: int | None, alpha: float | _Unset | None, wanted: Wanted) -> Wanted:
         rank = self._config.lora_rank if rank is None else rank
@@ -284,31 +298,14 @@ class TrainingClients(ServiceCore):
                 trainer = await get_trainer(self._transport, trainer.name)
             return await open_session(self._transport, trainer, session, wanted)
 
+    @property
+    def _policy(self) -> FiretitanTrainingClient | None:
+        """The training client of this service, if there is one."""
+        with self._lock:
+            return next(iter(self._training.values()), None)
+
     async def _attach(self, opened: APIFuture[Opened], client_id: str) -> Any:
         return await attach(self._transport, (await opened).session, client_id)
-
-    def create_base_training_client(
-        self, base_model: str | None = None, user_metadata: Mapping[str, str] | None = None
-    ) -> FiretitanTrainingClient:
-        """Not supported yet."""
-        raise Unsupported(
-            "create_base_training_client is not supported yet; for reference logprobs use a second "
-            "service with a trainer of its own and only forward()"
-        )
-
-    def create_reference_client(
-        self,
-        base_model: str | None = None,
-        lora_rank: int | None = None,
-        user_metadata: Mapping[str, str] | None = None,
-        *,
-        policy_client: Any = None,
-    ) -> FiretitanTrainingClient:
-        """Not supported yet."""
-        raise Unsupported(
-            "create_reference_client is not supported yet; for reference logprobs use a second "
-            "service with a trainer of its own and only forward()"
-        )
 
     # Twins: `await` them for the client
 

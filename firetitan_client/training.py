@@ -34,6 +34,9 @@ class FiretitanTrainingClient(WeightsCalls):
         label: What was asked for, for `repr`.
     """
 
+    _base_only = False
+    """Whether forwards leave the session's adapter out."""
+
     @property
     def service(self) -> FiretitanServiceClient:
         """The service that made this client."""
@@ -87,6 +90,7 @@ class FiretitanTrainingClient(WeightsCalls):
             data=convert.data_to_proto(data),
             loss_fn=_loss_name(loss_fn),
             loss_fn_config=convert.loss_config_to_proto(loss_fn_config),
+            base_only=self._base_only,
         )
         return self._submit(
             "TrainingService/Forward",
@@ -223,6 +227,26 @@ class FiretitanTrainingClient(WeightsCalls):
             lora_rank=opened.lora_rank or None,
             model_name=opened.base_model,
         )
+
+    def create_base_training_client(
+        self, base_model: str | None = None, user_metadata: Mapping[str, str] | None = None
+    ) -> FiretitanTrainingClient:
+        """A client of this session with the adapter left out; only `forward` works on it.
+
+        Args:
+            base_model: Must be the service's; None: that.
+            user_metadata: Accepted, without effect: the session has its notes.
+
+        Raises:
+            ValueError: Another model, or a full-parameter session.
+        """
+        return self._service._create_base(base_model, self)
+
+    async def create_base_training_client_async(
+        self, base_model: str | None = None, user_metadata: Mapping[str, str] | None = None
+    ) -> FiretitanTrainingClient:
+        """As `create_base_training_client`."""
+        return await self.create_base_training_client(base_model, user_metadata)
 
     # Twins: `await` them for the future, await that for the result
 

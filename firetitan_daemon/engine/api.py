@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.records import ModelInfo as ModelInfo
 
 Int32Array = npt.NDArray[np.int32]
@@ -162,6 +163,27 @@ class SessionProgress:
     """Model forwards run since the session was opened; shows that a custom loss costs one."""
 
 
+def check_base_only(lora: LoraSpec | None, retain_graph: bool) -> None:
+    """Refuse to leave out an adapter that is not there, or to keep the base model's graph.
+
+    Raises:
+        FiretitanError: INVALID_ARGUMENT.
+    """
+    if lora is None:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            "base_only: this session trains every parameter, so there is no adapter to leave out; "
+            "create_reference_client() runs the base model in a trainer of its own",
+            field="base_only",
+        )
+    if retain_graph:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            "retain_graph: nothing of the base model is trained; leave it out with base_only",
+            field="retain_graph",
+        )
+
+
 class TrainEngine(Protocol):
     """One model, one training session. All calls from one thread."""
 
@@ -177,12 +199,26 @@ class TrainEngine(Protocol):
         """Attach a fresh adapter (or make every parameter trainable) and a fresh optimizer."""
 
     def forward(
-        self, data: Sequence[Datum], loss_fn: str, config: LossConfig, *, retain_graph: bool = False
+        self,
+        data: Sequence[Datum],
+        loss_fn: str,
+        config: LossConfig,
+        *,
+        retain_graph: bool = False,
+        base_only: bool = False,
     ) -> ForwardOutput:
-        """Logprobs and the loss, gradients untouched; `retain_graph` keeps what `backward` needs.
+        """Logprobs and the loss, gradients and kept graphs untouched.
+
+        Args:
+            data: The batch.
+            loss_fn: Name of a built-in loss.
+            config: Its settings.
+            retain_graph: Keep what `backward` needs.
+            base_only: Leave the session's adapter out; nothing can be kept then.
 
         Raises:
-            FiretitanError: INVALID_DATUM, LOSS_INPUT_MISSING, UNKNOWN_LOSS, each naming the field.
+            FiretitanError: INVALID_DATUM, LOSS_INPUT_MISSING, UNKNOWN_LOSS, each naming the field;
+                INVALID_ARGUMENT for `base_only` in a full-parameter session.
         """
 
     def backward(self, graph: str, output_grads: Sequence[Float32Array]) -> ForwardOutput:

@@ -32,6 +32,7 @@ from firetitan_daemon.engine.api import (
     SessionProgress,
     SessionSpec,
     SnapshotKind,
+    check_base_only,
 )
 from firetitan_daemon.engine.batch import Batch, Limits, make_batch
 from firetitan_daemon.engine.export import SnapshotWriter
@@ -149,15 +150,36 @@ class HfTrainEngine:
         )
 
     def forward(
-        self, data: Sequence[Datum], loss_fn: str, config: LossConfig, *, retain_graph: bool = False
+        self,
+        data: Sequence[Datum],
+        loss_fn: str,
+        config: LossConfig,
+        *,
+        retain_graph: bool = False,
+        base_only: bool = False,
     ) -> ForwardOutput:
-        """Logprobs and the loss, gradients untouched; `retain_graph` keeps what `backward` needs.
+        """Logprobs and the loss, gradients and kept graphs untouched (see `TrainEngine`).
 
         Raises:
             FiretitanError: INVALID_DATUM, LOSS_INPUT_MISSING, UNKNOWN_LOSS, NON_FINITE,
                 INVALID_ARGUMENT, each naming the field.
         """
         session = self._session()
+        if base_only:
+            check_base_only(session.spec.lora, retain_graph)
+            with session.trainables.left_out():
+                return self._forward(session, data, loss_fn, config, retain_graph=False)
+        return self._forward(session, data, loss_fn, config, retain_graph=retain_graph)
+
+    def _forward(
+        self,
+        session: _Session,
+        data: Sequence[Datum],
+        loss_fn: str,
+        config: LossConfig,
+        *,
+        retain_graph: bool,
+    ) -> ForwardOutput:
         loss, settings = choose_loss(loss_fn, config)
         batch = make_batch(data, loss, self._limits(), strict=False)
         tokens = len(batch.targets)

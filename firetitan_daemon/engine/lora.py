@@ -198,6 +198,11 @@ def wrap_modules(model: nn.Module, names: Sequence[str]) -> LoraSlot:
     return slot
 
 
+def adapter_slot(model: nn.Module) -> LoraSlot:
+    """The slot that all wrapped layers of a model share; at least one is wrapped."""
+    return next(module.slot for module in model.modules() if isinstance(module, LoraLinear))
+
+
 def unwrap_modules(model: nn.Module) -> None:
     """Put plain linear layers back; their weights are the same tensors."""
     for name, module in list(model.named_modules()):

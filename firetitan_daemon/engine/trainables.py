@@ -9,14 +9,21 @@ rounded copies that `refresh` renews after each write to the masters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
 
 from firetitan_daemon.engine.api import LoraSpec
 from firetitan_daemon.engine.head import Head, HeadGradients
-from firetitan_daemon.engine.lora import LoraLinear, LoraPair, attach_lora, unwrap_modules
+from firetitan_daemon.engine.lora import (
+    LoraLinear,
+    LoraPair,
+    adapter_slot,
+    attach_lora,
+    unwrap_modules,
+)
 from firetitan_daemon.engine.models import LoadedModel
 
 LORA_A = ".lora_A.weight"
@@ -40,6 +47,9 @@ class Trainables(Protocol):
     def refresh(self) -> None:
         """Make the model compute with what the masters now hold."""
 
+    def left_out(self) -> AbstractContextManager[None]:
+        """Within it the model computes without what is trained, where that can be left out."""
+
     def detach(self) -> None:
         """Leave the model as it was found, full-parameter updates aside."""
 
@@ -56,6 +66,7 @@ class LoraTrainables:
     def __init__(self, loaded: LoadedModel, spec: LoraSpec, seed: int) -> None:
         self._loaded = loaded
         self.adapter: Mapping[str, LoraPair] = attach_lora(loaded.model, spec, seed)
+        self._slot = adapter_slot(loaded.model)
         self.masters = {}
         for name, pair in self.adapter.items():
             self.masters[name + LORA_A] = pair.a.requires_grad_()
@@ -77,6 +88,15 @@ class LoraTrainables:
         """Round A and scaling * B into the base's dtype again."""
         for pair in self.adapter.values():
             pair.refresh()
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Within it the model is the base model: no layer applies the adapter."""
+        active, self._slot.active = self._slot.active, None
+        try:
+            yield
+        finally:
+            self._slot.active = active
 
     def detach(self) -> None:
         """Take the adapter out of the model."""
@@ -128,6 +148,10 @@ class FullTrainables:
         with torch.no_grad():
             for name, parameter in self.leaves.items():
                 parameter.copy_(self.masters[name])
+
+    def left_out(self) -> AbstractContextManager[None]:
+        """There is nothing to leave out: the model is what is trained."""
+        return nullcontext()
 
     def detach(self) -> None:
         """Freeze the parameters again."""

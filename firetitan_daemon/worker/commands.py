@@ -159,6 +159,7 @@ class CommandRunner:
             request.loss_fn,
             convert.loss_config_from_proto(request.loss_fn_config),
             retain_graph=request.retain_graph,
+            base_only=request.base_only,
         )
         if output.graph is not None:
             self._graphs[output.graph] = self._weights_version

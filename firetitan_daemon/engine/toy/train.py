@@ -30,6 +30,7 @@ from firetitan_daemon.engine.api import (
     SessionSpec,
     SnapshotFormat,
     SnapshotKind,
+    check_base_only,
 )
 from firetitan_daemon.engine.raw import (
     RawTensor,
@@ -110,10 +111,21 @@ class ToyTrainEngine:
             self._replace(model.lora_weights(spec.lora, spec.seed))
 
     def forward(
-        self, data: Sequence[Datum], loss_fn: str, config: LossConfig, *, retain_graph: bool = False
+        self,
+        data: Sequence[Datum],
+        loss_fn: str,
+        config: LossConfig,
+        *,
+        retain_graph: bool = False,
+        base_only: bool = False,
     ) -> ForwardOutput:
-        """Logprobs and the loss; gradients stay as they are."""
+        """Logprobs and the loss; gradients and kept graphs stay as they are."""
         loss, settings = self._check(data, loss_fn, config, strict=False)
+        if base_only:
+            check_base_only(self._session().lora, retain_graph)
+            table = model.logprob_table(model.logits_table(self._base))
+            output, _ = self._evaluate(data, loss, settings, table)
+            return output
         output, _ = self._evaluate(data, loss, settings)
         if not retain_graph:
             return output
@@ -303,9 +315,13 @@ class ToyTrainEngine:
         return check(data, loss_fn, config, model.VOCAB, context, strict)
 
     def _evaluate(
-        self, data: Sequence[Datum], loss: Loss, settings: Mapping[str, float | None]
+        self,
+        data: Sequence[Datum],
+        loss: Loss,
+        settings: Mapping[str, float | None],
+        table: Float64Array | None = None,
     ) -> tuple[ForwardOutput, list[Float64Array]]:
-        table = self._table()
+        table = self._table() if table is None else table
         outputs: list[dict[str, Float32Array]] = []
         gradients: list[Float64Array] = []
         total = 0.0

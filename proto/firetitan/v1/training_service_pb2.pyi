@@ -338,10 +338,13 @@ class ForwardRequest(google.protobuf.message.Message):
     LOSS_FN_FIELD_NUMBER: builtins.int
     LOSS_FN_CONFIG_FIELD_NUMBER: builtins.int
     RETAIN_GRAPH_FIELD_NUMBER: builtins.int
+    BASE_ONLY_FIELD_NUMBER: builtins.int
     loss_fn: builtins.str
     """Name of a built-in loss."""
     retain_graph: builtins.bool
     """Keep what Backward needs."""
+    base_only: builtins.bool
+    """Run the base model, the session's adapter left out; full-parameter sessions have none to leave."""
     @property
     def header(self) -> firetitan.v1.command_pb2.CommandHeader:
         """Who and which."""
@@ -362,9 +365,10 @@ class ForwardRequest(google.protobuf.message.Message):
         loss_fn: builtins.str = ...,
         loss_fn_config: google.protobuf.struct_pb2.Struct | None = ...,
         retain_graph: builtins.bool = ...,
+        base_only: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["header", b"header", "loss_fn_config", b"loss_fn_config"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data", "header", b"header", "loss_fn", b"loss_fn", "loss_fn_config", b"loss_fn_config", "retain_graph", b"retain_graph"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_only", b"base_only", "data", b"data", "header", b"header", "loss_fn", b"loss_fn", "loss_fn_config", b"loss_fn_config", "retain_graph", b"retain_graph"]) -> None: ...
 
 global___ForwardRequest = ForwardRequest
 
