@@ -308,6 +308,7 @@ BY_REASON: dict[str, type[FiretitanError]] = {
     "UNAUTHENTICATED": Unauthenticated,
     "UNSUPPORTED": Unsupported,
     "INTERNAL": InternalError,
+    "POISON_COMMAND": InternalError,
 }
 """Class of each reason, by its name without the enum's prefix."""
 

@@ -102,6 +102,7 @@ class Daemon:
             codec=ProtobufCodec(),
             limits=config.limits,
             operations=OperationRegistry(self._store, self._spool, config.limits),
+            recovery=config.recovery,
             num_threads=config.workers.num_threads,
             adopt_timeout_s=config.workers.adopt_timeout_s,
         )
@@ -144,7 +145,9 @@ class Daemon:
             SamplingServicer(SamplingRouter(deployments), supervisor),
             DeploymentServicer(deployments, syncer, messages, supervisor),
             TrainerServicer(trainers, sessions, messages, supervisor),
-            SystemServicer(self._identity, services.limits, supervisor, pool, self._stopping.set),
+            SystemServicer(
+                self._identity, services.limits, supervisor, pool, sessions, self._stopping.set
+            ),
         )
         return RpcServer(
             self.places.socket,

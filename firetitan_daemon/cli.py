@@ -89,6 +89,15 @@ def status(home: Path | None, as_json: bool) -> None:
             f"{worker.memory_bytes / 2**20:8.0f} MiB"
         )
 
+    for one in info.recoveries:
+        state = f"recovering, {one.to_replay} to replay" if one.recovering else "kept"
+        point = f"point at step {one.point_step}" if one.point_step else "no recovery point"
+        click.echo(
+            f"  session  {one.session:32} {state}; {point}, {one.kept_bytes / 2**20:.1f} MiB to "
+            f"replay, cost {one.point_cost:.1%}; {one.recoveries} recoveries, "
+            f"{one.replayed} replayed"
+        )
+
 
 @main.command()
 @_home_option

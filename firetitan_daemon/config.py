@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from firetitan_daemon.core.ports import Limits
+from firetitan_daemon.core.recovery import RecoveryLimits
 
 
 class ConfigError(ValueError):
@@ -60,10 +61,11 @@ class DaemonConfig:
     server: ServerConfig = field(default_factory=ServerConfig)
     limits: Limits = field(default_factory=Limits)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
+    recovery: RecoveryLimits = field(default_factory=RecoveryLimits)
     log: LogConfig = field(default_factory=LogConfig)
 
 
-_SECTIONS = ("server", "limits", "workers", "log")
+_SECTIONS = ("server", "limits", "workers", "recovery", "log")
 _LEVELS = ("debug", "info", "warning", "error")
 
 

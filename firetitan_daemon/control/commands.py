@@ -19,6 +19,7 @@ from pathlib import Path
 
 from firetitan_daemon.control.checkpoints import CheckpointManager, Finished, Prepared
 from firetitan_daemon.control.codec import Header
+from firetitan_daemon.control.recovery import MAX_DEATHS, SessionRecovery
 from firetitan_daemon.control.services import Services, error_record, internal_error
 from firetitan_daemon.control.session_rows import SessionRows
 from firetitan_daemon.core import chain
@@ -28,6 +29,7 @@ from firetitan_daemon.core.ports import Change, Command, Outcome, Worker
 from firetitan_daemon.core.records import (
     ErrorRecord,
     Lane,
+    LoadedFrom,
     Operation,
     OperationState,
     Session,
@@ -54,6 +56,7 @@ class CommandPipeline:
         checkpoints: CheckpointManager,
     ) -> None:
         self._rows = SessionRows(session, sequencer, services)
+        self.recovery = SessionRecovery(session.name, services)
         self._services = services
         self._checkpoints = checkpoints
         self._ready: deque[str] = deque()
@@ -66,6 +69,8 @@ class CommandPipeline:
         self._settled.set()
         self._settled_through = session.commit_seq
         self._worker: Worker | None = None
+        self._ended_in: Operation | None = None
+        """The command that the worker was running when it ended."""
         self._task: asyncio.Task[None] | None = None
         self._refusal: FiretitanError | None = None
         self._pausing = False
@@ -148,8 +153,8 @@ class CommandPipeline:
         if self.session.state is SessionState.RECOVERING:
             raise FiretitanError(
                 Reason.RECOVERING,
-                f"{self.session.name}: the daemon restarted and is reaching the worker; "
-                "send the command again",
+                f"{self.session.name}: its worker is being reached or replaced; send the command "
+                "again",
                 retry_after_s="0.1",
             )
         if self.session.state is SessionState.LOST:
@@ -221,7 +226,9 @@ class CommandPipeline:
                 payload = await self._services.spool.read(operation.payload)
             prepared = await self._checkpoints.prepare(self.session, operation, payload)
             operation = await self._dispatch(operation, prepared)
+            started = self._services.clock.monotonic()
             outcome = await self._execute(operation, prepared)
+            seconds = self._services.clock.monotonic() - started
             failpoint("commands.applied")
             if outcome.error is not None:
                 await self._fail(operation, outcome.error, prepared)
@@ -233,7 +240,10 @@ class CommandPipeline:
             record = error_record(internal_error(f"{operation.method} {operation.name}", error))
             await self._fail(operation, record, prepared)
         else:
-            await self._succeed(operation, finished)
+            done = await self._succeed(operation, prepared, outcome, finished)
+            await self.recovery.ran(done, seconds)
+            assert self._worker is not None
+            await self.recovery.make_point(self._worker, done)
 
     async def _dispatch(self, operation: Operation, prepared: Prepared) -> Operation:
         """Note where a save writes, so that the next daemon can finish it.
@@ -266,23 +276,29 @@ class CommandPipeline:
         except FiretitanError as error:
             if error.reason is not Reason.WORKER_UNAVAILABLE:
                 raise
-            # The worker is gone: whoever watches it calls `lose`, which ends this task.
+            # The worker is gone: whoever watches it calls `suspend` or `lose`: that ends this task.
             logger.warning("worker gone session=%s op=%s", self.session.name, operation.id)
+            self._ended_in = operation
             self._settled.set()
             await asyncio.Event().wait()
             raise
 
     # -- settling ------------------------------------------------------------------------------
 
-    async def _succeed(self, operation: Operation, finished: Finished) -> None:
+    async def _succeed(
+        self, operation: Operation, prepared: Prepared, outcome: Outcome, finished: Finished
+    ) -> Operation:
         failpoint("commands.published")
         change = Change(checkpoints=finished.checkpoints, snapshots=finished.snapshots)
         while True:
             try:
                 result = await self._services.spool.write(finished.result)
                 failpoint("commands.result_spooled")
-                done = self._rows.ended(operation, OperationState.DONE, None)
-                await self._rows.settle(replace(done, result=result), finished.session, change)
+                ended = self._rows.ended(operation, OperationState.DONE, None)
+                done = self.recovery.keep(
+                    operation, replace(ended, result=result), outcome, _loaded(prepared)
+                )
+                await self._rows.settle(done, finished.session, change)
                 break
             except (FiretitanError, OSError) as error:
                 await self._await_space(operation, error)
@@ -290,6 +306,7 @@ class CommandPipeline:
         failpoint("commands.settled")
         for folder in finished.obsolete:
             await self._discard(Path(folder))
+        return done
 
     async def _fail(
         self, operation: Operation, error: ErrorRecord, prepared: Prepared | None
@@ -347,11 +364,56 @@ class CommandPipeline:
         """Close lanes whose missing command is overdue."""
         await self._rows.expire()
 
+    async def suspend(self) -> None:
+        """The worker is gone and another is wanted: commands wait, new ones answer RECOVERING."""
+        self._rows.session = replace(self.session, state=SessionState.RECOVERING)
+        await self._leave_worker()
+        ended_in, self._ended_in = self._ended_in, None
+        found = self._services.operations.current(ended_in.id) if ended_in is not None else None
+        if found is None:
+            return
+        found = replace(found, deaths=found.deaths + 1)
+        logger.error("worker ended in op=%s method=%s", found.id, found.method)
+        if found.deaths < MAX_DEATHS:
+            await self._rows.write_operation(found)
+            return
+        poison = FiretitanError(
+            Reason.POISON_COMMAND,
+            f"{found.method} {found.name}: {found.deaths} workers ended while they ran it, so it "
+            "is not given to another; the session goes on without it",
+            deaths=str(found.deaths),
+        )
+        await self._fail(found, error_record(poison), None)
+        if found.staging:
+            await self._discard(Path(found.staging))
+
+    async def resume(self, worker: Worker, *, exact: bool) -> None:
+        """Go on with a worker: bring it to where the session was, then run what waits.
+
+        Args:
+            worker: A former daemon's, or a new one with the model loaded.
+            exact: Whether a replay must come out bit for bit.
+
+        Raises:
+            FiretitanError: SESSION_LOSS where the session cannot be brought back, and why;
+                WORKER_UNAVAILABLE where the worker ended meanwhile.
+        """
+        if not await self.recovery.rebuild(worker, self.session, exact=exact):
+            await self._rows.cut_chain()
+        failpoint("recovery.restored")
+        self.start(worker)
+
     async def lose(self, cause: str) -> None:
-        """The worker is gone: open operations end LOST, a new epoch begins."""
+        """The worker is gone for good: open operations end LOST, a new epoch begins."""
+        await self._leave_worker()
+        self._ended_in = None
+        await self._rows.lose(cause)
+        await self.recovery.drop()
+
+    async def _leave_worker(self) -> None:
         await self._park()
         await self._stop_task()
-        await self._rows.lose(cause)
+        await self.recovery.interrupt()
         self._worker = None
         self._ready.clear()
         self._idle.set()
@@ -369,6 +431,7 @@ class CommandPipeline:
             await self._idle.wait()
         await self._stop_task()
         await self._rows.close(self._refusal)
+        await self.recovery.drop()
 
     def refuse(self, error: FiretitanError) -> None:
         """Answer every further command with an error; accepted ones go on."""
@@ -385,6 +448,7 @@ class CommandPipeline:
         except TimeoutError:
             logger.warning("still running at exit session=%s", self.session.name)
         await self._stop_task()
+        await self.recovery.interrupt()
 
     async def _park(self) -> None:
         """Wait until no command is being settled: none runs, or one waits for a dead worker."""
@@ -396,3 +460,10 @@ class CommandPipeline:
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
+
+
+def _loaded(prepared: Prepared) -> LoadedFrom | None:
+    """What a load read."""
+    if prepared.load is None:
+        return None
+    return LoadedFrom(str(prepared.load.folder), prepared.load.digest)

@@ -116,10 +116,11 @@ class OperationRegistry:
     async def write(self, change: Change) -> None:
         """Write a change, then tell whoever waits for an operation in it.
 
-        Payloads of operations that end with it are removed from the spool.
+        Payloads of operations that end with it are removed from the spool, if no row keeps them.
         """
         await self._store.write(change)
-        open_before = [self._open.get(one.id) for one in change.operations if one.done]
+        ended = [one for one in change.operations if one.done and one.payload is None]
+        open_before = [self._open.get(one.id) for one in ended]
         payloads = [one.payload for one in open_before if one is not None and one.payload]
         if payloads:
             # Nobody waits for that; what a death leaves is swept at the next start.
@@ -137,9 +138,9 @@ class OperationRegistry:
             if not operation.done:
                 self._open[operation.id] = operation
                 continue
-            ended = self._ended.pop(operation.id, None)
-            if ended is not None:
-                ended.set()
+            waited_for = self._ended.pop(operation.id, None)
+            if waited_for is not None:
+                waited_for.set()
             self._signal_lane(operation.target, operation.client_id)
 
     async def get(self, operation_id: str) -> Operation:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from firetitan_daemon.control.codec import Codec
@@ -17,6 +17,7 @@ from firetitan_daemon.control.operations import OperationRegistry
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Clock, Folders, Limits, Spool, Store, WorkerLauncher
 from firetitan_daemon.core.records import ErrorRecord
+from firetitan_daemon.core.recovery import RecoveryLimits
 
 logger = logging.getLogger("firetitan.control")
 DISK_RETRY_S = 1.0
@@ -35,6 +36,7 @@ class Services:
     codec: Codec
     limits: Limits
     operations: OperationRegistry
+    recovery: RecoveryLimits = field(default_factory=RecoveryLimits)
     num_threads: int = 0
     """Threads a worker computes with; 0: as many as there are cores."""
     adopt_timeout_s: float = 5.0

@@ -260,6 +260,7 @@ class SessionRows:
             session = replace(
                 chain.reset(self.session),
                 state=SessionState.LOST,
+                origin_commit_seq=self._sequencer.last_commit_seq,
                 epoch=epoch,
                 commit_seq=self._sequencer.last_commit_seq,
             )
@@ -303,6 +304,14 @@ class SessionRows:
                 "hint": hint,
             },
         )
+
+    async def cut_chain(self) -> None:
+        """The worker does not hold the last snapshot: the next one is a base."""
+        async with self._lock:
+            session = chain.cut(self.session)
+            if session != self.session:
+                await self._services.operations.write(Change(sessions=[session]))
+                self.session = session
 
     async def restart(self) -> None:
         """After a loss: ready again, at step 0."""

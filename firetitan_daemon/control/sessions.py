@@ -16,6 +16,7 @@ from firetitan_daemon.control.checkpoints import CheckpointManager
 from firetitan_daemon.control.codec import Header
 from firetitan_daemon.control.commands import CommandPipeline
 from firetitan_daemon.control.provisioning import check_text
+from firetitan_daemon.control.recovery import RecoveryStats
 from firetitan_daemon.control.services import Services, when_there_is_space
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -74,7 +75,12 @@ class SessionManager:
             sequencer = SessionSequencer.restore(
                 session, lanes, operations, self._services.clock.monotonic()
             )
-            self._pipelines[session.name] = self._pipeline(session, sequencer)
+            pipeline = self._pipeline(session, sequencer)
+            pipeline.recovery.restore(
+                [one for one in ledger.recovery_points if one.session == session.name],
+                [one for one in ledger.kept_operations if one.target == session.name],
+            )
+            self._pipelines[session.name] = pipeline
 
     async def create(
         self, trainer: Trainer, worker: Worker, wanted: Wanted, request_id: str
@@ -176,16 +182,40 @@ class SessionManager:
         # Begun, it is finished: half of it would be a command that runs and is told cancelled.
         return await asyncio.shield(asyncio.create_task(pipeline.cancel(operation)))
 
-    async def resume(self, trainer_id: str, worker: Worker) -> None:
-        """Go on with a trainer's sessions on its adopted worker.
+    async def suspend(self, trainer_id: str) -> None:
+        """The trainer's worker is gone: its sessions wait for another."""
+        for pipeline in self._of_trainer(trainer_id):
+            if pipeline.session.state is not SessionState.LOST:
+                await pipeline.suspend()
+
+    async def resume(self, trainer_id: str, worker: Worker, *, exact: bool) -> None:
+        """Go on with a trainer's sessions on its adopted worker, or on a new one.
+
+        Args:
+            trainer_id: Which.
+            worker: With the model loaded.
+            exact: Whether a replay must come out bit for bit.
 
         Raises:
-            FiretitanError: WORKER_UNAVAILABLE where it ended meanwhile.
+            FiretitanError: SESSION_LOSS where one cannot be brought back; WORKER_UNAVAILABLE where
+                the worker ended meanwhile.
         """
         for pipeline in self._of_trainer(trainer_id):
             if pipeline.session.state is SessionState.RECOVERING:
-                await worker.open_session(pipeline.session)
-                pipeline.start(worker)
+                await pipeline.resume(worker, exact=exact)
+
+    def recovered(self, trainer_id: str) -> None:
+        """A worker of the trainer was replaced: count it."""
+        for pipeline in self._of_trainer(trainer_id):
+            pipeline.recovery.recovered()
+
+    def recoveries(self) -> list[tuple[Session, RecoveryStats]]:
+        """How well each open session is kept against its worker's death."""
+        return [
+            (pipeline.session, pipeline.recovery.stats)
+            for pipeline in self._pipelines.values()
+            if pipeline.session.state is not SessionState.CLOSED
+        ]
 
     async def lose(self, trainer_id: str, cause: str) -> None:
         """The trainer's worker is gone."""

@@ -7,7 +7,8 @@ in a task of the manager; a caller that goes away changes nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 
 from firetitan_daemon.control.provisioning import (
@@ -38,6 +39,11 @@ from firetitan_daemon.core.records import (
 )
 
 METHOD = "CreateTrainer"
+_REPLACE_PAUSES_S = (0.0, 0.2, 1.0, 3.0)
+"""Before each try to put a worker in the place of a dead one."""
+_MAX_RESTARTS, _RESTARTS_WITHIN_S = 5, 60.0
+
+logger = logging.getLogger("firetitan.trainers")
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class TrainerManager:
         self._trainers: dict[str, Trainer] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._lock = asyncio.Lock()
+        self._replaced: dict[str, list[float]] = {}
+        """When workers of a trainer were replaced, monotonic seconds, of late."""
 
     def restore(self, ledger: Ledger) -> None:
         """Take over the trainers of a former daemon; `recover` reaches their workers."""
@@ -186,13 +194,19 @@ class TrainerManager:
                 Change(trainers=[trainer], workers=[spec], operations=[operation], durable=True)
             )
             self._trainers[trainer.id] = trainer
-            self._begin(trainer.id)
+            self._begin(trainer.id, self._provision(trainer.id))
             return operation
 
-    def _begin(self, trainer_id: str) -> None:
-        task = asyncio.create_task(self._provision(trainer_id))
+    def _begin(self, trainer_id: str, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._tasks[trainer_id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(trainer_id, None))
+
+        def ended(_: asyncio.Task[None]) -> None:
+            if self._tasks.get(trainer_id) is task:
+                del self._tasks[trainer_id]
+
+        task.add_done_callback(ended)
+        return task
 
     async def _provision(self, trainer_id: str) -> None:
         trainer = self._trainers[trainer_id]
@@ -228,9 +242,96 @@ class TrainerManager:
 
     def _watch(self, trainer_id: str, worker: Worker) -> None:
         async def exited(cause: str) -> None:
-            await self._lost(trainer_id, cause)
+            await self._ended(trainer_id, cause)
 
         self._pool.watch(worker, exited)
+
+    async def _ended(self, trainer_id: str, cause: str) -> None:
+        """A worker is gone: put another in its place, or say what was lost."""
+        trainer = self._trainers.get(trainer_id)
+        if trainer is None or trainer.state is ResourceState.DELETING:
+            await self._lost(trainer_id, cause)
+            return
+        now = self._services.clock.monotonic()
+        late = [one for one in self._replaced.get(trainer_id, []) if now - one < _RESTARTS_WITHIN_S]
+        self._replaced[trainer_id] = [*late, now]
+        if len(late) >= _MAX_RESTARTS:
+            await self._lost(
+                trainer_id, f"{cause}; its worker ended {len(late) + 1} times in a minute"
+            )
+            return
+        await self._begin(trainer_id, self._replace(trainer_id, cause))
+
+    async def _replace(self, trainer_id: str, cause: str) -> None:
+        """Bring the trainer's sessions to where they were, in a new worker."""
+        problem = ""
+        try:
+            await self._sessions.suspend(trainer_id)
+            for pause_s in _REPLACE_PAUSES_S:
+                await asyncio.sleep(pause_s)
+                try:
+                    worker = await self._start_again(trainer_id)
+                    await self._resume(trainer_id, worker)
+                except FiretitanError as error:
+                    problem = error.message
+                    await self._pool.stop(self._trainers[trainer_id].worker_id)
+                    if error.reason is not Reason.WORKER_UNAVAILABLE:
+                        break
+                    logger.error("worker not replaced trainer=%s: %s", trainer_id, error)
+                else:
+                    self._sessions.recovered(trainer_id)
+                    return
+        except Exception as error:  # a supervisor: the trainer fails, the daemon goes on
+            problem = internal_error(
+                f"replacing the worker of trainers/{trainer_id}", error
+            ).message
+            await self._pool.stop(self._trainers[trainer_id].worker_id)
+        await self._lost(trainer_id, f"{cause}; {problem}")
+
+    async def _start_again(self, trainer_id: str) -> Worker:
+        """A new worker for a trainer, its model loaded.
+
+        Raises:
+            FiretitanError: As `WorkerPool.start`; SESSION_LOSS where the model is another now.
+        """
+        trainer = self._trainers[trainer_id]
+        await self._pool.forget(trainer.worker_id)
+        spec = self._pool.new_spec(
+            WorkerKind.TRAINER,
+            trainer.name,
+            trainer.base_model,
+            trainer.dtype,
+            trainer.max_context_length,
+        )
+        trainer = replace(trainer, state=ResourceState.RECOVERING, worker_id=spec.worker_id)
+        await self._services.operations.write(
+            Change(trainers=[trainer], workers=[spec], durable=True)
+        )
+        self._trainers[trainer_id] = trainer
+        worker, model = await self._pool.start(spec)
+        failpoint("recovery.launched")
+        if trainer.model is not None and trainer.model.fingerprint != model.fingerprint:
+            raise FiretitanError(
+                Reason.SESSION_LOSS,
+                f"the files of {trainer.base_model!r} are others now than when the trainer began: "
+                f"fingerprint {model.fingerprint[:12]}, was {trainer.model.fingerprint[:12]}",
+            )
+        self._trainers[trainer_id] = replace(trainer, model=model)
+        return worker
+
+    async def _resume(self, trainer_id: str, worker: Worker) -> None:
+        """Let a trainer's sessions go on in a worker.
+
+        Raises:
+            FiretitanError: As `SessionManager.resume`.
+        """
+        model = self._trainers[trainer_id].model
+        # On other devices than the CPU, sums may come in another order.
+        exact = model is None or model.device == "cpu"
+        await self._sessions.resume(trainer_id, worker, exact=exact)
+        active = replace(self._trainers[trainer_id], state=ResourceState.ACTIVE, error=None)
+        await self._write(active)
+        self._watch(trainer_id, worker)
 
     async def _lost(self, trainer_id: str, cause: str) -> None:
         # The sessions first: a daemon that dies between them finds the rest to do; and without
@@ -258,22 +359,25 @@ class TrainerManager:
         if trainer.state is ResourceState.DELETING:
             await self._delete(trainer_id, purge=True)
         elif trainer.state is ResourceState.CREATING:
-            self._begin(trainer_id)
+            self._begin(trainer_id, self._provision(trainer_id))
         elif trainer.state is ResourceState.RECOVERING:
             spec = self._pool.spec(trainer.worker_id)
             worker = await self._pool.adopt(spec) if spec is not None else None
             if worker is None:
-                await self._lost(trainer_id, "it was gone when the daemon started")
+                await self._ended(trainer_id, "it was gone when the daemon started")
                 return
             failpoint("adopt.adopted")
             try:
-                await self._sessions.resume(trainer_id, worker)
+                # One that was to take a dead one's place may not have got so far.
+                await worker.load_model()
+                await self._resume(trainer_id, worker)
             except FiretitanError as error:
                 await self._pool.stop(trainer.worker_id)
-                await self._lost(trainer_id, f"it could not be taken over: {error.message}")
-                return
-            await self._write(replace(trainer, state=ResourceState.ACTIVE))
-            self._watch(trainer_id, worker)
+                cause = f"it could not be taken over: {error.message}"
+                if error.reason is Reason.WORKER_UNAVAILABLE:
+                    await self._ended(trainer_id, cause)
+                else:
+                    await self._lost(trainer_id, cause)
 
     async def delete(self, name: str) -> None:
         """Finish what its session accepted, end the worker, forget the trainer.

@@ -67,6 +67,8 @@ def next_kind(
         return NextSnapshot(BASE)
     length = _chain_length(session.chain_head, lookup, max_deltas)
     if session.chain_head is None or length is None:
+        if kind == DELTA and session.chain_note:
+            return NextSnapshot(BASE, note=session.chain_note)
         if kind == DELTA:
             raise FiretitanError(
                 Reason.CHAIN_BROKEN,
@@ -96,12 +98,24 @@ def commit(session: Session, snapshot: Snapshot) -> Session:
             session=session.name,
         )
     head = None if session.lora.rank > 0 else snapshot.id
-    return replace(session, chain_head=head)
+    return replace(session, chain_head=head, chain_note="")
 
 
 def reset(session: Session) -> Session:
     """The session after a load, a loss or a failed save: its next full-parameter save is a base."""
-    return replace(session, chain_head=None)
+    return replace(session, chain_head=None, chain_note="")
+
+
+def cut(session: Session) -> Session:
+    """The session once its worker was replaced: its next full-parameter save is a base.
+
+    The new worker does not hold the tensors of the last snapshot. Nobody asked for that, so even a
+    delta that is asked for becomes a base.
+    """
+    if session.chain_head is None:
+        return session
+    note = "saved as base: the trainer's process was replaced after the snapshot before"
+    return replace(session, chain_head=None, chain_note=note)
 
 
 def plan(target: str, loaded: Collection[str], lookup: Lookup) -> list[Snapshot]:

@@ -55,6 +55,7 @@ class Reason(StrEnum):
     UNAUTHENTICATED = "UNAUTHENTICATED"
     UNSUPPORTED = "UNSUPPORTED"
     INTERNAL = "INTERNAL"
+    POISON_COMMAND = "POISON_COMMAND"
 
 
 CODES: dict[Reason, str] = {
@@ -101,6 +102,7 @@ CODES: dict[Reason, str] = {
     Reason.UNAUTHENTICATED: "UNAUTHENTICATED",
     Reason.UNSUPPORTED: "UNIMPLEMENTED",
     Reason.INTERNAL: "INTERNAL",
+    Reason.POISON_COMMAND: "INTERNAL",
 }
 """The gRPC status code of each reason, by name."""
 

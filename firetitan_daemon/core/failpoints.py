@@ -3,7 +3,10 @@
 Knows: names and actions. Must not know: what happens at the places. The variable holds
 `name=action` pairs separated by `;`, an action being a chain of `[count*]what` joined by `->`:
 `commands.spooled=2*off->kill` kills the process the third time the place is reached. What there is:
-`off`, `kill` (SIGKILL to this process), `enospc` (OSError ENOSPC), `delay(ms)`.
+`off`, `kill` (SIGKILL to this process), `kill_once` (the same, but in the first process of this
+FIRETITAN_HOME alone), `enospc` (OSError ENOSPC), `delay(ms)`.
+
+Places that begin with `worker.` and `engine.` are passed by workers, the others by the daemon.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import re
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 NAMES = (
     "commands.spooled",
@@ -23,13 +27,26 @@ NAMES = (
     "commands.result_spooled",
     "commands.published",
     "commands.settled",
+    "worker.admitted",
+    "engine.step",
+    "worker.saved",
+    "worker.applied",
+    "worker.stored",
+    "point.begun",
+    "worker.point_copied",
+    "worker.point_written",
+    "point.published",
+    "point.made",
+    "recovery.launched",
+    "recovery.replayed",
+    "recovery.restored",
     "hotload.applied",
     "create.loaded",
     "adopt.adopted",
 )
 """Every place, in the order a command passes them."""
 
-_STEP = re.compile(r"(?:(\d+)\*)?(off|kill|enospc|delay)(?:\((\d+)\))?")
+_STEP = re.compile(r"(?:(\d+)\*)?(off|kill_once|kill|enospc|delay)(?:\((\d+)\))?")
 
 
 @dataclass
@@ -64,6 +81,15 @@ def parse(text: str) -> dict[str, list[_Step]]:
 _points = parse(os.environ.get("FIRETITAN_FAILPOINTS", ""))
 
 
+def _is_first(name: str) -> bool:
+    marker = Path(os.environ["FIRETITAN_HOME"]) / f"failpoint-{name}"
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def failpoint(name: str) -> None:
     """Do what FIRETITAN_FAILPOINTS asks for at this place; nothing where it is not named.
 
@@ -78,7 +104,7 @@ def failpoint(name: str) -> None:
             continue
         if step.left is not None:
             step.left -= 1
-        if step.what == "kill":
+        if step.what == "kill" or (step.what == "kill_once" and _is_first(name)):
             os.kill(os.getpid(), signal.SIGKILL)
         elif step.what == "enospc":
             raise OSError(errno.ENOSPC, f"failpoint {name}")

@@ -17,6 +17,8 @@ from firetitan_daemon.core.records import (
     Lane,
     ModelInfo,
     Operation,
+    RecoveryPoint,
+    ReplayCheck,
     Session,
     Snapshot,
     SpoolRef,
@@ -48,10 +50,16 @@ class Ledger:
     workers: Sequence[WorkerSpec] = ()
     pins: Sequence[tuple[str, str, str]] = ()
     """(deployment id, snapshot id, holder)."""
+    recovery_points: Sequence[RecoveryPoint] = ()
+    """By (session, commit_seq)."""
+    kept_operations: Sequence[Operation] = ()
+    """Done, their payload kept for a replay; by (target, commit_seq)."""
     spool: Sequence[SpoolRef] = ()
-    """Every spool file that a row refers to: payloads of open operations, results not taken yet."""
+    """Every spool file that a row refers to: payloads of open operations and of those
+    a replay needs, results not taken yet."""
     folders: Sequence[str] = ()
-    """Every folder that a checkpoint, a snapshot or an open operation's `staging` refers to."""
+    """Every folder that a checkpoint, a snapshot, a recovery point or an open operation's
+    `staging` refers to."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,11 @@ class Change:
     deployments: Sequence[Deployment] = ()
     workers: Sequence[WorkerSpec] = ()
     pins: Sequence[tuple[str, str, str]] = ()
+    recovery_points: Sequence[RecoveryPoint] = ()
+    released_payloads: Sequence[tuple[str, int]] = ()
+    """(session, commit_seq): payloads of its done operations up to there are needed no more."""
+    deleted_recovery_points: Sequence[tuple[str, int]] = ()
+    """(session, commit_seq) of each."""
     deleted_trainers: Sequence[str] = ()
     deleted_deployments: Sequence[str] = ()
     deleted_workers: Sequence[str] = ()
@@ -102,6 +115,9 @@ class Store(Protocol):
         self, session: str, client_id: str, after_seq: int
     ) -> Sequence[Operation]:
         """Done operations of a lane with a higher seq, by seq."""
+
+    async def done_operations(self, session: str, after_commit_seq: int) -> Sequence[Operation]:
+        """Done operations of a session with a higher commit_seq, by commit_seq."""
 
     async def operations(
         self, target: str, *, pending_only: bool, after_id: str, limit: int
@@ -157,7 +173,7 @@ class Folders(Protocol):
 
         Args:
             staging: Made by `staging()`, sealed by a worker.
-            kind: `checkpoints` or `snapshots`.
+            kind: `checkpoints`, `snapshots` or `points`.
             name: Readable part of the final name.
         """
 
@@ -256,6 +272,19 @@ class Outcome:
     """A serialized firetitan.v1.Operation with only its result set."""
     error: ErrorRecord | None = None
     saved: SavedFiles | None = None
+    check: ReplayCheck | None = None
+    """What it must come to when it is run again."""
+    graph: str = ""
+    """Handle of the forward pass a Forward kept or a Backward used."""
+
+
+@dataclass(frozen=True)
+class WrittenPoint:
+    """A recovery point in its staging folder."""
+
+    saved: SavedFiles
+    compute_s: float
+    """Seconds of computing that writing it took, beside the session."""
 
 
 @dataclass(frozen=True)
@@ -303,6 +332,30 @@ class Worker(Protocol):
 
     async def fetch_result(self, session: str, commit_seq: int) -> Outcome | None:
         """The stored outcome of a command."""
+
+    async def save_point(self, session: str, commit_seq: int, staging: Path) -> tuple[int, float]:
+        """Copy a session as it stands behind a command and begin to write the copy.
+
+        Returns:
+            Its step, and the seconds the session stood still for the copy.
+
+        Raises:
+            FiretitanError: STEP_MISMATCH where another command ran last or gradients are pending.
+        """
+
+    async def wait_point(self, session: str, staging: Path) -> WrittenPoint:
+        """Wait until a copy that was begun is written.
+
+        Raises:
+            FiretitanError: STATE_DISK_FULL.
+        """
+
+    async def load_point(self, point: RecoveryPoint) -> WorkerSession:
+        """Put a session that has run nothing yet where a recovery point was made.
+
+        Raises:
+            FiretitanError: CHECKSUM_MISMATCH; nothing was changed.
+        """
 
     async def apply(self, layers: Sequence[SnapshotLayer], keep: Sequence[str]) -> Sequence[str]:
         """Serve the last layer's weights; returns what is loaded."""

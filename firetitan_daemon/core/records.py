@@ -127,6 +127,10 @@ class Session:
     user_metadata: Mapping[str, str] = field(default_factory=dict)
     chain_head: str | None = None
     """Last snapshot a delta may build on; None makes the next full-parameter save a base."""
+    chain_note: str = ""
+    """Why a delta that is asked for is saved as base: the chain was cut through no one's wish."""
+    origin_commit_seq: int = 0
+    """Highest commit_seq given out before the weights last began anew; 0: they never did."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,24 @@ class SpoolRef:
 
 
 @dataclass(frozen=True)
+class ReplayCheck:
+    """A command's result in brief: what it must come to when it is run again."""
+
+    digest: str
+    """BLAKE3 over the result, hex."""
+    measure: float
+    """Its loss, or a step's gradient norm."""
+
+
+@dataclass(frozen=True)
+class LoadedFrom:
+    """The published folder that a load read."""
+
+    folder: str
+    digest: str
+
+
+@dataclass(frozen=True)
 class Operation:
     """Something accepted. Session commands have a lane; creations and hotloads have none."""
 
@@ -171,13 +193,20 @@ class Operation:
     epoch: int = 0
     seen_failure: int = 0
     payload: SpoolRef | None = None
-    """The request's bytes, until they are no longer needed."""
+    """The request's bytes, until they are no longer needed: until it ends or, where its effect
+    would have to be replayed, until a recovery point holds it."""
     result: SpoolRef | None = None
     """A serialized Operation with only its result set; None once it was acknowledged."""
     error: ErrorRecord | None = None
     finish_time: float = 0.0
     staging: str = ""
     """Where an open save writes; kept until it is settled."""
+    graph: str = ""
+    """Handle of the forward pass a Forward kept or a Backward used."""
+    check: ReplayCheck | None = None
+    loaded: LoadedFrom | None = None
+    deaths: int = 0
+    """How often the worker ended while it ran this."""
 
     @property
     def name(self) -> str:
@@ -206,6 +235,20 @@ class Checkpoint:
     size_bytes: int
     create_time: float
     user_metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RecoveryPoint:
+    """A session's state as it was after a command; the daemon's own, no checkpoint of a user."""
+
+    session: str
+    commit_seq: int
+    """The last command whose effect is in it."""
+    step: int
+    folder: str
+    digest: str
+    size_bytes: int
+    create_time: float
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ kept graphs are bitwise as before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
@@ -111,6 +111,10 @@ class SavedFiles:
     digest: str
     """BLAKE3 of manifest.json, hex; the manifest holds one BLAKE3 per file."""
     size_bytes: int
+
+
+WriteState = Callable[[Path, Mapping[str, str | int]], SavedFiles]
+"""(empty folder, facts for its manifest) -> what was written; from any thread."""
 
 
 class SnapshotKind(StrEnum):
@@ -247,6 +251,17 @@ class TrainEngine(Protocol):
 
     def save_state(self, staging: Path) -> SavedFiles:
         """Weights, optimizer, pending gradients and counters into an empty folder."""
+
+    def capture_state(self, *, copy: bool) -> WriteState:
+        """Writes, when called, what `save_state` would write now.
+
+        Args:
+            copy: Of a copy made now, while training goes on; else of the session's own memory:
+                call it before anything changes.
+
+        Raises:
+            FiretitanError: DEVICE_OUT_OF_MEMORY where there is no room for a copy.
+        """
 
     def load_state(self, folder: Path, *, with_optimizer: bool) -> None:
         """Verify every checksum, then replace the weights; clears gradients and graphs.

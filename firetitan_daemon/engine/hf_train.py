@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.failpoints import failpoint
 from firetitan_daemon.engine.adapter import base_reference, write_adapter
 from firetitan_daemon.engine.api import (
     AdamParams,
@@ -32,6 +33,7 @@ from firetitan_daemon.engine.api import (
     SessionProgress,
     SessionSpec,
     SnapshotKind,
+    WriteState,
     check_base_only,
 )
 from firetitan_daemon.engine.batch import Batch, Limits, make_batch
@@ -66,6 +68,7 @@ from firetitan_daemon.engine.state import (
     TrainingState,
     load_state,
     save_state,
+    state_writer,
 )
 from firetitan_daemon.engine.tensors import from_raw, to_raw
 from firetitan_daemon.engine.trainables import FullTrainables, LoraTrainables, Trainables
@@ -311,6 +314,7 @@ class HfTrainEngine:
         norm = session.optimizer.norm(gradients, denominator)
         self._graphs.clear()
         session.optimizer.update(gradients, params, norm, denominator)
+        failpoint("engine.step")
         session.trainables.refresh()
         session.gradients = {}
         session.counters = Counters(step=session.optimizer.step_count)
@@ -319,14 +323,26 @@ class HfTrainEngine:
     def save_state(self, staging: Path) -> SavedFiles:
         """Weights, optimizer, pending gradients and counters into an empty folder."""
         session = self._session()
-        state = TrainingState(
+        return save_state(staging, self._state(session), self._origin(session))
+
+    def capture_state(self, *, copy: bool) -> WriteState:
+        """Writes, when called, what `save_state` would write now; of a copy, or at once.
+
+        Raises:
+            FiretitanError: DEVICE_OUT_OF_MEMORY where there is no room for a copy.
+        """
+        session = self._session()
+        return state_writer(self._state(session), self._origin(session), copy=copy)
+
+    @staticmethod
+    def _state(session: _Session) -> TrainingState:
+        return TrainingState(
             to_raw(session.trainables.masters),
             to_raw(session.optimizer.first),
             to_raw(session.optimizer.second),
             to_raw(session.gradients),
             session.counters,
         )
-        return save_state(staging, state, self._origin(session))
 
     def load_state(self, folder: Path, *, with_optimizer: bool) -> None:
         """Verify every checksum, then replace the weights; clears gradients and graphs.

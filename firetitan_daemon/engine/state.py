@@ -15,10 +15,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import LoraSpec, SavedFiles
-from firetitan_daemon.engine.raw import RawTensors, read_safetensors, seal, write_safetensors
+from firetitan_daemon.engine.api import LoraSpec, SavedFiles, WriteState
+from firetitan_daemon.engine.raw import (
+    RawTensor,
+    RawTensors,
+    read_safetensors,
+    seal,
+    write_safetensors,
+)
 
 FORMAT_VERSION = 1
 _KIND = "state"
@@ -64,8 +72,19 @@ class TrainingState:
     counters: Counters
 
 
-def save_state(staging: Path, state: TrainingState, origin: StateOrigin) -> SavedFiles:
+def save_state(
+    staging: Path,
+    state: TrainingState,
+    origin: StateOrigin,
+    facts: Mapping[str, str | int] | None = None,
+) -> SavedFiles:
     """Write a state into an empty folder and seal it.
+
+    Args:
+        staging: The folder.
+        state: What to write.
+        origin: What it was made from.
+        facts: More for the manifest; nothing here reads them.
 
     Raises:
         FiretitanError: STATE_DISK_FULL.
@@ -78,12 +97,42 @@ def save_state(staging: Path, state: TrainingState, origin: StateOrigin) -> Save
     return seal(
         staging,
         {
+            **(facts or {}),
             "kind": _KIND,
             "format_version": FORMAT_VERSION,
             "counters": asdict(state.counters),
             "origin": asdict(origin) | {"versions": dict(origin.versions)},
         },
     )
+
+
+def state_writer(state: TrainingState, origin: StateOrigin, *, copy: bool) -> WriteState:
+    """A function that writes a state.
+
+    Args:
+        state: May share memory with what is trained.
+        origin: What it was made from.
+        copy: Copy its bytes, so that it can be written while training goes on.
+
+    Raises:
+        FiretitanError: DEVICE_OUT_OF_MEMORY where less than twice a copy's size is free.
+    """
+    if not copy:
+        return lambda staging, facts: save_state(staging, state, origin, facts)
+    parts = (state.weights, state.first_moment, state.second_moment, state.gradients)
+    needed = sum(tensor.data.nbytes for part in parts for tensor in part.values())
+    free = psutil.virtual_memory().available
+    if 2 * needed > free:
+        raise FiretitanError(
+            Reason.DEVICE_OUT_OF_MEMORY,
+            f"a copy of the training state takes {needed} bytes, {free} are free",
+        )
+    weights, first, second, gradients = (
+        {name: RawTensor(t.dtype, t.shape, t.data.copy()) for name, t in part.items()}
+        for part in parts
+    )
+    copied = TrainingState(weights, first, second, gradients, state.counters)
+    return lambda staging, facts: save_state(staging, copied, origin, facts)
 
 
 def load_state(

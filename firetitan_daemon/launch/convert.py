@@ -19,8 +19,15 @@ from firetitan_daemon.core.ports import (
     SnapshotLayer,
     WorkerSession,
     WorkerStatus,
+    WrittenPoint,
 )
-from firetitan_daemon.core.records import ModelInfo, Session, WorkerSpec
+from firetitan_daemon.core.records import (
+    ModelInfo,
+    RecoveryPoint,
+    ReplayCheck,
+    Session,
+    WorkerSpec,
+)
 
 
 def spec_to_proto(spec: WorkerSpec, address: str, incarnation: str) -> worker_pb2.WorkerSpec:
@@ -108,6 +115,9 @@ def outcome_from_proto(response: worker_pb2.ExecuteResponse) -> Outcome:
     if kind == "error":
         record = status.to_record(status.from_status(response.error))
         return Outcome(commit_seq=response.commit_seq, session=session, error=record)
+    check = None
+    if response.HasField("check"):
+        check = ReplayCheck(response.check.digest, response.check.measure)
     if kind == "saved":
         saved = SavedFiles(
             digest=response.saved.digest,
@@ -117,7 +127,28 @@ def outcome_from_proto(response: worker_pb2.ExecuteResponse) -> Outcome:
             format=response.saved.format,
         )
         return Outcome(commit_seq=response.commit_seq, session=session, saved=saved)
-    return Outcome(commit_seq=response.commit_seq, session=session, result=response.result)
+    return Outcome(
+        commit_seq=response.commit_seq,
+        session=session,
+        result=response.result,
+        check=check,
+        graph=response.graph,
+    )
+
+
+def load_point_request(point: RecoveryPoint) -> worker_pb2.LoadRecoveryPointRequest:
+    """The recovery point a session is to go on from."""
+    return worker_pb2.LoadRecoveryPointRequest(
+        session=point.session,
+        source=worker_pb2.LoadSource(folder=point.folder, digest=point.digest),
+        commit_seq=point.commit_seq,
+    )
+
+
+def point_from_proto(response: worker_pb2.WaitRecoveryPointResponse) -> WrittenPoint:
+    """A recovery point in its staging folder."""
+    saved = SavedFiles(digest=response.saved.digest, size_bytes=response.saved.size_bytes)
+    return WrittenPoint(saved, response.compute_s)
 
 
 def session_from_proto(state: worker_pb2.SessionState) -> WorkerSession:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import TypeVar, cast
 
 import grpc
@@ -22,8 +23,9 @@ from firetitan_daemon.core.ports import (
     SnapshotLayer,
     WorkerSession,
     WorkerStatus,
+    WrittenPoint,
 )
-from firetitan_daemon.core.records import ModelInfo, Session, WorkerSpec
+from firetitan_daemon.core.records import ModelInfo, RecoveryPoint, Session, WorkerSpec
 from firetitan_daemon.launch import convert
 from firetitan_daemon.launch.process import Process
 
@@ -136,6 +138,26 @@ class RemoteWorker:
         request = worker_pb2.FetchResultRequest(session=session, commit_seq=commit_seq)
         answer = await self._call(lambda: self._trainer.FetchResult(request))
         return convert.outcome_from_proto(answer.response) if answer.HasField("response") else None
+
+    async def save_point(self, session: str, commit_seq: int, staging: Path) -> tuple[int, float]:
+        """Copy a session as it stands behind a command and begin to write the copy."""
+        request = worker_pb2.SaveRecoveryPointRequest(
+            session=session, commit_seq=commit_seq, staging=str(staging)
+        )
+        answer = await self._call(lambda: self._trainer.SaveRecoveryPoint(request))
+        return answer.step, answer.blocked_s
+
+    async def wait_point(self, session: str, staging: Path) -> WrittenPoint:
+        """Wait until a copy that was begun is written."""
+        request = worker_pb2.WaitRecoveryPointRequest(session=session, staging=str(staging))
+        answer = await self._call(lambda: self._trainer.WaitRecoveryPoint(request))
+        return convert.point_from_proto(answer)
+
+    async def load_point(self, point: RecoveryPoint) -> WorkerSession:
+        """Put a session that has run nothing yet where a recovery point was made."""
+        request = convert.load_point_request(point)
+        answer = await self._call(lambda: self._trainer.LoadRecoveryPoint(request))
+        return convert.session_from_proto(answer.session)
 
     async def apply(self, layers: Sequence[SnapshotLayer], keep: Sequence[str]) -> Sequence[str]:
         """Serve the last layer's weights; returns what is loaded."""

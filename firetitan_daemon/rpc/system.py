@@ -12,10 +12,12 @@ from pathlib import Path
 
 from firetitan.v1 import system_service_pb2
 
+from firetitan_daemon.control.recovery import RecoveryStats
+from firetitan_daemon.control.sessions import SessionManager
 from firetitan_daemon.control.supervisor import Supervisor
 from firetitan_daemon.control.workers import WorkerPool
 from firetitan_daemon.core.ports import Limits
-from firetitan_daemon.core.records import WorkerSpec
+from firetitan_daemon.core.records import Session, SessionState, WorkerSpec
 from firetitan_daemon.rpc import convert
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -41,12 +43,14 @@ class SystemServicer:
         limits: Limits,
         supervisor: Supervisor,
         pool: WorkerPool,
+        sessions: SessionManager,
         begin_drain: Callable[[], None],
     ) -> None:
         self._identity = identity
         self._limits = limits
         self._supervisor = supervisor
         self._pool = pool
+        self._sessions = sessions
         self._begin_drain = begin_drain
 
     async def GetSystemInfo(
@@ -68,6 +72,9 @@ class SystemServicer:
                 max_queued_bytes=limits.max_queued_bytes,
             ),
             workers=[self._worker(spec) for spec in self._pool.specs()],
+            recoveries=[
+                _recovery(session, stats) for session, stats in self._sessions.recoveries()
+            ],
         )
 
     async def Drain(
@@ -88,6 +95,20 @@ class SystemServicer:
             state="ready" if pid else "starting",
             memory_bytes=_resident_bytes(pid) if pid else 0,
         )
+
+
+def _recovery(session: Session, stats: RecoveryStats) -> system_service_pb2.SessionRecovery:
+    return system_service_pb2.SessionRecovery(
+        session=session.name,
+        recovering=session.state is SessionState.RECOVERING,
+        recoveries=stats.recoveries,
+        replayed=stats.replayed,
+        to_replay=stats.to_replay,
+        point_step=stats.point_step,
+        kept_bytes=stats.kept_bytes,
+        points=stats.points,
+        point_cost=stats.point_cost,
+    )
 
 
 def _resident_bytes(pid: int) -> int:

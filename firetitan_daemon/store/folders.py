@@ -5,11 +5,13 @@ Knows: folders below one root. Must not know: what is in them.
     staging/{id}                 a worker writes here
     checkpoints/{name}-{id}      published; the id of its staging folder makes the name unique
     snapshots/{name}-{id}
+    points/{name}-{id}           recovery points
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +23,9 @@ from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Folders
 from firetitan_daemon.store.disk import disk_full, is_full
 
+logger = logging.getLogger("firetitan.folders")
 STAGING = "staging"
-KINDS = ("checkpoints", "snapshots")
+KINDS = ("checkpoints", "snapshots", "points")
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -108,11 +111,19 @@ class FileFolders(Folders):
             if (parent, folder.name) not in kept
             and not (parent != STAGING and folder.name.endswith(publishing))
         ]
-        for folder in strays:
-            durable.remove(folder)
-        return len(strays)
+        return sum(_removed(folder) for folder in strays)
 
     def _failure(self, error: OSError) -> FiretitanError:
         if is_full(error):
             return disk_full(self._root)
         return FiretitanError(Reason.INTERNAL, f"cannot write to {self._root}: {error.strerror}")
+
+
+def _removed(folder: Path) -> bool:
+    """Remove a stray; one that a worker is still writing a recovery point to stays for later."""
+    try:
+        durable.remove(folder)
+    except OSError as error:
+        logger.warning("left for the next start to remove folder=%s: %s", folder, error)
+        return False
+    return True

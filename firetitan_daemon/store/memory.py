@@ -14,6 +14,7 @@ from firetitan_daemon.core.records import (
     Deployment,
     Lane,
     Operation,
+    RecoveryPoint,
     Session,
     Snapshot,
     SpoolRef,
@@ -38,6 +39,7 @@ class MemoryStore(Store):
         self._deployments: dict[str, Deployment] = {}
         self._workers: dict[str, WorkerSpec] = {}
         self._pins: dict[_Pin, None] = {}
+        self._points: dict[tuple[str, int], RecoveryPoint] = {}
 
     async def load(self) -> Ledger:
         """What a daemon needs at start."""
@@ -48,6 +50,8 @@ class MemoryStore(Store):
         )
         folders = [one.folder for one in self._checkpoints.values()]
         folders += [one.folder for one in self._snapshots.values()]
+        folders += [one.folder for one in self._points.values()]
+        kept = [one for one in operations if one.done and one.payload]
         return Ledger(
             trainers=[self._trainers[key] for key in sorted(self._trainers)],
             sessions=[self._sessions[key] for key in sorted(self._sessions)],
@@ -56,6 +60,8 @@ class MemoryStore(Store):
             deployments=[self._deployments[key] for key in sorted(self._deployments)],
             workers=[self._workers[key] for key in sorted(self._workers)],
             pins=list(self._pins),
+            recovery_points=[self._points[key] for key in sorted(self._points)],
+            kept_operations=sorted(kept, key=lambda one: (one.target, one.commit_seq)),
             spool=[
                 *(one.payload for one in operations if one.payload),
                 *(one.result for one in operations if one.result),
@@ -79,6 +85,11 @@ class MemoryStore(Store):
         self._deployments.update((one.id, one) for one in change.deployments)
         self._workers.update((one.worker_id, one) for one in change.workers)
         self._pins.update((pin, None) for pin in change.pins)
+        self._points.update(((one.session, one.commit_seq), one) for one in change.recovery_points)
+        for session, through in change.released_payloads:
+            for one in list(self._operations.values()):
+                if one.target == session and one.done and 1 <= one.commit_seq <= through:
+                    self._operations[one.id] = replace(one, payload=None)
 
     async def operation(self, operation_id: str) -> Operation | None:
         """One operation."""
@@ -106,6 +117,15 @@ class MemoryStore(Store):
         """Done operations of a lane with a higher seq, by seq."""
         lane = self._lane(session, client_id)
         return [one for one in lane if one.done and one.seq > after_seq]
+
+    async def done_operations(self, session: str, after_commit_seq: int) -> Sequence[Operation]:
+        """Done operations of a session with a higher commit_seq, by commit_seq."""
+        found = [
+            one
+            for one in self._operations.values()
+            if one.target == session and one.done and one.commit_seq > after_commit_seq
+        ]
+        return sorted(found, key=lambda one: one.commit_seq)
 
     async def operations(
         self, target: str, *, pending_only: bool, after_id: str, limit: int
@@ -171,6 +191,8 @@ class MemoryStore(Store):
             self._trainers.pop(trainer, None)
             for name in [n for n, one in self._sessions.items() if one.trainer_id == trainer]:
                 del self._sessions[name]
+                for point in [point for point in self._points if point[0] == name]:
+                    del self._points[point]
                 for key in [key for key in self._lanes if key[0] == name]:
                     del self._lanes[key]
         for deployment in change.deleted_deployments:
@@ -179,6 +201,8 @@ class MemoryStore(Store):
                 del self._pins[pin]
         for worker in change.deleted_workers:
             self._workers.pop(worker, None)
+        for point in change.deleted_recovery_points:
+            self._points.pop(point, None)
         for pin in change.deleted_pins:
             self._pins.pop(pin, None)
 

@@ -9,14 +9,15 @@ Knows: SQLite's schema. Must not know: records beyond the columns below.
                     target, request_id | done  has_payload  has_result | body
     checkpoints   number | name | trainer  folder | body
     snapshots     number | id | trainer  folder | body
+    recovery_points session, commit_seq | folder | body
     deployments   id | body
       pins        deployment, snapshot, holder
     workers       id | body
 
 `body` is the whole record as JSON; other columns repeat what is searched for or must be unique.
 `number` counts up and is never used again: order of acceptance, order of saving. Checkpoints and
-snapshots outlive their trainer; its sessions, lanes and their operations go with it. An operation's
-`target` is a session (then it has a lane), a trainer or a deployment.
+snapshots outlive their trainer; its sessions, lanes, their operations and recovery points go with
+it. An operation's `target` is a session (then it has a lane), a trainer or a deployment.
 
 This drawing changes whenever the structure does. Every change is a new function at the end of
 `MIGRATIONS`; `PRAGMA user_version` counts those that were applied.
@@ -72,7 +73,18 @@ def _create(connection: sqlite3.Connection) -> None:
         connection.execute(statement)
 
 
-MIGRATIONS: tuple[Migration, ...] = (_create,)
+_SECOND = (
+    "CREATE TABLE recovery_points (session TEXT NOT NULL, commit_seq INTEGER NOT NULL,"
+    " folder TEXT NOT NULL, body TEXT NOT NULL, PRIMARY KEY (session, commit_seq)) WITHOUT ROWID",
+)
+
+
+def _add_recovery_points(connection: sqlite3.Connection) -> None:
+    for statement in _SECOND:
+        connection.execute(statement)
+
+
+MIGRATIONS: tuple[Migration, ...] = (_create, _add_recovery_points)
 """Each takes a file one version up."""
 
 

@@ -27,6 +27,7 @@ from firetitan_daemon.core.records import (
     Lane,
     Operation,
     OperationState,
+    RecoveryPoint,
     Session,
     Snapshot,
     SpoolRef,
@@ -117,6 +118,11 @@ class SqliteStore(Store):
         )
         return await self._run(self._all, Operation, where, session, client_id, clamp(after_seq))
 
+    async def done_operations(self, session: str, after_commit_seq: int) -> Sequence[Operation]:
+        """Done operations of a session with a higher commit_seq, by commit_seq."""
+        where = "operations WHERE target = ? AND commit_seq > ? AND done = 1 ORDER BY commit_seq"
+        return await self._run(self._all, Operation, where, session, clamp(after_commit_seq))
+
     async def operations(
         self, target: str, *, pending_only: bool, after_id: str, limit: int
     ) -> Sequence[Operation]:
@@ -189,10 +195,12 @@ class SqliteStore(Store):
             Operation,
             "operations WHERE done = 0 ORDER BY target, commit_seq, client_id, seq, number",
         )
-        payloads = self._all(Operation, "operations WHERE has_payload = 1")
+        where = "operations WHERE has_payload = 1 ORDER BY target, commit_seq"
+        payloads = self._all(Operation, where)
         results = self._all(Operation, "operations WHERE has_result = 1")
         folders = self._db.execute(
             "SELECT folder FROM checkpoints UNION SELECT folder FROM snapshots"
+            " UNION SELECT folder FROM recovery_points"
         ).fetchall()
         return Ledger(
             trainers=self._all(Trainer, "trainers ORDER BY id"),
@@ -202,6 +210,10 @@ class SqliteStore(Store):
             deployments=self._all(Deployment, "deployments ORDER BY id"),
             workers=self._all(WorkerSpec, "workers ORDER BY id"),
             pins=self._db.execute("SELECT deployment, snapshot, holder FROM pins").fetchall(),
+            recovery_points=self._all(
+                RecoveryPoint, "recovery_points ORDER BY session, commit_seq"
+            ),
+            kept_operations=[one for one in payloads if one.done],
             spool=[
                 *(one.payload for one in payloads if one.payload),
                 *(one.result for one in results if one.result),
@@ -233,6 +245,7 @@ class SqliteStore(Store):
         for trainer in change.deleted_trainers:
             sessions = "(SELECT name FROM sessions WHERE trainer = ?)"
             db.execute(f"DELETE FROM operations WHERE target IN {sessions}", (trainer,))
+            db.execute(f"DELETE FROM recovery_points WHERE session IN {sessions}", (trainer,))
             db.execute(f"DELETE FROM lanes WHERE session IN {sessions}", (trainer,))
             db.execute("DELETE FROM sessions WHERE trainer = ?", (trainer,))
             db.execute("DELETE FROM trainers WHERE id = ?", (trainer,))
@@ -241,6 +254,8 @@ class SqliteStore(Store):
             db.execute("DELETE FROM deployments WHERE id = ?", (deployment,))
         for worker in change.deleted_workers:
             db.execute("DELETE FROM workers WHERE id = ?", (worker,))
+        for point in change.deleted_recovery_points:
+            db.execute("DELETE FROM recovery_points WHERE session = ? AND commit_seq = ?", point)
         for pin in change.deleted_pins:
             db.execute("DELETE FROM pins WHERE deployment = ? AND snapshot = ? AND holder = ?", pin)
 
@@ -278,6 +293,11 @@ class SqliteStore(Store):
             db.execute("REPLACE INTO workers VALUES (?, ?)", (worker.worker_id, encode(worker)))
         for pin in change.pins:
             db.execute("REPLACE INTO pins VALUES (?, ?, ?)", pin)
+        for point in change.recovery_points:
+            key = (point.session, point.commit_seq, point.folder)
+            db.execute("REPLACE INTO recovery_points VALUES (?, ?, ?, ?)", (*key, encode(point)))
+        for session_name, through in change.released_payloads:
+            self._release_payloads(session_name, through)
 
     def _put_operation(self, one: Operation) -> None:
         place = (one.client_id, one.seq, one.commit_seq)
@@ -287,6 +307,14 @@ class SqliteStore(Store):
             self._db.execute(_OPERATION, row)
         except sqlite3.IntegrityError as error:
             raise reused(one, by_request="request_id" in str(error)) from error
+
+    def _release_payloads(self, session: str, through_commit_seq: int) -> None:
+        where = (
+            "operations WHERE target = ? AND commit_seq BETWEEN 1 AND ? AND has_payload = 1"
+            " AND done = 1"
+        )
+        for operation in self._all(Operation, where, session, clamp(through_commit_seq)):
+            self._put_operation(replace(operation, payload=None))
 
     def _operations(
         self, target: str, pending_only: bool, after_id: str, limit: int

@@ -7,9 +7,10 @@ ran before. Everything here runs in the compute thread.
 from __future__ import annotations
 
 import errno
+import json
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blake3 import blake3
@@ -18,12 +19,16 @@ from firetitan.v1.command_pb2 import CommandHeader
 from firetitan.worker.v1 import worker_pb2
 from google.protobuf.message import DecodeError, Message
 
+from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.failpoints import failpoint
 from firetitan_daemon.durable import MANIFEST
 from firetitan_daemon.engine.api import SavedSnapshot, SnapshotKind, TrainEngine
 from firetitan_daemon.worker import convert
 
 MAX_KNOWN_GRAPHS = 4096
+APPLIED = "applied_commit_seq"
+"""In a recovery point's manifest: the last command whose effect is in it."""
 
 REQUESTS: dict[str, type[Message]] = {
     "Forward": training_service_pb2.ForwardRequest,
@@ -99,7 +104,8 @@ class CommandRunner:
     def __init__(self, engine: TrainEngine) -> None:
         self._engine = engine
         self._weights_version = 0
-        self._graphs: OrderedDict[str, int] = OrderedDict()
+        self._graphs: OrderedDict[str, tuple[str, int]] = OrderedDict()
+        """By our handle, which a replay gives again: the engine's, and the weights' version."""
         self._last_snapshot = ""
         self._methods: dict[str, Callable[[Parsed], worker_pb2.ExecuteResponse]] = {
             "Forward": self._forward,
@@ -161,21 +167,24 @@ class CommandRunner:
             retain_graph=request.retain_graph,
             base_only=request.base_only,
         )
-        if output.graph is not None:
-            self._graphs[output.graph] = self._weights_version
-            while len(self._graphs) > MAX_KNOWN_GRAPHS:
-                self._graphs.popitem(last=False)
-        return self._forwarded(convert.forward_result_to_proto(output, self._step))
+        if output.graph is None:
+            return self._forwarded(convert.forward_result_to_proto(output, self._step))
+        handle = f"graph-{command.execute.commit_seq}"
+        self._graphs[handle] = (output.graph, self._weights_version)
+        while len(self._graphs) > MAX_KNOWN_GRAPHS:
+            self._graphs.popitem(last=False)
+        output = replace(output, graph=handle)
+        return self._forwarded(convert.forward_result_to_proto(output, self._step), handle)
 
     def _backward(self, command: Parsed) -> worker_pb2.ExecuteResponse:
         request = command.message
         assert isinstance(request, training_service_pb2.BackwardRequest)
+        own, version = self._graphs.get(request.graph, (request.graph, self._weights_version))
         if not request.output_grads:
-            self._engine.release_graph(request.graph)
+            self._engine.release_graph(own)
             self._graphs.pop(request.graph, None)
             return self._forwarded(operation_pb2.ForwardResult(step=self._step))
-        version = self._graphs.get(request.graph)
-        if version is not None and version != self._weights_version:
+        if version != self._weights_version:
             raise FiretitanError(
                 Reason.WEIGHTS_CHANGED,
                 "the weights moved between the forward and this backward, so the gradients would "
@@ -183,9 +192,10 @@ class CommandRunner:
                 step=str(self._step),
             )
         grads = convert.output_grads_from_proto(request.output_grads)
-        output = self._engine.backward(request.graph, grads)
+        output = self._engine.backward(own, grads)
         self._graphs.pop(request.graph, None)
-        return self._forwarded(convert.forward_result_to_proto(output, self._step))
+        result = convert.forward_result_to_proto(output, self._step)
+        return _checked(self._forwarded(result, request.graph), output.metrics["loss:sum"])
 
     def _forward_backward(self, command: Parsed) -> worker_pb2.ExecuteResponse:
         request = command.message
@@ -203,7 +213,8 @@ class CommandRunner:
             request.loss_fn,
             convert.loss_config_from_proto(request.loss_fn_config),
         )
-        return self._forwarded(convert.forward_result_to_proto(output, self._step))
+        response = self._forwarded(convert.forward_result_to_proto(output, self._step))
+        return _checked(response, output.metrics["loss:sum"])
 
     def _optim_step(self, command: Parsed) -> worker_pb2.ExecuteResponse:
         request = command.message
@@ -215,10 +226,12 @@ class CommandRunner:
         )
         self._weights_version += 1
         result = operation_pb2.Operation(optim_step=operation_pb2.OptimStepResult(metrics=metrics))
-        return worker_pb2.ExecuteResponse(result=result.SerializeToString())
+        response = worker_pb2.ExecuteResponse(result=_serialized(result))
+        return _checked(response, metrics["grad_norm"])
 
     def _save_state(self, command: Parsed) -> worker_pb2.ExecuteResponse:
-        files = self._engine.save_state(Path(self._target(command).staging))
+        files = self._engine.save_state(_emptied(self._target(command)))
+        failpoint("worker.saved")
         return worker_pb2.ExecuteResponse(
             saved=worker_pb2.SavedFiles(digest=files.digest, size_bytes=files.size_bytes)
         )
@@ -231,23 +244,39 @@ class CommandRunner:
         source = command.execute.load
         folder = Path(source.folder)
         check_manifest(folder, source.digest)
-        self._engine.load_state(folder, with_optimizer=request.with_optimizer)
+        self._load(folder, with_optimizer=request.with_optimizer)
+        result = operation_pb2.Operation(load=operation_pb2.LoadResult(step=self._step))
+        return _checked(worker_pb2.ExecuteResponse(result=_serialized(result)), 0.0)
+
+    def load_point(self, folder: Path, digest: str, commit_seq: int) -> None:
+        """Put the session where a recovery point was made.
+
+        Raises:
+            FiretitanError: CHECKSUM_MISMATCH for damaged files or a point of another command.
+        """
+        check_manifest(folder, digest)
+        found = json.loads((folder / MANIFEST).read_bytes()).get(APPLIED)
+        if found != commit_seq:
+            raise _damaged(folder / MANIFEST, f"{APPLIED} {commit_seq}", str(found))
+        self._load(folder, with_optimizer=True)
+
+    def _load(self, folder: Path, *, with_optimizer: bool) -> None:
+        self._engine.load_state(folder, with_optimizer=with_optimizer)
         self._weights_version += 1
         self._last_snapshot = ""
-        result = operation_pb2.Operation(load=operation_pb2.LoadResult(step=self._step))
-        return worker_pb2.ExecuteResponse(result=result.SerializeToString())
 
     def _save_snapshot(self, command: Parsed) -> worker_pb2.ExecuteResponse:
         target = self._target(command)
         # A save that fails leaves no parent to build a delta on.
         self._last_snapshot = ""
         saved: SavedSnapshot = self._engine.save_snapshot(
-            Path(target.staging),
+            _emptied(target),
             target.name,
             _snapshot_kind(target.kind),
             target.parent or None,
         )
         self._last_snapshot = target.name
+        failpoint("worker.saved")
         return worker_pb2.ExecuteResponse(
             saved=worker_pb2.SavedFiles(
                 digest=saved.files.digest,
@@ -272,9 +301,31 @@ class CommandRunner:
         return command.execute.save
 
     @staticmethod
-    def _forwarded(result: operation_pb2.ForwardResult) -> worker_pb2.ExecuteResponse:
+    def _forwarded(
+        result: operation_pb2.ForwardResult, graph: str = ""
+    ) -> worker_pb2.ExecuteResponse:
         operation = operation_pb2.Operation(forward=result)
-        return worker_pb2.ExecuteResponse(result=operation.SerializeToString())
+        return worker_pb2.ExecuteResponse(result=_serialized(operation), graph=graph)
+
+
+def _serialized(result: operation_pb2.Operation) -> bytes:
+    # The same result has to be the same bytes in every process: a replay is compared by them.
+    return result.SerializeToString(deterministic=True)
+
+
+def _checked(response: worker_pb2.ExecuteResponse, measure: float) -> worker_pb2.ExecuteResponse:
+    """The response with what a replay of the command must come to."""
+    response.check.digest = blake3(response.result).hexdigest()
+    response.check.measure = measure
+    return response
+
+
+def _emptied(target: worker_pb2.SaveTarget) -> Path:
+    """The folder of a save, empty: a worker that died in the same save may have left its files."""
+    folder = Path(target.staging)
+    durable.remove(folder)
+    folder.mkdir(mode=0o700)
+    return folder
 
 
 def check_manifest(folder: Path, digest: str) -> None:

@@ -55,6 +55,24 @@ class Journal(Generic[OutcomeT]):
         """Highest commit_seq that was run, failed ones included; 0 before the first."""
         return self._applied
 
+    def check_untouched(self) -> None:
+        """Refuse to `restore` a session that has run something.
+
+        Raises:
+            FiretitanError: ALREADY_EXISTS.
+        """
+        if self._admitted:
+            raise FiretitanError(
+                Reason.ALREADY_EXISTS,
+                f"commit_seq {self._admitted} was taken already; only a session that has run "
+                "nothing can be put elsewhere",
+            )
+
+    def restore(self, commit_seq: int) -> None:
+        """Begin behind a commit_seq: the session was put where it was then."""
+        self.check_untouched()
+        self._applied = self._admitted = commit_seq
+
     def admit(self, commit_seq: int, request_id: str) -> Verdict:
         """Decide on a command. RUN takes its number: the caller must run and `finish` it.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,9 +17,11 @@ from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
 
 from firetitan_daemon import status
 from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.failpoints import failpoint
 from firetitan_daemon.engine.api import LoraSpec, SessionSpec, TrainEngine
 from firetitan_daemon.worker.commands import CommandRunner, Parsed, parse
 from firetitan_daemon.worker.journal import Journal, Verdict
+from firetitan_daemon.worker.points import PointInWriting, begin, check_boundary
 from firetitan_daemon.worker.servicer import EngineHost
 
 log = logging.getLogger(__name__)
@@ -36,6 +39,8 @@ class HeldSession:
     running: dict[int, asyncio.Task[worker_pb2.ExecuteResponse]] = field(default_factory=dict)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by the command that runs; first come, first served."""
+    point: PointInWriting | None = None
+    """The last recovery point that was begun."""
 
 
 class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
@@ -82,6 +87,56 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
             session.running[request.commit_seq] = asyncio.create_task(self._run(session, request))
         return await asyncio.shield(session.running[request.commit_seq])
 
+    async def SaveRecoveryPoint(
+        self,
+        request: worker_pb2.SaveRecoveryPointRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> worker_pb2.SaveRecoveryPointResponse:
+        """Copies the session between two commands and begins to write the copy."""
+        session = self._find(request.session)
+        async with session.turn:
+            if session.point is None or session.point.staging != request.staging:
+                check_boundary(session, request)
+                session.point = await begin(self._host, session, request)
+        return session.point.copied
+
+    async def WaitRecoveryPoint(
+        self,
+        request: worker_pb2.WaitRecoveryPointRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> worker_pb2.WaitRecoveryPointResponse:
+        """Waits until a copy is written."""
+        point = self._find(request.session).point
+        if point is None or point.staging != request.staging:
+            raise FiretitanError(
+                Reason.OPERATION_NOT_FOUND, f"no recovery point is written to {request.staging}"
+            )
+        return await asyncio.shield(point.written)
+
+    async def LoadRecoveryPoint(
+        self,
+        request: worker_pb2.LoadRecoveryPointRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> worker_pb2.LoadRecoveryPointResponse:
+        """Puts a session that has run nothing yet where a recovery point was made."""
+        state = await asyncio.shield(asyncio.create_task(self._load_point(request)))
+        return worker_pb2.LoadRecoveryPointResponse(session=state)
+
+    async def _load_point(
+        self, request: worker_pb2.LoadRecoveryPointRequest
+    ) -> worker_pb2.SessionState:
+        session = self._find(request.session)
+        folder, digest = Path(request.source.folder), request.source.digest
+        async with session.turn:
+            if session.journal.applied != request.commit_seq:
+                session.journal.check_untouched()
+                await self._host.run(
+                    lambda: session.runner.load_point(folder, digest, request.commit_seq)
+                )
+                session.journal.restore(request.commit_seq)
+                session.state = session.runner.state(request.session, request.commit_seq)
+            return session.state
+
     async def FetchResult(
         self,
         request: worker_pb2.FetchResultRequest,
@@ -127,6 +182,7 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
         async with session.turn:
             client_id, seq = request.client_id, request.seq
             try:
+                failpoint("worker.admitted")
                 command = await self._host.run(lambda: parse(request))
                 client_id, seq = command.header.client_id, command.header.seq
                 response = await self._run_parsed(session, command)
@@ -138,12 +194,14 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
                 )
                 journal.fail(client_id, seq, request.method, failure.reason)
                 response = worker_pb2.ExecuteResponse(error=status.to_status(failure))
+            failpoint("worker.applied")
             response.commit_seq = request.commit_seq
             session.state = session.runner.state(
                 request.session, applied=max(journal.applied, request.commit_seq)
             )
             response.session.CopyFrom(session.state)
             journal.finish(request.commit_seq, response)
+            failpoint("worker.stored")
             del session.running[request.commit_seq]
             log.debug(
                 "event=executed commit_seq=%d method=%s outcome=%s",

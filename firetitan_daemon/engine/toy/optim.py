@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.failpoints import failpoint
 from firetitan_daemon.engine.api import AdamParams
 from firetitan_daemon.engine.toy.model import Float64Array, Weights
 
@@ -61,3 +62,4 @@ def adamw(
         weights[name] = (kept - params.learning_rate * move).astype(np.float32)
         first[name] = moment.astype(np.float32)
         second[name] = square.astype(np.float32)
+        failpoint("engine.step")

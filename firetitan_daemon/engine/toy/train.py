@@ -30,6 +30,7 @@ from firetitan_daemon.engine.api import (
     SessionSpec,
     SnapshotFormat,
     SnapshotKind,
+    WriteState,
     check_base_only,
 )
 from firetitan_daemon.engine.raw import (
@@ -46,6 +47,7 @@ from firetitan_daemon.engine.state import (
     TrainingState,
     load_state,
     save_state,
+    state_writer,
 )
 from firetitan_daemon.engine.toy import model
 from firetitan_daemon.engine.toy.losses import Loss, check
@@ -231,15 +233,21 @@ class ToyTrainEngine:
 
     def save_state(self, staging: Path) -> SavedFiles:
         """Weights, moments, pending gradients and counters into an empty folder."""
+        return save_state(staging, self._state(), self._origin())
+
+    def capture_state(self, *, copy: bool) -> WriteState:
+        """Writes, when called, what `save_state` would write now."""
+        return state_writer(self._state(), self._origin(), copy=copy)
+
+    def _state(self) -> TrainingState:
         gradients = {_GRADIENTS: RawTensor.of_array(self._gradient_VV)}
-        state = TrainingState(
+        return TrainingState(
             model.raw(self._weights),
             model.raw(self._first),
             model.raw(self._second),
             gradients if self._counters.pending_backwards else {},
             self._counters,
         )
-        return save_state(staging, state, self._origin())
 
     def load_state(self, folder: Path, *, with_optimizer: bool) -> None:
         """Verify, then replace the weights; clears gradients and graphs."""

@@ -104,7 +104,7 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_DAEMON_DRAINING: _ErrorReason.ValueType  # 38
     """UNAVAILABLE. The daemon takes no new work; try again once it is back."""
     ERROR_REASON_RECOVERING: _ErrorReason.ValueType  # 39
-    """UNAVAILABLE. The session's worker is being adopted; try again."""
+    """UNAVAILABLE. The session's worker is being adopted or replaced; try again."""
     ERROR_REASON_WORKER_UNAVAILABLE: _ErrorReason.ValueType  # 40
     """UNAVAILABLE. The worker is gone or does not answer."""
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 41
@@ -113,6 +113,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """UNIMPLEMENTED. Not supported here; the message says what is."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 43
     """INTERNAL. Unforeseen; the message holds an id to look for in the daemon's log."""
+    ERROR_REASON_POISON_COMMAND: _ErrorReason.ValueType  # 44
+    """INTERNAL. The command ended the worker's process twice; it was given up, the session goes on."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reason in `google.rpc.ErrorInfo` (domain "firetitan.v1"); decide on this, never on text."""
@@ -196,7 +198,7 @@ ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 37
 ERROR_REASON_DAEMON_DRAINING: ErrorReason.ValueType  # 38
 """UNAVAILABLE. The daemon takes no new work; try again once it is back."""
 ERROR_REASON_RECOVERING: ErrorReason.ValueType  # 39
-"""UNAVAILABLE. The session's worker is being adopted; try again."""
+"""UNAVAILABLE. The session's worker is being adopted or replaced; try again."""
 ERROR_REASON_WORKER_UNAVAILABLE: ErrorReason.ValueType  # 40
 """UNAVAILABLE. The worker is gone or does not answer."""
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 41
@@ -205,6 +207,8 @@ ERROR_REASON_UNSUPPORTED: ErrorReason.ValueType  # 42
 """UNIMPLEMENTED. Not supported here; the message says what is."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 43
 """INTERNAL. Unforeseen; the message holds an id to look for in the daemon's log."""
+ERROR_REASON_POISON_COMMAND: ErrorReason.ValueType  # 44
+"""INTERNAL. The command ended the worker's process twice; it was given up, the session goes on."""
 global___ErrorReason = ErrorReason
 
 @typing.final

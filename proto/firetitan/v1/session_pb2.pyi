@@ -80,9 +80,9 @@ class Session(google.protobuf.message.Message):
         STATE_ACTIVE: Session._State.ValueType  # 1
         """Ready."""
         STATE_RECOVERING: Session._State.ValueType  # 2
-        """The daemon restarted and looks for the worker."""
+        """The daemon looks for the worker, or brings a new one to where a dead one was."""
         STATE_LOST: Session._State.ValueType  # 3
-        """The worker died; weights since the last checkpoint are gone."""
+        """The worker died and could not be replaced; weights since the last checkpoint are gone."""
         STATE_CLOSED: Session._State.ValueType  # 4
         """Closed."""
 
@@ -94,9 +94,9 @@ class Session(google.protobuf.message.Message):
     STATE_ACTIVE: Session.State.ValueType  # 1
     """Ready."""
     STATE_RECOVERING: Session.State.ValueType  # 2
-    """The daemon restarted and looks for the worker."""
+    """The daemon looks for the worker, or brings a new one to where a dead one was."""
     STATE_LOST: Session.State.ValueType  # 3
-    """The worker died; weights since the last checkpoint are gone."""
+    """The worker died and could not be replaced; weights since the last checkpoint are gone."""
     STATE_CLOSED: Session.State.ValueType  # 4
     """Closed."""
 

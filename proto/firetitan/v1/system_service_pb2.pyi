@@ -94,6 +94,56 @@ class WorkerInfo(google.protobuf.message.Message):
 global___WorkerInfo = WorkerInfo
 
 @typing.final
+class SessionRecovery(google.protobuf.message.Message):
+    """How well a session is kept against the death of its worker; counts since the daemon started."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    RECOVERING_FIELD_NUMBER: builtins.int
+    RECOVERIES_FIELD_NUMBER: builtins.int
+    REPLAYED_FIELD_NUMBER: builtins.int
+    TO_REPLAY_FIELD_NUMBER: builtins.int
+    POINT_STEP_FIELD_NUMBER: builtins.int
+    KEPT_BYTES_FIELD_NUMBER: builtins.int
+    POINTS_FIELD_NUMBER: builtins.int
+    POINT_COST_FIELD_NUMBER: builtins.int
+    session: builtins.str
+    """`trainers/{trainer}/sessions/{session}`."""
+    recovering: builtins.bool
+    """True while a new worker is brought to where the dead one was."""
+    recoveries: builtins.int
+    """Workers that were replaced."""
+    replayed: builtins.int
+    """Commands run again for that."""
+    to_replay: builtins.int
+    """Commands still to be run again."""
+    point_step: builtins.int
+    """Optimizer step of the newest recovery point; 0: the session's first weights."""
+    kept_bytes: builtins.int
+    """Bytes of payloads kept to be run again."""
+    points: builtins.int
+    """Recovery points made."""
+    point_cost: builtins.float
+    """Share of the worker's time that the last recovery point took."""
+    def __init__(
+        self,
+        *,
+        session: builtins.str = ...,
+        recovering: builtins.bool = ...,
+        recoveries: builtins.int = ...,
+        replayed: builtins.int = ...,
+        to_replay: builtins.int = ...,
+        point_step: builtins.int = ...,
+        kept_bytes: builtins.int = ...,
+        points: builtins.int = ...,
+        point_cost: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kept_bytes", b"kept_bytes", "point_cost", b"point_cost", "point_step", b"point_step", "points", b"points", "recoveries", b"recoveries", "recovering", b"recovering", "replayed", b"replayed", "session", b"session", "to_replay", b"to_replay"]) -> None: ...
+
+global___SessionRecovery = SessionRecovery
+
+@typing.final
 class GetSystemInfoResponse(google.protobuf.message.Message):
     """From GetSystemInfo."""
 
@@ -108,6 +158,7 @@ class GetSystemInfoResponse(google.protobuf.message.Message):
     CAPABILITIES_FIELD_NUMBER: builtins.int
     LIMITS_FIELD_NUMBER: builtins.int
     WORKERS_FIELD_NUMBER: builtins.int
+    RECOVERIES_FIELD_NUMBER: builtins.int
     version: builtins.str
     """Version of the daemon."""
     instance_id: builtins.str
@@ -134,6 +185,10 @@ class GetSystemInfoResponse(google.protobuf.message.Message):
     def workers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___WorkerInfo]:
         """Worker processes."""
 
+    @property
+    def recoveries(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SessionRecovery]:
+        """Open sessions."""
+
     def __init__(
         self,
         *,
@@ -146,9 +201,10 @@ class GetSystemInfoResponse(google.protobuf.message.Message):
         capabilities: collections.abc.Iterable[builtins.str] | None = ...,
         limits: global___Limits | None = ...,
         workers: collections.abc.Iterable[global___WorkerInfo] | None = ...,
+        recoveries: collections.abc.Iterable[global___SessionRecovery] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["capabilities", b"capabilities", "draining", b"draining", "home", b"home", "instance_id", b"instance_id", "limits", b"limits", "pid", b"pid", "start_time", b"start_time", "version", b"version", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capabilities", b"capabilities", "draining", b"draining", "home", b"home", "instance_id", b"instance_id", "limits", b"limits", "pid", b"pid", "recoveries", b"recoveries", "start_time", b"start_time", "version", b"version", "workers", b"workers"]) -> None: ...
 
 global___GetSystemInfoResponse = GetSystemInfoResponse
 

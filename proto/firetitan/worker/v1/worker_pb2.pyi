@@ -546,10 +546,14 @@ class ExecuteResponse(google.protobuf.message.Message):
     ERROR_FIELD_NUMBER: builtins.int
     SAVED_FIELD_NUMBER: builtins.int
     SESSION_FIELD_NUMBER: builtins.int
+    CHECK_FIELD_NUMBER: builtins.int
+    GRAPH_FIELD_NUMBER: builtins.int
     commit_seq: builtins.int
     """Place in the session's order."""
     result: builtins.bytes
     """A serialized firetitan.v1.Operation with only its result set."""
+    graph: builtins.str
+    """Handle of the forward pass a Forward kept or a Backward used."""
     @property
     def error(self) -> google.rpc.status_pb2.Status:
         """It failed and changed nothing."""
@@ -562,6 +566,10 @@ class ExecuteResponse(google.protobuf.message.Message):
     def session(self) -> global___SessionState:
         """The session after it."""
 
+    @property
+    def check(self) -> global___ReplayCheck:
+        """What the same command must come to when it is run again; absent where that is not compared."""
+
     def __init__(
         self,
         *,
@@ -570,12 +578,181 @@ class ExecuteResponse(google.protobuf.message.Message):
         error: google.rpc.status_pb2.Status | None = ...,
         saved: global___SavedFiles | None = ...,
         session: global___SessionState | None = ...,
+        check: global___ReplayCheck | None = ...,
+        graph: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["error", b"error", "outcome", b"outcome", "result", b"result", "saved", b"saved", "session", b"session"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["commit_seq", b"commit_seq", "error", b"error", "outcome", b"outcome", "result", b"result", "saved", b"saved", "session", b"session"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["check", b"check", "error", b"error", "outcome", b"outcome", "result", b"result", "saved", b"saved", "session", b"session"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["check", b"check", "commit_seq", b"commit_seq", "error", b"error", "graph", b"graph", "outcome", b"outcome", "result", b"result", "saved", b"saved", "session", b"session"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["outcome", b"outcome"]) -> typing.Literal["result", "error", "saved"] | None: ...
 
 global___ExecuteResponse = ExecuteResponse
+
+@typing.final
+class ReplayCheck(google.protobuf.message.Message):
+    """The result of a command in brief."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: builtins.int
+    MEASURE_FIELD_NUMBER: builtins.int
+    digest: builtins.str
+    """BLAKE3 over the serialized result, hex; on a CPU a replay gives the same bits."""
+    measure: builtins.float
+    """Its loss, or a step's gradient norm: compared with a tolerance where bits may differ."""
+    def __init__(
+        self,
+        *,
+        digest: builtins.str = ...,
+        measure: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "measure", b"measure"]) -> None: ...
+
+global___ReplayCheck = ReplayCheck
+
+@typing.final
+class SaveRecoveryPointRequest(google.protobuf.message.Message):
+    """For SaveRecoveryPoint."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    COMMIT_SEQ_FIELD_NUMBER: builtins.int
+    STAGING_FIELD_NUMBER: builtins.int
+    session: builtins.str
+    """`trainers/{trainer}/sessions/{session}`."""
+    commit_seq: builtins.int
+    """The last command that was run; refused where another was."""
+    staging: builtins.str
+    """An empty folder."""
+    def __init__(
+        self,
+        *,
+        session: builtins.str = ...,
+        commit_seq: builtins.int = ...,
+        staging: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["commit_seq", b"commit_seq", "session", b"session", "staging", b"staging"]) -> None: ...
+
+global___SaveRecoveryPointRequest = SaveRecoveryPointRequest
+
+@typing.final
+class SaveRecoveryPointResponse(google.protobuf.message.Message):
+    """From SaveRecoveryPoint."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: builtins.int
+    BLOCKED_S_FIELD_NUMBER: builtins.int
+    step: builtins.int
+    """Optimizer steps taken."""
+    blocked_s: builtins.float
+    """Seconds the session stood still for it."""
+    def __init__(
+        self,
+        *,
+        step: builtins.int = ...,
+        blocked_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocked_s", b"blocked_s", "step", b"step"]) -> None: ...
+
+global___SaveRecoveryPointResponse = SaveRecoveryPointResponse
+
+@typing.final
+class WaitRecoveryPointRequest(google.protobuf.message.Message):
+    """For WaitRecoveryPoint."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    STAGING_FIELD_NUMBER: builtins.int
+    session: builtins.str
+    """`trainers/{trainer}/sessions/{session}`."""
+    staging: builtins.str
+    """As in SaveRecoveryPoint."""
+    def __init__(
+        self,
+        *,
+        session: builtins.str = ...,
+        staging: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["session", b"session", "staging", b"staging"]) -> None: ...
+
+global___WaitRecoveryPointRequest = WaitRecoveryPointRequest
+
+@typing.final
+class WaitRecoveryPointResponse(google.protobuf.message.Message):
+    """From WaitRecoveryPoint."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SAVED_FIELD_NUMBER: builtins.int
+    COMPUTE_S_FIELD_NUMBER: builtins.int
+    compute_s: builtins.float
+    """Seconds of computing it took beside the session: hashing and writing."""
+    @property
+    def saved(self) -> global___SavedFiles:
+        """What is in the folder."""
+
+    def __init__(
+        self,
+        *,
+        saved: global___SavedFiles | None = ...,
+        compute_s: builtins.float = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["saved", b"saved"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["compute_s", b"compute_s", "saved", b"saved"]) -> None: ...
+
+global___WaitRecoveryPointResponse = WaitRecoveryPointResponse
+
+@typing.final
+class LoadRecoveryPointRequest(google.protobuf.message.Message):
+    """For LoadRecoveryPoint."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
+    COMMIT_SEQ_FIELD_NUMBER: builtins.int
+    session: builtins.str
+    """`trainers/{trainer}/sessions/{session}`."""
+    commit_seq: builtins.int
+    """The last command whose effect is in it; the folder must say the same."""
+    @property
+    def source(self) -> global___LoadSource:
+        """The published folder."""
+
+    def __init__(
+        self,
+        *,
+        session: builtins.str = ...,
+        source: global___LoadSource | None = ...,
+        commit_seq: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["source", b"source"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["commit_seq", b"commit_seq", "session", b"session", "source", b"source"]) -> None: ...
+
+global___LoadRecoveryPointRequest = LoadRecoveryPointRequest
+
+@typing.final
+class LoadRecoveryPointResponse(google.protobuf.message.Message):
+    """From LoadRecoveryPoint."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    @property
+    def session(self) -> global___SessionState:
+        """Where the session stands now."""
+
+    def __init__(
+        self,
+        *,
+        session: global___SessionState | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["session", b"session"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["session", b"session"]) -> None: ...
+
+global___LoadRecoveryPointResponse = LoadRecoveryPointResponse
 
 @typing.final
 class FetchResultRequest(google.protobuf.message.Message):

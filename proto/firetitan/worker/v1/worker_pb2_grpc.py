@@ -214,6 +214,21 @@ class TrainerWorkerServiceStub(object):
                 request_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.FetchResultRequest.SerializeToString,
                 response_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.FetchResultResponse.FromString,
                 _registered_method=True)
+        self.SaveRecoveryPoint = channel.unary_unary(
+                '/firetitan.worker.v1.TrainerWorkerService/SaveRecoveryPoint',
+                request_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.SaveRecoveryPointRequest.SerializeToString,
+                response_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.SaveRecoveryPointResponse.FromString,
+                _registered_method=True)
+        self.WaitRecoveryPoint = channel.unary_unary(
+                '/firetitan.worker.v1.TrainerWorkerService/WaitRecoveryPoint',
+                request_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.WaitRecoveryPointRequest.SerializeToString,
+                response_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.WaitRecoveryPointResponse.FromString,
+                _registered_method=True)
+        self.LoadRecoveryPoint = channel.unary_unary(
+                '/firetitan.worker.v1.TrainerWorkerService/LoadRecoveryPoint',
+                request_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.LoadRecoveryPointRequest.SerializeToString,
+                response_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.LoadRecoveryPointResponse.FromString,
+                _registered_method=True)
 
 
 class TrainerWorkerServiceServicer(object):
@@ -241,6 +256,28 @@ class TrainerWorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SaveRecoveryPoint(self, request, context):
+        """Copies the session as it stands after a commit_seq, no gradients pending, and begins to write
+        the copy; answers once it is copied. A repeat for the same folder joins it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WaitRecoveryPoint(self, request, context):
+        """Waits until a copy that was begun is written.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadRecoveryPoint(self, request, context):
+        """Puts a session that has run nothing yet where a recovery point was made.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainerWorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -258,6 +295,21 @@ def add_TrainerWorkerServiceServicer_to_server(servicer, server):
                     servicer.FetchResult,
                     request_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.FetchResultRequest.FromString,
                     response_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.FetchResultResponse.SerializeToString,
+            ),
+            'SaveRecoveryPoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.SaveRecoveryPoint,
+                    request_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.SaveRecoveryPointRequest.FromString,
+                    response_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.SaveRecoveryPointResponse.SerializeToString,
+            ),
+            'WaitRecoveryPoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.WaitRecoveryPoint,
+                    request_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.WaitRecoveryPointRequest.FromString,
+                    response_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.WaitRecoveryPointResponse.SerializeToString,
+            ),
+            'LoadRecoveryPoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadRecoveryPoint,
+                    request_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.LoadRecoveryPointRequest.FromString,
+                    response_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.LoadRecoveryPointResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -342,6 +394,87 @@ class TrainerWorkerService(object):
             '/firetitan.worker.v1.TrainerWorkerService/FetchResult',
             firetitan_dot_worker_dot_v1_dot_worker__pb2.FetchResultRequest.SerializeToString,
             firetitan_dot_worker_dot_v1_dot_worker__pb2.FetchResultResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SaveRecoveryPoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/firetitan.worker.v1.TrainerWorkerService/SaveRecoveryPoint',
+            firetitan_dot_worker_dot_v1_dot_worker__pb2.SaveRecoveryPointRequest.SerializeToString,
+            firetitan_dot_worker_dot_v1_dot_worker__pb2.SaveRecoveryPointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WaitRecoveryPoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/firetitan.worker.v1.TrainerWorkerService/WaitRecoveryPoint',
+            firetitan_dot_worker_dot_v1_dot_worker__pb2.WaitRecoveryPointRequest.SerializeToString,
+            firetitan_dot_worker_dot_v1_dot_worker__pb2.WaitRecoveryPointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadRecoveryPoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/firetitan.worker.v1.TrainerWorkerService/LoadRecoveryPoint',
+            firetitan_dot_worker_dot_v1_dot_worker__pb2.LoadRecoveryPointRequest.SerializeToString,
+            firetitan_dot_worker_dot_v1_dot_worker__pb2.LoadRecoveryPointResponse.FromString,
             options,
             channel_credentials,
             insecure,

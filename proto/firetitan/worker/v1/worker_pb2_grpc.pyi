@@ -111,6 +111,26 @@ class TrainerWorkerServiceStub:
     ]
     """The stored result of a command."""
 
+    SaveRecoveryPoint: grpc.UnaryUnaryMultiCallable[
+        firetitan.worker.v1.worker_pb2.SaveRecoveryPointRequest,
+        firetitan.worker.v1.worker_pb2.SaveRecoveryPointResponse,
+    ]
+    """Copies the session as it stands after a commit_seq, no gradients pending, and begins to write
+    the copy; answers once it is copied. A repeat for the same folder joins it.
+    """
+
+    WaitRecoveryPoint: grpc.UnaryUnaryMultiCallable[
+        firetitan.worker.v1.worker_pb2.WaitRecoveryPointRequest,
+        firetitan.worker.v1.worker_pb2.WaitRecoveryPointResponse,
+    ]
+    """Waits until a copy that was begun is written."""
+
+    LoadRecoveryPoint: grpc.UnaryUnaryMultiCallable[
+        firetitan.worker.v1.worker_pb2.LoadRecoveryPointRequest,
+        firetitan.worker.v1.worker_pb2.LoadRecoveryPointResponse,
+    ]
+    """Puts a session that has run nothing yet where a recovery point was made."""
+
 class TrainerWorkerServiceAsyncStub:
     """A worker that trains."""
 
@@ -131,6 +151,26 @@ class TrainerWorkerServiceAsyncStub:
         firetitan.worker.v1.worker_pb2.FetchResultResponse,
     ]
     """The stored result of a command."""
+
+    SaveRecoveryPoint: grpc.aio.UnaryUnaryMultiCallable[
+        firetitan.worker.v1.worker_pb2.SaveRecoveryPointRequest,
+        firetitan.worker.v1.worker_pb2.SaveRecoveryPointResponse,
+    ]
+    """Copies the session as it stands after a commit_seq, no gradients pending, and begins to write
+    the copy; answers once it is copied. A repeat for the same folder joins it.
+    """
+
+    WaitRecoveryPoint: grpc.aio.UnaryUnaryMultiCallable[
+        firetitan.worker.v1.worker_pb2.WaitRecoveryPointRequest,
+        firetitan.worker.v1.worker_pb2.WaitRecoveryPointResponse,
+    ]
+    """Waits until a copy that was begun is written."""
+
+    LoadRecoveryPoint: grpc.aio.UnaryUnaryMultiCallable[
+        firetitan.worker.v1.worker_pb2.LoadRecoveryPointRequest,
+        firetitan.worker.v1.worker_pb2.LoadRecoveryPointResponse,
+    ]
+    """Puts a session that has run nothing yet where a recovery point was made."""
 
 class TrainerWorkerServiceServicer(metaclass=abc.ABCMeta):
     """A worker that trains."""
@@ -158,6 +198,32 @@ class TrainerWorkerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[firetitan.worker.v1.worker_pb2.FetchResultResponse, collections.abc.Awaitable[firetitan.worker.v1.worker_pb2.FetchResultResponse]]:
         """The stored result of a command."""
+
+    @abc.abstractmethod
+    def SaveRecoveryPoint(
+        self,
+        request: firetitan.worker.v1.worker_pb2.SaveRecoveryPointRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[firetitan.worker.v1.worker_pb2.SaveRecoveryPointResponse, collections.abc.Awaitable[firetitan.worker.v1.worker_pb2.SaveRecoveryPointResponse]]:
+        """Copies the session as it stands after a commit_seq, no gradients pending, and begins to write
+        the copy; answers once it is copied. A repeat for the same folder joins it.
+        """
+
+    @abc.abstractmethod
+    def WaitRecoveryPoint(
+        self,
+        request: firetitan.worker.v1.worker_pb2.WaitRecoveryPointRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[firetitan.worker.v1.worker_pb2.WaitRecoveryPointResponse, collections.abc.Awaitable[firetitan.worker.v1.worker_pb2.WaitRecoveryPointResponse]]:
+        """Waits until a copy that was begun is written."""
+
+    @abc.abstractmethod
+    def LoadRecoveryPoint(
+        self,
+        request: firetitan.worker.v1.worker_pb2.LoadRecoveryPointRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[firetitan.worker.v1.worker_pb2.LoadRecoveryPointResponse, collections.abc.Awaitable[firetitan.worker.v1.worker_pb2.LoadRecoveryPointResponse]]:
+        """Puts a session that has run nothing yet where a recovery point was made."""
 
 def add_TrainerWorkerServiceServicer_to_server(servicer: TrainerWorkerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
 

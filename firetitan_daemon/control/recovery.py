@@ -1,0 +1,383 @@
+"""One session against the death of its worker: recovery points, kept payloads, replay.
+
+Knows: the store, the spool, folders, one trainer worker. Must not know: lanes, admission, how a
+worker is started, what is in a payload or in a point.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from firetitan_daemon.control.services import Services
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.failpoints import failpoint
+from firetitan_daemon.core.ports import Change, Command, LoadSource, Outcome, Worker
+from firetitan_daemon.core.records import (
+    LoadedFrom,
+    Operation,
+    RecoveryPoint,
+    Session,
+    SpoolRef,
+)
+from firetitan_daemon.core.recovery import (
+    BOUNDARIES,
+    LOADS,
+    REPLAYED,
+    Plan,
+    PointPolicy,
+    plan_replay,
+    same_result,
+)
+
+logger = logging.getLogger("firetitan.recovery")
+
+MAX_DEATHS = 2
+"""A command in which this many workers ended is not given to another."""
+_KEPT_POINTS = 2
+_EVERYTHING = 2**62
+
+
+@dataclass
+class RecoveryStats:
+    """What `firetitand status` shows of a session; counts since the daemon started."""
+
+    recoveries: int = 0
+    replayed: int = 0
+    to_replay: int = 0
+    points: int = 0
+    point_step: int = 0
+    point_cost: float = 0.0
+    kept_bytes: int = 0
+
+
+@dataclass
+class _Kept:
+    """A payload that a replay needs."""
+
+    commit_seq: int
+    ref: SpoolRef
+
+
+@dataclass
+class SessionRecovery:
+    """Keeps what a session's replay needs, and replays.
+
+    Args:
+        session: Its name.
+        services: The ports.
+    """
+
+    session: str
+    services: Services
+    stats: RecoveryStats = field(default_factory=RecoveryStats)
+    _kept: list[_Kept] = field(default_factory=list)
+    _points: list[RecoveryPoint] = field(default_factory=list)
+    _deaths: Counter[int] = field(default_factory=Counter)
+    _writing: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        self._policy = PointPolicy(self.services.recovery)
+
+    def restore(self, points: Iterable[RecoveryPoint], kept: Iterable[Operation]) -> None:
+        """Take over what a former daemon kept."""
+        self._points = list(points)
+        held = self._points[-1].commit_seq if self._points else 0
+        for operation in kept:
+            assert operation.payload is not None
+            self._kept.append(_Kept(operation.commit_seq, operation.payload))
+            if operation.commit_seq > held:
+                self._policy.ran(operation.method, 0.0, operation.payload.size_bytes)
+        self._show()
+
+    # -- while the worker lives ----------------------------------------------------------------
+
+    def keep(
+        self, operation: Operation, ended: Operation, outcome: Outcome, loaded: LoadedFrom | None
+    ) -> Operation:
+        """The ended operation with what a replay needs of it.
+
+        Args:
+            operation: As it was run.
+            ended: As it is about to be written.
+            outcome: What the worker made of it.
+            loaded: What it read, of a load.
+        """
+        needed = operation.method in REPLAYED or (operation.method == "Forward" and outcome.graph)
+        if not needed or not self.services.recovery.enabled:
+            return ended
+        return replace(
+            ended,
+            payload=operation.payload,
+            check=outcome.check,
+            graph=outcome.graph,
+            loaded=loaded,
+        )
+
+    async def ran(self, operation: Operation, seconds: float) -> None:
+        """Count an operation that was settled.
+
+        Args:
+            operation: As written.
+            seconds: What the worker took.
+        """
+        if operation.payload is None:
+            return
+        self._kept.append(_Kept(operation.commit_seq, operation.payload))
+        self._policy.ran(operation.method, seconds, operation.payload.size_bytes)
+        if operation.method in LOADS:
+            # What was loaded may be replaced by another save under its name.
+            self._policy.want()
+        self._show()
+        if self.stats.kept_bytes > self.services.recovery.max_spool_bytes:
+            logger.warning(
+                "payloads for a replay take too much, given up until the next recovery point "
+                "session=%s bytes=%d",
+                self.session,
+                self.stats.kept_bytes,
+            )
+            self._policy.want()
+            await self._release(operation.commit_seq)
+
+    async def make_point(self, worker: Worker, operation: Operation) -> None:
+        """Make a recovery point behind an operation that was settled, if one is due.
+
+        Returns once the worker has copied its state. One that fails is tried again later.
+        """
+        writing = self._writing is not None and not self._writing.done()
+        if operation.method not in BOUNDARIES or writing or not self._policy.due():
+            return
+        failpoint("point.begun")
+        self._policy.begun()
+        try:
+            staging = self.services.folders.staging()
+        except FiretitanError as error:
+            logger.warning("no recovery point session=%s: %s", self.session, error)
+            return
+        try:
+            step, blocked_s = await worker.save_point(self.session, operation.commit_seq, staging)
+        except FiretitanError as error:
+            logger.warning("no recovery point session=%s: %s", self.session, error)
+            await self._discard(staging)
+            return
+        point = RecoveryPoint(self.session, operation.commit_seq, step, "", "", 0, 0.0)
+        self._writing = asyncio.create_task(self._finish(worker, point, staging, blocked_s))
+
+    async def _finish(
+        self, worker: Worker, point: RecoveryPoint, staging: Path, blocked_s: float
+    ) -> None:
+        services, began = self.services, self.services.clock.monotonic()
+        try:
+            written = await worker.wait_point(self.session, staging)
+            folder = await services.folders.publish(staging, "points", str(point.commit_seq))
+            failpoint("point.published")
+            point = replace(
+                point,
+                folder=str(folder),
+                digest=written.saved.digest,
+                size_bytes=written.saved.size_bytes,
+                create_time=services.clock.now(),
+            )
+            await self._replace_points([*self._points, point])
+        except FiretitanError as error:
+            logger.warning("no recovery point session=%s: %s", self.session, error)
+            await self._discard(staging)
+            return
+        failpoint("point.made")
+        self._policy.made(blocked_s + written.compute_s)
+        self.stats.points += 1
+        self._show()
+        logger.info(
+            "recovery point session=%s commit_seq=%d step=%d bytes=%d blocked_s=%.4f "
+            "compute_s=%.4f wall_s=%.3f",
+            self.session,
+            point.commit_seq,
+            point.step,
+            point.size_bytes,
+            blocked_s,
+            written.compute_s,
+            services.clock.monotonic() - began,
+        )
+
+    async def _replace_points(self, points: list[RecoveryPoint]) -> None:
+        """Write the points there are now; the newest stay, with the payloads behind the oldest."""
+        kept, gone = points[-_KEPT_POINTS:], points[:-_KEPT_POINTS]
+        new = [point for point in kept if point not in self._points]
+        # Payloads reach back to the older point, in case the newer turns out to be damaged.
+        released = kept[0].commit_seq if len(kept) == _KEPT_POINTS else 0
+        change = Change(
+            recovery_points=new,
+            deleted_recovery_points=[(one.session, one.commit_seq) for one in gone],
+            released_payloads=[(self.session, released)] if released else [],
+            durable=True,
+        )
+        await self.services.store.write(change)
+        self._points = kept
+        await self._forget(released)
+        for point in gone:
+            await self._discard(Path(point.folder))
+
+    async def _release(self, through: int) -> None:
+        change = Change(released_payloads=[(self.session, through)])
+        try:
+            await self.services.store.write(change)
+        except FiretitanError as error:
+            logger.warning("payloads stay session=%s: %s", self.session, error)
+            return
+        await self._forget(through)
+
+    async def _forget(self, through: int) -> None:
+        refs = [one.ref for one in self._kept if one.commit_seq <= through]
+        self._kept = [one for one in self._kept if one.commit_seq > through]
+        await self.services.spool.remove(refs)
+        self._show()
+
+    async def interrupt(self) -> None:
+        """Stop waiting for a point that is being written."""
+        task, self._writing = self._writing, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def drop(self) -> None:
+        """Keep nothing any more: the session was closed, or begins anew."""
+        await self.interrupt()
+        gone = self._points
+        await self.services.store.write(
+            Change(
+                deleted_recovery_points=[(one.session, one.commit_seq) for one in gone],
+                released_payloads=[(self.session, _EVERYTHING)],
+            )
+        )
+        self._points = []
+        self._policy = PointPolicy(self.services.recovery)
+        await self._forget(_EVERYTHING)
+        for point in gone:
+            await self._discard(Path(point.folder))
+
+    async def _discard(self, folder: Path) -> None:
+        try:
+            await self.services.folders.discard(folder)
+        except (FiretitanError, OSError) as error:
+            logger.warning("left for the next start to remove folder=%s: %s", folder, error)
+
+    def _show(self) -> None:
+        self.stats.kept_bytes = sum(one.ref.size_bytes for one in self._kept)
+        self.stats.point_step = self._points[-1].step if self._points else 0
+        self.stats.point_cost = self._policy.share
+
+    # -- after its death -----------------------------------------------------------------------
+
+    async def rebuild(self, worker: Worker, session: Session, *, exact: bool) -> bool:
+        """Bring a worker to where the session's settled commands had brought the last one.
+
+        A worker that is there already, or half way, goes on from where it is.
+
+        Args:
+            worker: With the model loaded.
+            session: The session's record.
+            exact: Whether results must come out bit for bit.
+
+        Returns:
+            Whether the worker holds the session's last snapshot still.
+
+        Raises:
+            FiretitanError: SESSION_LOSS where this cannot be, and why; WORKER_UNAVAILABLE where
+                the worker ended meanwhile.
+        """
+        held = await worker.open_session(session)
+        behind = max(held.applied_commit_seq, session.origin_commit_seq)
+        done = await self.services.store.done_operations(session.name, session.origin_commit_seq)
+        plan = plan_replay(done, behind)
+        if not held.applied_commit_seq:
+            plan = await self._load_start(worker, session, done)
+        elif plan.missing:
+            raise _impossible(session, _gone(plan))
+        self.stats.to_replay = len(plan.replay)
+        if plan.replay:
+            logger.info("replaying session=%s commands=%d", session.name, len(plan.replay))
+        for operation in plan.replay:
+            await self._replay(worker, session, operation, exact=exact)
+            failpoint("recovery.replayed")
+            self.stats.replayed += 1
+            self.stats.to_replay -= 1
+        return bool(held.last_snapshot)
+
+    async def _load_start(
+        self, worker: Worker, session: Session, done: Iterable[Operation]
+    ) -> Plan:
+        """Load the newest point that leads to where the session was, or begin at its origin."""
+        why = ""
+        for point in reversed(self._points):
+            plan = plan_replay(done, point.commit_seq)
+            if plan.missing:
+                why = why or _gone(plan)
+                continue
+            try:
+                await worker.load_point(point)
+            except FiretitanError as error:
+                if error.reason is not Reason.CHECKSUM_MISMATCH:
+                    raise
+                logger.error("recovery point is damaged session=%s: %s", session.name, error)
+                why = why or error.message
+                continue
+            return plan
+        plan = plan_replay(done, session.origin_commit_seq)
+        if plan.missing:
+            raise _impossible(session, why or _gone(plan))
+        return plan
+
+    async def _replay(
+        self, worker: Worker, session: Session, operation: Operation, *, exact: bool
+    ) -> None:
+        assert operation.payload is not None
+        source = operation.loaded
+        command = Command(
+            session=session.name,
+            commit_seq=operation.commit_seq,
+            request_id=operation.request_id,
+            method=operation.method,
+            payload=operation.payload,
+            load=LoadSource(Path(source.folder), source.digest) if source is not None else None,
+            settled_through=operation.commit_seq - 1,
+            client_id=operation.client_id,
+            seq=operation.seq,
+        )
+        what = f"{operation.method} {operation.name} (commit_seq {operation.commit_seq})"
+        try:
+            outcome = await worker.execute(command)
+        except FiretitanError as error:
+            if error.reason is Reason.WORKER_UNAVAILABLE:
+                self._deaths[operation.commit_seq] += 1
+                if self._deaths[operation.commit_seq] >= MAX_DEATHS:
+                    raise _impossible(session, f"{what} ended the worker twice") from error
+            raise
+        if outcome.error is not None:
+            raise _impossible(session, f"{what} failed in the replay: {outcome.error.message}")
+        if not same_result(operation.check, outcome.check, exact=exact):
+            raise _impossible(
+                session,
+                f"{what} came to {outcome.check} in the replay, to {operation.check} before",
+            )
+
+    def recovered(self) -> None:
+        """A worker was replaced and the session goes on."""
+        self._deaths.clear()
+        self.stats.recoveries += 1
+
+
+def _gone(plan: Plan) -> str:
+    first = plan.missing[0]
+    return (
+        f"payloads of {len(plan.missing)} of {len(plan.replay)} commands to replay are gone, the "
+        f"first of {first.method} {first.name}: over recovery.max_spool_bytes, or "
+        "recovery.enabled was off"
+    )
+
+
+def _impossible(session: Session, why: str) -> FiretitanError:
+    return FiretitanError(Reason.SESSION_LOSS, f"no replay: {why}", session=session.name)
