@@ -20,7 +20,12 @@ from pathlib import Path
 from firetitan_daemon.control.checkpoints import CheckpointManager, Finished, Prepared
 from firetitan_daemon.control.codec import Header
 from firetitan_daemon.control.recovery import MAX_DEATHS, SessionRecovery
-from firetitan_daemon.control.services import Services, error_record, internal_error
+from firetitan_daemon.control.services import (
+    Services,
+    error_record,
+    internal_error,
+    when_there_is_space,
+)
 from firetitan_daemon.control.session_rows import SessionRows
 from firetitan_daemon.core import chain
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -375,7 +380,7 @@ class CommandPipeline:
         found = replace(found, deaths=found.deaths + 1)
         logger.error("worker ended in op=%s method=%s", found.id, found.method)
         if found.deaths < MAX_DEATHS:
-            await self._rows.write_operation(found)
+            await when_there_is_space(found.name, lambda: self._rows.write_operation(found))
             return
         poison = FiretitanError(
             Reason.POISON_COMMAND,
@@ -399,7 +404,7 @@ class CommandPipeline:
                 WORKER_UNAVAILABLE where the worker ended meanwhile.
         """
         if not await self.recovery.rebuild(worker, self.session, exact=exact):
-            await self._rows.cut_chain()
+            await when_there_is_space(self.session.name, self._rows.cut_chain)
         failpoint("recovery.restored")
         self.start(worker)
 

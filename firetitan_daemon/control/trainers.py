@@ -270,7 +270,10 @@ class TrainerManager:
             for pause_s in _REPLACE_PAUSES_S:
                 await asyncio.sleep(pause_s)
                 try:
-                    worker = await self._start_again(trainer_id)
+                    worker = await when_there_is_space(
+                        f"a new worker of trainers/{trainer_id}",
+                        lambda: self._start_again(trainer_id),
+                    )
                     await self._resume(trainer_id, worker)
                 except FiretitanError as error:
                     problem = error.message

@@ -59,16 +59,23 @@ def guard(daemon: DaemonProcess, done: threading.Event) -> None:
 
 
 def run(
-    home: Path, environment: dict[str, str], kill_at: int = -1, both: bool = False, rank: int = 0
+    home: Path,
+    environment: dict[str, str],
+    kill_at: int = -1,
+    both: bool = False,
+    idle: bool = False,
 ) -> tuple[dict[str, str], system_service_pb2.SessionRecovery]:
-    """Send the commands; before command `kill_at` the trainer, or both, are killed by hand."""
+    """Send the commands; before command `kill_at` the trainer, or both, are killed by hand.
+
+    With `idle` the trainer has finished what it was sent by then.
+    """
     daemon = DaemonProcess(home, {**OFTEN, **environment})
     daemon.start()
     done = threading.Event()
     guardian = threading.Thread(target=guard, args=(daemon, done))
     try:
         stubs = Stubs(daemon.address)
-        stubs.create_trainer(rank=rank)
+        stubs.create_trainer()
         lane = LaneClient(stubs, stubs.session(), "script")
         if not both:
             guardian.start()
@@ -79,6 +86,8 @@ def run(
                 calls += [lambda: lane.save_snapshot("half"), lambda: lane.save_state("half")]
             for call in calls:
                 if len(sent) == kill_at:
+                    if idle:
+                        stubs.done(sent[-1])
                     pid = trainer_pid(daemon)
                     if both:
                         daemon.kill()
@@ -148,8 +157,9 @@ def test_killed_at_a_place_in_the_worker(
 
 @pytest.mark.parametrize("place", DAEMON_PLACES)
 def test_the_daemon_dies_too(tmp_path: Path, undisturbed: dict[str, str], place: str) -> None:
+    # Between a backward pass and its step, so that there is something to replay.
     kill_at = 8 if place.startswith("recovery") else -1
-    saved, _ = run(tmp_path, {"FIRETITAN_FAILPOINTS": f"{place}=kill_once"}, kill_at)
+    saved, _ = run(tmp_path, {"FIRETITAN_FAILPOINTS": f"{place}=kill_once"}, kill_at, idle=True)
     assert (tmp_path / f"failpoint-{place}").exists()
     assert saved == undisturbed
 

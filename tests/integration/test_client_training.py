@@ -413,8 +413,12 @@ def test_calls_outlive_a_killed_daemon(daemon: DaemonProcess) -> None:
 
 
 def test_a_lost_worker_is_told_and_the_trainer_comes_back(daemon: DaemonProcess) -> None:
+    # Without what a replay needs, a death is a loss.
+    daemon.kill()
+    daemon.start({"FIRETITAN_RECOVERY_ENABLED": "0"})
     policy = make_service(daemon).create_training_client()
     saved = policy.save_state("before").result()
+    policy.forward_backward(toy_data(), "cross_entropy").result()
     request = trainer_service_pb2.GetTrainerRequest(name=f"trainers/{policy.trainer_job_id}")
     trainer = policy.service.stubs.trainers.GetTrainer(request).trainer
     os.kill(trainer.worker_pid, signal.SIGKILL)

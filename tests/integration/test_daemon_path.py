@@ -12,6 +12,7 @@ from firetitan.v1 import (
     checkpoint_service_pb2,
     deployment_pb2,
     deployment_service_pb2,
+    operation_pb2,
     operation_service_pb2,
     trainer_pb2,
     trainer_service_pb2,
@@ -168,21 +169,26 @@ def test_a_watch_brings_every_operation_in_order_and_resumes(
 def test_acknowledged_results_are_dropped(
     stubs: Stubs, lane: LaneClient, daemon: DaemonProcess
 ) -> None:
-    with lane.watch() as watch:
-        operation = stubs.done(lane.forward_backward())
-        watch.next()
-        assert len(list((daemon.home / "spool").iterdir())) == 1
-        watch.acknowledge(1)
-        stubs.done(lane.optim_step())
-        watch.next()
-        watch.acknowledge(2)
+    def spooled(operation: operation_pb2.Operation, count: int) -> int:
         for _ in range(100):
-            if not list((daemon.home / "spool").iterdir()):
+            if len(list((daemon.home / "spool").iterdir())) == count:
                 break
             stubs.operations.GetOperation(
                 operation_service_pb2.GetOperationRequest(name=operation.name)
             )
-        assert not list((daemon.home / "spool").iterdir())
+        return len(list((daemon.home / "spool").iterdir()))
+
+    with lane.watch() as watch:
+        operation = stubs.done(lane.forward_backward())
+        watch.next()
+        assert spooled(operation, 2) == 2  # its result, and its payload for a replay
+        watch.acknowledge(1)
+        stubs.done(lane.optim_step())
+        watch.next()
+        watch.acknowledge(2)
+        assert spooled(operation, 2) == 2  # both payloads
+    stubs.trainers.DeleteTrainer(trainer_service_pb2.DeleteTrainerRequest(name="trainers/t"))
+    assert spooled(operation, 0) == 0
 
 
 def test_cancel_takes_back_what_has_not_started(stubs: Stubs, lane: LaneClient) -> None:

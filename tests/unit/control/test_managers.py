@@ -315,6 +315,7 @@ async def test_a_full_disk_delays_what_has_happened_and_loses_none_of_it(
         await write(change)
 
     monkeypatch.setattr(managers.store, "write", full)
+    monkeypatch.setattr("firetitan_daemon.control.trainers._MAX_RESTARTS", 0)
     trainer, worker = await managers.trainer()
     await managers.deployment()
     session, _ = await managers.sessions.create(trainer, worker, Wanted(), "s")
@@ -325,6 +326,36 @@ async def test_a_full_disk_delays_what_has_happened_and_loses_none_of_it(
         await asyncio.sleep(0.02)
     assert managers.sessions.get(session.name).state is SessionState.LOST
     assert refused >= 9
+
+
+async def test_a_full_disk_delays_a_new_worker_and_the_session_goes_on(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firetitan_daemon.control.services.DISK_RETRY_S", 0.02)
+    write, refused = managers.store.write, 0
+
+    async def full(change: Change) -> None:
+        nonlocal refused
+        if any(one.state is ResourceState.RECOVERING for one in change.trainers) and refused < 3:
+            refused += 1
+            raise FiretitanError(Reason.STATE_DISK_FULL, "the disk is full")
+        await write(change)
+
+    monkeypatch.setattr(managers.store, "write", full)
+    trainer, worker = await managers.trainer()
+    session, _ = await managers.sessions.create(trainer, worker, Wanted(), "s")
+    first = await managers.sessions.submit(*_forward_backward(session, seq=1))
+    assert (await managers.done(first)).state is OperationState.DONE
+    worker._process.kill()
+    for _ in range(250):
+        if managers.trainers.get("t").worker_id != worker.spec.worker_id and (
+            managers.sessions.get(session.name).state is SessionState.ACTIVE
+        ):
+            break
+        await asyncio.sleep(0.02)
+    assert refused == 3
+    second = await managers.sessions.submit(*_forward_backward(session, seq=2))
+    assert (await managers.done(second)).state is OperationState.DONE
 
 
 async def test_a_cancellation_happens_even_if_its_caller_goes_away(managers: Managers) -> None:
