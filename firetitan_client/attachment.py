@@ -7,11 +7,11 @@ are not sent yet, what the user has seen, what commands mean. Belongs to the bac
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
-import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from firetitan.v1 import command_pb2, operation_pb2, operation_service_pb2
 from firetitan_client import transport as transports
 from firetitan_client.errors import FiretitanError
 from firetitan_client.futures import APIFuture
-from firetitan_client.transport import SLICE_S, Patience, Transport
+from firetitan_client.transport import SLICE_S, Patience, Transport, iterate
 
 logger = logging.getLogger("firetitan")
 
@@ -219,8 +219,6 @@ class Attachment:
 
     async def _read_stream(self) -> bool:
         """One stream to its end; True where it brought something."""
-        loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[operation_pb2.Operation | BaseException | None] = asyncio.Queue()
         requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         requests.put(
             operation_service_pb2.WatchOperationsRequest(
@@ -236,40 +234,22 @@ class Attachment:
             response_deserializer=operation_service_pb2.WatchOperationsResponse.FromString,
         )(iter(requests.get, None), timeout=SLICE_S)
         self._requests = requests
-        threading.Thread(
-            target=_pass_on, args=(call, loop, arrived), name="firetitan-watch", daemon=True
-        ).start()
         brought = False
         try:
-            while (item := await arrived.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                brought = True
-                await self._take(item)
+            async with contextlib.aclosing(iterate(call)) as responses:
+                async for response in responses:
+                    brought = True
+                    await self._take(response.operation)
             return brought
         finally:
             self._requests = None
             requests.put(None)
-            call.cancel()
 
     def _start(self, work: Any) -> asyncio.Task[Any]:
         task = transports.loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _pass_on(call: Iterator[Any], loop: asyncio.AbstractEventLoop, arrived: Any) -> None:
-    end: BaseException | None = None
-    try:
-        for response in call:
-            loop.call_soon_threadsafe(arrived.put_nowait, response.operation)
-    except grpc.RpcError as error:
-        end = error
-    try:
-        loop.call_soon_threadsafe(arrived.put_nowait, end)
-    except RuntimeError:
-        logger.debug("the loop ended before its watch stream")
 
 
 def call_name(method: str) -> str:

@@ -163,7 +163,9 @@ def _sequence(sequence: sampling_service_pb2.SampledSequence) -> Any:
     return kind(**facts)
 
 
-def stop_reason(sequence: sampling_service_pb2.SampledSequence) -> str:
+def stop_reason(
+    sequence: sampling_service_pb2.SampledSequence | sampling_service_pb2.SampledTokens,
+) -> str:
     """Tinker's word for why a sequence ended."""
     length = sequence.stop_reason == sampling_service_pb2.STOP_REASON_LENGTH
     return "length" if length else "stop"

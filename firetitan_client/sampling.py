@@ -28,6 +28,7 @@ from firetitan_client.sample_requests import (
     send,
     set_pin,
 )
+from firetitan_client.sample_stream import SampleStream
 
 
 class FiretitanSamplingClient(SelfFuture[Target]):
@@ -155,6 +156,22 @@ class FiretitanSamplingClient(SelfFuture[Target]):
     async def sample_async(self, *args: Any, **kwargs: Any) -> Any:
         """As `sample`; awaiting it gives the response."""
         return await self.sample(*args, **kwargs)
+
+    def sample_stream(
+        self, prompt: Any, num_samples: int = 1, sampling_params: Any = None
+    ) -> SampleStream:
+        """As `sample`, tokens as they come.
+
+        Args:
+            prompt: `tinker.ModelInput` or token ids.
+            num_samples: Independent sequences.
+            sampling_params: As for `sample`.
+
+        Returns:
+            An iterator, also an asynchronous one, of `SampleChunk`.
+        """
+        self._check_open()
+        return SampleStream(self._ready, build_request(prompt, num_samples, sampling_params))
 
     def compute_logprobs(
         self, prompt: Any, prompt_logprobs_last_n: int | None = None

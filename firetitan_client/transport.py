@@ -17,7 +17,7 @@ import os
 import random
 import threading
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -282,6 +282,40 @@ async def bridge(call: Any) -> Any:
         call.cancel()
         raise
     return call.result()
+
+
+async def iterate(call: Any) -> AsyncGenerator[Any, None]:
+    """The responses of a streaming call, on the background loop; closing it cancels the call.
+
+    Raises:
+        grpc.RpcError: The stream broke or was refused.
+    """
+    arrived: asyncio.Queue[Any] = asyncio.Queue()
+    reader = threading.Thread(
+        target=_pass_on,
+        args=(call, asyncio.get_running_loop(), arrived),
+        name="firetitan-stream",
+        daemon=True,
+    )
+    reader.start()
+    try:
+        while (item := await arrived.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        call.cancel()
+
+
+def _pass_on(call: Any, loop: asyncio.AbstractEventLoop, arrived: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop ended with the interpreter
+        end: BaseException | None = None
+        try:
+            for response in call:
+                loop.call_soon_threadsafe(arrived.put_nowait, response)
+        except grpc.RpcError as error:
+            end = error
+        loop.call_soon_threadsafe(arrived.put_nowait, end)
 
 
 def connect(address: str, autostart: bool | None = None) -> Transport:

@@ -6,6 +6,9 @@ is answered WORKER_UNAVAILABLE, and the same request with its seed gives the sam
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncGenerator
+
 from firetitan_daemon.control.deployments import DeploymentManager
 from firetitan_daemon.core.errors import FiretitanError, Reason
 
@@ -34,12 +37,38 @@ class SamplingRouter:
         try:
             return await worker.generate(request)
         except FiretitanError as error:
-            if error.reason is not Reason.WORKER_UNAVAILABLE:
-                raise
-            raise FiretitanError(
-                Reason.WORKER_UNAVAILABLE,
-                f"{deployment}: its worker ended while it sampled ({error.message}); another is "
-                "started, send the request again",
-                retry_after_s="0.5",
-                **error.metadata,
-            ) from error
+            raise _explained(deployment, error) from error
+
+    async def sample_stream(self, deployment: str, request: bytes) -> AsyncGenerator[bytes, None]:
+        """Continue a prompt, tokens as they come; closing it ends the sampling.
+
+        Args:
+            deployment: Its name.
+            request: A serialized SampleStreamRequest with its seed set.
+
+        Yields:
+            Serialized SampleStreamResponses.
+
+        Raises:
+            FiretitanError: As `sample`.
+        """
+        _, worker = await self._deployments.ready(deployment)
+        try:
+            async with contextlib.aclosing(worker.generate_stream(request)) as responses:
+                async for response in responses:
+                    yield response
+        except FiretitanError as error:
+            raise _explained(deployment, error) from error
+
+
+def _explained(deployment: str, error: FiretitanError) -> FiretitanError:
+    """The error, with what to do where the worker is gone."""
+    if error.reason is not Reason.WORKER_UNAVAILABLE:
+        return error
+    return FiretitanError(
+        Reason.WORKER_UNAVAILABLE,
+        f"{deployment}: its worker ended while it sampled ({error.message}); another is "
+        "started, send the request again",
+        retry_after_s="0.5",
+        **error.metadata,
+    )

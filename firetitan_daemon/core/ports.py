@@ -5,7 +5,7 @@ Knows: records and dataclasses of core. Must not know: any implementation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -362,6 +362,12 @@ class Worker(Protocol):
 
     async def generate(self, request: bytes) -> bytes:
         """A serialized SampleRequest in, a SampleResponse out; cancelling frees its place."""
+
+    def generate_stream(self, request: bytes) -> AsyncGenerator[bytes, None]:
+        """A serialized SampleStreamRequest in, SampleStreamResponses out, as they come.
+
+        Closing it frees the request's place.
+        """
 
     async def exited(self) -> str:
         """Waits until the process is gone; says how it ended."""

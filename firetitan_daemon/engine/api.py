@@ -336,6 +336,27 @@ class SampleResult:
     prefill_s: float
 
 
+@dataclass(frozen=True)
+class NewTokens:
+    """What one sequence of a running request has got since it was last told of."""
+
+    sequence: int
+    """Which sample of the request."""
+    first_token: int
+    """Place of the first of these tokens in the sequence."""
+    token_ids: Int32Array
+    sampling_logprobs: Float32Array
+    inference_logprobs: Float32Array
+    stop_reason: StopReason | None
+    """Set with the sequence's last token."""
+    snapshot: str
+    """What made these tokens."""
+
+
+Progress = Callable[[Sequence[NewTokens]], None]
+"""Told of new tokens as they come, in the engine's thread: hand them on and return."""
+
+
 class SampleEngine(Protocol):
     """One model, several versions of its weights, many requests in one running batch."""
 
@@ -362,8 +383,14 @@ class SampleEngine(Protocol):
             FiretitanError: CHECKSUM_MISMATCH, CHAIN_BROKEN.
         """
 
-    def submit(self, request: SampleRequest) -> Future[SampleResult]:
+    def submit(
+        self, request: SampleRequest, progress: Progress | None = None
+    ) -> Future[SampleResult]:
         """Queue a request; cancelling the future removes it from the batch.
+
+        Args:
+            request: What to sample.
+            progress: Told of every token before the future ends.
 
         Raises:
             FiretitanError: INVALID_ARGUMENT, SNAPSHOT_NOT_ACTIVE.

@@ -18,6 +18,7 @@ from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import (
     ModelInfo,
     ModelSpec,
+    Progress,
     SampleRequest,
     SampleResult,
     SnapshotFormat,
@@ -101,14 +102,16 @@ class HfSampleEngine:
                 )
             self._versions.activate(version, keep)
 
-    def submit(self, request: SampleRequest) -> Future[SampleResult]:
+    def submit(
+        self, request: SampleRequest, progress: Progress | None = None
+    ) -> Future[SampleResult]:
         """See `SampleEngine`."""
         self._check(request)
         self._versions.check(request.snapshot)
         stop_ids = frozenset(request.stop_token_ids) | (
             self._eos if request.use_eos else frozenset()
         )
-        return self._scheduler.submit(request, stop_ids)
+        return self._scheduler.submit(request, stop_ids, progress)
 
     def close(self) -> None:
         """See `SampleEngine`."""

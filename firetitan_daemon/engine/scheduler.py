@@ -16,23 +16,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import (
-    Float32Array,
-    SampledSequence,
-    SampleRequest,
-    SampleResult,
-    StopReason,
-)
-from firetitan_daemon.engine.decode import Branch, Decoder, Prefill
-from firetitan_daemon.engine.draw import DrawParams, draw, uniform
+from firetitan_daemon.engine.api import Float32Array, Progress, SampleRequest, SampleResult
+from firetitan_daemon.engine.decode import Decoder, Prefill
+from firetitan_daemon.engine.jobs import Job, Part
 from firetitan_daemon.engine.prompts import PromptCache
-from firetitan_daemon.engine.stops import Decode, StopStrings
+from firetitan_daemon.engine.stops import Decode
 from firetitan_daemon.engine.versions import Version, VersionTable
 
 _LOG = logging.getLogger(__name__)
@@ -55,54 +47,6 @@ class SamplerConfig:
     """Prompt tokens between two decode steps; one prompt always may."""
     prompt_bytes: int = 256 << 20
     """Keys and values of finished prompts, kept for requests with the same prompt; 0 is off."""
-
-
-@dataclass
-class _Row:
-    """One sample on its way."""
-
-    index: int
-    stops: StopStrings | None
-    tokens: list[int] = field(default_factory=list)
-    sampling: list[float] = field(default_factory=list)
-    inference: list[float] = field(default_factory=list)
-    stop_reason: StopReason | None = None
-
-
-@dataclass(eq=False)
-class _Job:
-    """One request."""
-
-    request: SampleRequest
-    future: Future[SampleResult]
-    stop_ids: frozenset[int]
-    submitted: float
-    version: Version | None = None
-    prefill: Prefill | None = None
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    rows: list[_Row] = field(default_factory=list)
-    num_begun: int = 0
-
-    @property
-    def begun(self) -> bool:
-        """Whether every sample has joined the batch."""
-        return self.num_begun == self.request.num_samples
-
-    @property
-    def finished(self) -> bool:
-        """Whether every sample has ended."""
-        return self.begun and all(row.stop_reason is not None for row in self.rows)
-
-
-@dataclass(eq=False)
-class _Part:
-    """A branch in the running batch."""
-
-    job: _Job
-    branch: Branch
-    rows: list[_Row]
-    reserved_bytes: int
 
 
 class Scheduler:
@@ -133,21 +77,26 @@ class Scheduler:
         self._bytes_per_token = bytes_per_token
         self._config = config
         self._wake = threading.Condition()
-        self._waiting: deque[_Job] = deque()
+        self._waiting: deque[Job] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._closed = False
-        self._parts: list[_Part] = []
+        self._parts: list[Part] = []
         self._prompts = PromptCache(config.prompt_bytes)
         self._thread = threading.Thread(target=self._run, name="firetitan-sampler", daemon=True)
         self._thread.start()
 
-    def submit(self, request: SampleRequest, stop_ids: frozenset[int]) -> Future[SampleResult]:
+    def submit(
+        self,
+        request: SampleRequest,
+        stop_ids: frozenset[int],
+        progress: Progress | None = None,
+    ) -> Future[SampleResult]:
         """Queue a checked request; `stop_ids` end a sequence, those of the model included.
 
         Raises:
             FiretitanError: QUEUE_FULL, CLOSED.
         """
-        job = _Job(request, Future(), stop_ids, time.monotonic())
+        job = Job(request, Future(), stop_ids, time.monotonic(), progress)
         with self._wake:
             self._check_open()
             if len(self._waiting) >= self._config.max_waiting:
@@ -234,7 +183,7 @@ class Scheduler:
                 with self._wake:
                     self._waiting.remove(job)
 
-    def _has_room(self, job: _Job) -> bool:
+    def _has_room(self, job: Job) -> bool:
         if not self._parts:
             return True
         rows = sum(len(part.rows) for part in self._parts)
@@ -245,16 +194,16 @@ class Scheduler:
             and used + self._reserve(job, wanted) <= self._config.cache_bytes
         )
 
-    def _next_rows(self, job: _Job) -> int:
+    def _next_rows(self, job: Job) -> int:
         """Size of the request's next branch: given by the request alone."""
         limit = min(self._config.branch_rows, self._config.max_rows)
-        return min(limit, job.request.num_samples - job.num_begun)
+        return min(limit, job.request.num_samples - len(job.rows))
 
-    def _reserve(self, job: _Job, rows: int) -> int:
+    def _reserve(self, job: Job, rows: int) -> int:
         tokens = len(job.request.prompt) + rows * job.request.max_tokens
         return tokens * self._bytes_per_token
 
-    def _begin(self, job: _Job) -> None:
+    def _begin(self, job: Job) -> None:
         """Run the prompt where that is still to be done, and start the next branch."""
         request = job.request
         if job.version is None:
@@ -265,19 +214,13 @@ class Scheduler:
             self._select(job.version)
             job.prefill = self._prefill(request, job.version)
             job.prefill_s = time.monotonic() - started
-        rows = [
-            _Row(index, self._stop_strings(request))
-            for index in range(job.num_begun, job.num_begun + self._next_rows(job))
-        ]
-        job.rows.extend(rows)
-        job.num_begun += len(rows)
-        for row in rows:
-            self._draw(job, row, job.prefill.last_logits)
+        rows = job.add_rows(self._next_rows(job), self._decode_text)
+        job.extend(rows, [job.prefill.last_logits] * len(rows))
         running = [row for row in rows if row.stop_reason is None]
         if running:
             branch = self._decoder.fork(job.prefill, len(running))
             reserved = self._reserve(job, len(running))
-            self._parts.append(_Part(job, branch, running, reserved))
+            self._parts.append(Part(job, branch, running, reserved))
         if job.finished:
             self._finish(job)
 
@@ -311,15 +254,14 @@ class Scheduler:
             for part, rows in zip(parts, logits, strict=True):
                 self._guard(part.job, self._take, part, rows)
 
-    def _step_alone(self, part: _Part) -> None:
+    def _step_alone(self, part: Part) -> None:
         """Find out which request a failed step failed for: caches count a step only when done."""
         (logits,) = self._decoder.step([(part.branch, [row.tokens[-1] for row in part.rows])])
         self._take(part, logits)
 
-    def _take(self, part: _Part, logits: Float32Array) -> None:
+    def _take(self, part: Part, logits: Float32Array) -> None:
         """Draw every row's token; rows that ended leave the branch."""
-        for row, row_logits in zip(part.rows, logits, strict=True):
-            self._draw(part.job, row, row_logits)
+        part.job.extend(part.rows, logits)
         going = [at for at, row in enumerate(part.rows) if row.stop_reason is None]
         if len(going) == len(part.rows):
             return
@@ -331,38 +273,13 @@ class Scheduler:
         if part.job.finished:
             self._finish(part.job)
 
-    def _draw(self, job: _Job, row: _Row, logits: Float32Array) -> None:
-        request = job.request
-        params = DrawParams(request.temperature, request.top_k, request.top_p)
-        drawn = draw(logits, params, uniform(request.seed, row.index, len(row.tokens)))
-        row.tokens.append(drawn.token)
-        row.sampling.append(drawn.sampling_logprob)
-        row.inference.append(drawn.inference_logprob)
-        if drawn.token in job.stop_ids or (row.stops and row.stops.push(drawn.token)):
-            row.stop_reason = StopReason.STOP
-        elif len(row.tokens) == request.max_tokens:
-            row.stop_reason = StopReason.LENGTH
-
-    def _stop_strings(self, request: SampleRequest) -> StopStrings | None:
-        if not request.stop:
-            return None
-        assert self._decode_text is not None, "checked when the request came"
-        return StopStrings(request.stop, self._decode_text, request.prompt.tolist())
-
-    def _finish(self, job: _Job) -> None:
-        assert job.version is not None and job.prefill is not None
-        result = SampleResult(
-            sequences=[_sequence(row) for row in job.rows],
-            snapshot=job.version.name,
-            prompt_logprobs=job.prefill.logprobs,
-            queue_s=job.queue_s,
-            prefill_s=job.prefill_s,
-        )
+    def _finish(self, job: Job) -> None:
+        result = job.result()
         self._remove(job)
         if job.future.set_running_or_notify_cancel():
             job.future.set_result(result)
 
-    def _guard(self, job: _Job, function: Callable[..., None], *arguments: object) -> None:
+    def _guard(self, job: Job, function: Callable[..., None], *arguments: object) -> None:
         """Run one request's share of the work; what goes wrong there ends that request alone."""
         if job.future.done():
             return
@@ -374,12 +291,12 @@ class Scheduler:
             _LOG.exception("sample request failed")
             self._fail(job, _internal(error))
 
-    def _fail(self, job: _Job, error: FiretitanError) -> None:
+    def _fail(self, job: Job, error: FiretitanError) -> None:
         self._remove(job)
         if not job.future.done() and job.future.set_running_or_notify_cancel():
             job.future.set_exception(error)
 
-    def _remove(self, job: _Job) -> None:
+    def _remove(self, job: Job) -> None:
         """Take a request out of queue and batch, and count it out of its version."""
         self._parts = [part for part in self._parts if part.job is not job]
         with self._wake:
@@ -388,16 +305,6 @@ class Scheduler:
         if job.version is not None:
             version, job.version = job.version, None
             self._versions.end(version)
-
-
-def _sequence(row: _Row) -> SampledSequence:
-    assert row.stop_reason is not None
-    return SampledSequence(
-        np.array(row.tokens, np.int32),
-        np.array(row.sampling, np.float32),
-        np.array(row.inference, np.float32),
-        row.stop_reason,
-    )
 
 
 def _resolve(future: Future[Any], function: Callable[[], Any]) -> None:

@@ -8,7 +8,7 @@ as long as the process lives, which is safe: the worker's journal runs each comm
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -36,6 +36,8 @@ SHUTDOWN_RPC_TIMEOUT_S = 5.0
 SHUTDOWN_STEP_S = 5.0
 """How long each of asking, SIGTERM and SIGKILL is given to work."""
 RETRY_PAUSE_S = 0.05
+STREAM_END_S = 1.0
+"""How long a broken stream waits for news of the process's end."""
 
 
 class RemoteWorker:
@@ -170,6 +172,22 @@ class RemoteWorker:
         message = worker_pb2.GenerateRequest(request=request)
         response = await self._call(lambda: self._sampler.Generate(message))
         return response.response
+
+    async def generate_stream(self, request: bytes) -> AsyncGenerator[bytes, None]:
+        """A serialized SampleStreamRequest in, SampleStreamResponses out, as they come."""
+        call = self._sampler.GenerateStream(worker_pb2.GenerateStreamRequest(request=request))
+        try:
+            async for response in call:
+                yield response.response
+        except grpc.aio.AioRpcError as error:
+            if not _lost(error):
+                raise status.from_rpc(error) from error
+            # The connection breaks a moment before the process is known to be gone.
+            await self._ended_within(STREAM_END_S)
+            how = "the connection broke" if self._process.alive else await self._process.wait()
+            raise self._gone(how) from error
+        finally:
+            call.cancel()
 
     async def exited(self) -> str:
         """Waits until the process is gone; says how it ended."""

@@ -7,7 +7,8 @@ field is a CommandHeader, are handed over as they are.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
 import grpc
@@ -58,6 +59,9 @@ def bind(
         if is_command(method):
             assert submit is not None
             handlers[method.name] = _command(method, submit, max_message_bytes)
+        elif method.server_streaming and not method.client_streaming:
+            call = getattr(servicer, method.name)
+            handlers[method.name] = _server_stream(method, call, max_message_bytes)
         elif method.server_streaming:
             handlers[method.name] = _stream(method, getattr(servicer, method.name))
         else:
@@ -109,6 +113,24 @@ def _stream(
             await _abort(context, method, error)
 
     return grpc.stream_stream_rpc_method_handler(handle)
+
+
+def _server_stream(
+    method: MethodDescriptor,
+    call: Callable[[Any], AsyncGenerator[message.Message, None]],
+    max_bytes: int,
+) -> grpc.RpcMethodHandler[bytes, bytes]:
+    async def handle(request: bytes, context: Context) -> AsyncIterator[bytes]:
+        try:
+            _check_size(method, request, max_bytes)
+            # Closed at once where the caller goes away: what it started ends with it.
+            async with contextlib.aclosing(call(_parse(method, request))) as responses:
+                async for response in responses:
+                    yield response.SerializeToString()
+        except Exception as error:  # the outermost place: every failure leaves as a status
+            await _abort(context, method, error)
+
+    return grpc.unary_stream_rpc_method_handler(handle)
 
 
 def _check_size(method: MethodDescriptor, request: bytes, max_bytes: int) -> None:

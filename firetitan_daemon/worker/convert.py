@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 from firetitan.v1 import (
     operation_pb2,
-    sampling_service_pb2,
     tensor_pb2,
     trainer_pb2,
     training_service_pb2,
@@ -32,15 +31,8 @@ from firetitan_daemon.engine.api import (
     Int32Array,
     ModelInfo,
     Normalization,
-    SampleRequest,
-    SampleResult,
-    StopReason,
 )
 
-DEFAULT_MAX_TOKENS = 1024
-MAX_SAMPLES = 4096
-"""Sequences of one request; they come back in one answer."""
-SNAPSHOT_PREFIX = "snapshots/"
 TOKEN_BYTES = 4
 MAX_DIMENSIONS = 8
 """Of a tensor; no array library takes any number."""
@@ -55,10 +47,6 @@ _NORMALIZATIONS = {
     training_service_pb2.GRAD_ACC_NORMALIZATION_NONE: Normalization.NONE,
     training_service_pb2.GRAD_ACC_NORMALIZATION_NUM_LOSS_TOKENS: Normalization.NUM_LOSS_TOKENS,
     training_service_pb2.GRAD_ACC_NORMALIZATION_NUM_SEQUENCES: Normalization.NUM_SEQUENCES,
-}
-_STOP_REASONS = {
-    StopReason.STOP: sampling_service_pb2.STOP_REASON_STOP,
-    StopReason.LENGTH: sampling_service_pb2.STOP_REASON_LENGTH,
 }
 
 
@@ -132,7 +120,7 @@ def tensor_from_proto(tensor: tensor_pb2.Tensor, field: str) -> Array:
 def float_tensor_to_proto(array: Float32Array) -> tensor_pb2.Tensor:
     """A float32 array of any shape as a Tensor."""
     return tensor_pb2.Tensor(
-        data_type=tensor_pb2.DATA_TYPE_FLOAT32, shape=array.shape, data=_bytes(array, "<f4")
+        data_type=tensor_pb2.DATA_TYPE_FLOAT32, shape=array.shape, data=to_bytes(array, "<f4")
     )
 
 
@@ -231,74 +219,6 @@ def forward_result_to_proto(output: ForwardOutput, step: int) -> operation_pb2.F
     return result
 
 
-def sample_request_from_proto(
-    request: sampling_service_pb2.SampleRequest, loaded: Sequence[str], context_length: int
-) -> SampleRequest:
-    """A prompt and how to continue it; absent settings take their documented defaults.
-
-    Args:
-        request: From the daemon, its seed set.
-        loaded: Names of the snapshots the engine holds, to find the asked one among.
-        context_length: Tokens the model takes; where no max_tokens is asked for, what the prompt
-            leaves of them bounds the default.
-
-    Raises:
-        FiretitanError: INVALID_ARGUMENT naming the field.
-    """
-    params = request.params
-    if not params.HasField("seed"):
-        raise FiretitanError(
-            Reason.INVALID_ARGUMENT,
-            "params.seed: missing; a worker never draws one",
-            field="params.seed",
-        )
-    if request.num_samples > MAX_SAMPLES:
-        raise FiretitanError(
-            Reason.INVALID_ARGUMENT,
-            f"num_samples: is {request.num_samples}; at most {MAX_SAMPLES}, send several requests",
-            field="num_samples",
-        )
-    snapshot = request.snapshot or None
-    if snapshot is not None and snapshot not in loaded:
-        snapshot = snapshot.removeprefix(SNAPSHOT_PREFIX)
-    try:
-        prompt = tokens_from_proto(request.prompt, "prompt")
-    except FiretitanError as error:
-        raise FiretitanError(Reason.INVALID_ARGUMENT, error.message, field=error.field) from error
-    default = max(1, min(DEFAULT_MAX_TOKENS, context_length - len(prompt)))
-    return SampleRequest(
-        prompt=prompt,
-        num_samples=request.num_samples or 1,
-        max_tokens=params.max_tokens if params.HasField("max_tokens") else default,
-        seed=params.seed,
-        temperature=params.temperature if params.HasField("temperature") else 1.0,
-        top_k=params.top_k,
-        top_p=params.top_p if params.HasField("top_p") else 1.0,
-        stop=tuple(params.stop),
-        stop_token_ids=tuple(params.stop_token_ids),
-        use_eos=not params.ignore_eos,
-        prompt_logprobs=request.prompt_logprobs,
-        snapshot=snapshot,
-    )
-
-
-def sample_response_to_proto(result: SampleResult) -> sampling_service_pb2.SampleResponse:
-    """The sequences, with the snapshot that made them by its full name."""
-    response = sampling_service_pb2.SampleResponse(snapshot=_snapshot_name(result.snapshot))
-    for sequence in result.sequences:
-        response.sequences.add(
-            token_ids=_bytes(sequence.token_ids, "<i4"),
-            sampling_logprobs=_bytes(sequence.sampling_logprobs, "<f4"),
-            inference_logprobs=_bytes(sequence.inference_logprobs, "<f4"),
-            stop_reason=_STOP_REASONS[sequence.stop_reason],
-        )
-    if result.prompt_logprobs is not None:
-        response.prompt_logprobs = _bytes(result.prompt_logprobs, "<f4")
-    response.queue_duration.FromNanoseconds(round(result.queue_s * 1e9))
-    response.prefill_duration.FromNanoseconds(round(result.prefill_s * 1e9))
-    return response
-
-
 def model_info_to_proto(info: ModelInfo, base_model: str) -> trainer_pb2.ModelInfo:
     """The loaded model.
 
@@ -324,16 +244,13 @@ def model_info_to_proto(info: ModelInfo, base_model: str) -> trainer_pb2.ModelIn
     )
 
 
-def _strings(values: Mapping[str, str]) -> dict[str, str]:
-    return {name: str(value) for name, value in values.items()}
-
-
-def _bytes(array: npt.NDArray[np.generic], dtype: str) -> bytes:
+def to_bytes(array: npt.NDArray[np.generic], dtype: str) -> bytes:
+    """An array's elements, row-major, in a dtype such as `<f4`."""
     return np.ascontiguousarray(array, dtype=dtype).tobytes()
 
 
-def _snapshot_name(name: str) -> str:
-    return name if not name or name.startswith(SNAPSHOT_PREFIX) else SNAPSHOT_PREFIX + name
+def _strings(values: Mapping[str, str]) -> dict[str, str]:
+    return {name: str(value) for name, value in values.items()}
 
 
 def _invalid(field: str, problem: str) -> FiretitanError:

@@ -6,27 +6,33 @@ Knows: the sampling seam. Must not know: numbers, sockets, which deployment it s
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from firetitan.v1 import sampling_service_pb2
 from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import (
+    NewTokens,
     SampleEngine,
+    SampleRequest,
     SnapshotFormat,
     SnapshotKind,
     SnapshotLayer,
 )
-from firetitan_daemon.worker import convert
+from firetitan_daemon.worker import convert_sampling
 from firetitan_daemon.worker.servicer import EngineHost
+
+MessageT = TypeVar("MessageT", bound=Message)
 
 
 class SamplerServicer(worker_pb2_grpc.SamplerWorkerServiceServicer):
-    """Apply, Generate.
+    """Apply, Generate, GenerateStream.
 
     Args:
         host: The engine.
@@ -58,19 +64,56 @@ class SamplerServicer(worker_pb2_grpc.SamplerWorkerServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> worker_pb2.GenerateResponse:
         """Continues a prompt; a caller that goes away frees its place in the batch."""
-        engine = self._host.engine
+        message = _parse(sampling_service_pb2.SampleRequest, request.request)
+        result = await asyncio.wrap_future(self._host.engine.submit(self._sample(message)))
+        response = convert_sampling.sample_response_to_proto(result)
+        return worker_pb2.GenerateResponse(response=response.SerializeToString())
+
+    async def GenerateStream(
+        self,
+        request: worker_pb2.GenerateStreamRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[worker_pb2.GenerateStreamResponse]:
+        """As Generate, tokens as they come."""
+        message = _parse(sampling_service_pb2.SampleStreamRequest, request.request)
+        async with contextlib.aclosing(self._stream(message)) as responses:
+            async for response in responses:
+                yield worker_pb2.GenerateStreamResponse(response=response.SerializeToString())
+
+    async def _stream(
+        self, message: sampling_service_pb2.SampleStreamRequest
+    ) -> AsyncGenerator[sampling_service_pb2.SampleStreamResponse, None]:
+        sample = self._sample(message.request)
+        received = [0] * sample.num_samples
+        if message.HasField("resume"):
+            sample, received = convert_sampling.resumed(
+                sample, message.resume, self._host.engine.loaded
+            )
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[Sequence[NewTokens] | None] = asyncio.Queue()
+
+        def progress(news: Sequence[NewTokens]) -> None:
+            loop.call_soon_threadsafe(arrived.put_nowait, news)
+
+        running = asyncio.wrap_future(self._host.engine.submit(sample, progress))
+        running.add_done_callback(lambda _: arrived.put_nowait(None))
         try:
-            message = sampling_service_pb2.SampleRequest.FromString(request.request)
-        except DecodeError as error:
-            raise FiretitanError(
-                Reason.INVALID_ARGUMENT, f"the payload is not a SampleRequest: {error}"
-            ) from error
-        sample = convert.sample_request_from_proto(
+            yield sampling_service_pb2.SampleStreamResponse(seed=sample.seed)
+            while (news := await arrived.get()) is not None:
+                told = convert_sampling.new_tokens_to_proto(news, received)
+                if told:
+                    yield sampling_service_pb2.SampleStreamResponse(tokens=told)
+            summary = convert_sampling.sample_response_to_proto(await running)
+            del summary.sequences[:]
+            yield sampling_service_pb2.SampleStreamResponse(summary=summary)
+        finally:
+            running.cancel()
+
+    def _sample(self, message: sampling_service_pb2.SampleRequest) -> SampleRequest:
+        engine = self._host.engine
+        return convert_sampling.sample_request_from_proto(
             message, engine.loaded, engine.info.max_context_length
         )
-        result = await asyncio.wrap_future(engine.submit(sample))
-        response = convert.sample_response_to_proto(result)
-        return worker_pb2.GenerateResponse(response=response.SerializeToString())
 
     async def _apply(self, request: worker_pb2.ApplyRequest) -> tuple[str, ...]:
         engine = self._host.engine
@@ -83,6 +126,15 @@ class SamplerServicer(worker_pb2_grpc.SamplerWorkerServiceServicer):
             if engine.active != layers[-1].name:
                 await self._host.run(lambda: engine.apply(layers, keep=keep))
             return engine.loaded
+
+
+def _parse(kind: type[MessageT], payload: bytes) -> MessageT:
+    try:
+        return kind.FromString(payload)
+    except DecodeError as error:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT, f"the payload is not a {kind.__name__}: {error}"
+        ) from error
 
 
 def _layer(layer: worker_pb2.SnapshotLayer) -> SnapshotLayer:

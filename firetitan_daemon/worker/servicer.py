@@ -7,8 +7,9 @@ sampling (`sampler.py`), how the process was started.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar, cast
 
@@ -194,7 +195,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Sends every failure of a unary call as a Status with a reason; the worker lives on."""
+    """Sends every failure of a call as a Status with a reason; the worker lives on."""
 
     async def intercept_service(
         self,
@@ -205,10 +206,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Wrap the handler of one call."""
         handler = await continuation(handler_call_details)
+        method = str(handler_call_details.method).rpartition("/")[2]
+        if handler is not None and handler.unary_stream is not None:
+            return _guarded_stream(handler, method)
         if handler is None or handler.unary_unary is None:
             return handler
         inner = cast(Callable[[Any, Any], Awaitable[Any]], handler.unary_unary)
-        method = str(handler_call_details.method).rpartition("/")[2]
 
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
@@ -226,3 +229,32 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+
+def _guarded_stream(
+    handler: grpc.RpcMethodHandler[Any, Any], method: str
+) -> grpc.RpcMethodHandler[Any, Any]:
+    inner = cast(Callable[[Any, Any], AsyncGenerator[Any, None]], handler.unary_stream)
+
+    async def stream(
+        request: Any, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncGenerator[Any, None]:
+        try:
+            async with contextlib.aclosing(inner(request, context)) as responses:
+                async for response in responses:
+                    yield response
+        except FiretitanError as error:
+            failure = error
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:  # as for unary calls
+            failure = status.unforeseen(error, method)
+        else:
+            return
+        await status.abort(context, failure)
+
+    return grpc.unary_stream_rpc_method_handler(
+        stream,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )

@@ -21,6 +21,8 @@ from firetitan_daemon.engine.api import (
     Float32Array,
     ModelInfo,
     ModelSpec,
+    NewTokens,
+    Progress,
     SampledSequence,
     SampleRequest,
     SampleResult,
@@ -60,6 +62,7 @@ class _Request:
     spec: SampleRequest
     future: Future[SampleResult]
     submitted_s: float
+    progress: Progress | None = None
     version: _Version | None = None
     queue_s: float = 0.0
     sequences: list[_Sequence] = field(default_factory=list)
@@ -119,7 +122,9 @@ class ToySampleEngine:
             self._keep = frozenset(keep)
             self._drop_unused()
 
-    def submit(self, request: SampleRequest) -> Future[SampleResult]:
+    def submit(
+        self, request: SampleRequest, progress: Progress | None = None
+    ) -> Future[SampleResult]:
         """Queue a request; cancelling the future removes it from the batch.
 
         Raises:
@@ -130,7 +135,7 @@ class ToySampleEngine:
         with self._changed:
             if self._closed:
                 raise FiretitanError(Reason.CLOSED, "the sampling engine is closed")
-            queued = _Request(request, future, time.monotonic())
+            queued = _Request(request, future, time.monotonic(), progress)
             if request.snapshot is not None:
                 queued.version = self._find(request.snapshot)
                 queued.version.users += 1
@@ -219,10 +224,13 @@ class ToySampleEngine:
         if not request.sequences:
             self._start(request)
         assert request.version is not None, "set by _start"
+        running = [n for n, each in enumerate(request.sequences) if each.reason is None]
         try:
-            for index, sequence in enumerate(request.sequences):
-                if sequence.reason is None:
-                    _extend(request.version.logits, request.spec, index, sequence)
+            for index in running:
+                _extend(request.version.logits, request.spec, index, request.sequences[index])
+            if request.progress is not None:
+                name = request.version.name
+                request.progress([_news(n, request.sequences[n], name) for n in running])
         except FiretitanError as error:
             request.error = error
         if request.error is None and any(each.reason is None for each in request.sequences):
@@ -265,6 +273,18 @@ def _extend(logits_VV: Float32Array, spec: SampleRequest, index: int, sequence: 
         sequence.reason = StopReason.STOP
     elif len(sequence.token_ids) == spec.max_tokens:
         sequence.reason = StopReason.LENGTH
+
+
+def _news(index: int, sequence: _Sequence, snapshot: str) -> NewTokens:
+    return NewTokens(
+        index,
+        len(sequence.token_ids) - 1,
+        np.array(sequence.token_ids[-1:], np.int32),
+        np.array(sequence.sampling[-1:], np.float32),
+        np.array(sequence.inference[-1:], np.float32),
+        sequence.reason,
+        snapshot,
+    )
 
 
 def _answer(request: _Request) -> None:

@@ -223,3 +223,132 @@ class SampleResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["prefill_duration", b"prefill_duration", "prompt_logprobs", b"prompt_logprobs", "queue_duration", b"queue_duration", "sequences", b"sequences", "snapshot", b"snapshot"]) -> None: ...
 
 global___SampleResponse = SampleResponse
+
+@typing.final
+class SampleStreamRequest(google.protobuf.message.Message):
+    """For SampleStream."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    RESUME_FIELD_NUMBER: builtins.int
+    @property
+    def request(self) -> global___SampleRequest:
+        """What to sample."""
+
+    @property
+    def resume(self) -> global___SampleCursor:
+        """Go on behind what a broken stream brought. The request is the same, with the seed the stream
+        named.
+        """
+
+    def __init__(
+        self,
+        *,
+        request: global___SampleRequest | None = ...,
+        resume: global___SampleCursor | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["request", b"request", "resume", b"resume"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["request", b"request", "resume", b"resume"]) -> None: ...
+
+global___SampleStreamRequest = SampleStreamRequest
+
+@typing.final
+class SampleCursor(google.protobuf.message.Message):
+    """How far a broken stream came."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SNAPSHOT_FIELD_NUMBER: builtins.int
+    RECEIVED_FIELD_NUMBER: builtins.int
+    snapshot: builtins.str
+    """`snapshots/{snapshot}` that made the tokens received, empty for the base model: it makes the
+    others too, or the answer is SNAPSHOT_NOT_ACTIVE.
+    """
+    @property
+    def received(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Tokens received of each sequence, in order."""
+
+    def __init__(
+        self,
+        *,
+        snapshot: builtins.str = ...,
+        received: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["received", b"received", "snapshot", b"snapshot"]) -> None: ...
+
+global___SampleCursor = SampleCursor
+
+@typing.final
+class SampledTokens(google.protobuf.message.Message):
+    """What came to one sequence."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: builtins.int
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    SAMPLING_LOGPROBS_FIELD_NUMBER: builtins.int
+    INFERENCE_LOGPROBS_FIELD_NUMBER: builtins.int
+    STOP_REASON_FIELD_NUMBER: builtins.int
+    SNAPSHOT_FIELD_NUMBER: builtins.int
+    sequence: builtins.int
+    """Which sequence, from 0."""
+    first_token: builtins.int
+    """Place of the first of these tokens in the sequence."""
+    token_ids: builtins.bytes
+    """New tokens, int32 little-endian; none where only the end is told."""
+    sampling_logprobs: builtins.bytes
+    """As in SampledSequence, one a token."""
+    inference_logprobs: builtins.bytes
+    """As in SampledSequence, one a token."""
+    stop_reason: global___StopReason.ValueType
+    """Set with the sequence's last token."""
+    snapshot: builtins.str
+    """`snapshots/{snapshot}` that made these tokens; empty: the base model."""
+    def __init__(
+        self,
+        *,
+        sequence: builtins.int = ...,
+        first_token: builtins.int = ...,
+        token_ids: builtins.bytes = ...,
+        sampling_logprobs: builtins.bytes = ...,
+        inference_logprobs: builtins.bytes = ...,
+        stop_reason: global___StopReason.ValueType = ...,
+        snapshot: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["first_token", b"first_token", "inference_logprobs", b"inference_logprobs", "sampling_logprobs", b"sampling_logprobs", "sequence", b"sequence", "snapshot", b"snapshot", "stop_reason", b"stop_reason", "token_ids", b"token_ids"]) -> None: ...
+
+global___SampledTokens = SampledTokens
+
+@typing.final
+class SampleStreamResponse(google.protobuf.message.Message):
+    """From SampleStream: first the seed, then tokens, last the summary."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEED_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    SUMMARY_FIELD_NUMBER: builtins.int
+    seed: builtins.int
+    """The request's seed, or the one that was drawn; in the first message."""
+    @property
+    def tokens(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SampledTokens]:
+        """New tokens, those of a sequence in order."""
+
+    @property
+    def summary(self) -> global___SampleResponse:
+        """In the last message: all of the answer but its sequences."""
+
+    def __init__(
+        self,
+        *,
+        seed: builtins.int | None = ...,
+        tokens: collections.abc.Iterable[global___SampledTokens] | None = ...,
+        summary: global___SampleResponse | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_seed", b"_seed", "seed", b"seed", "summary", b"summary"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "seed", b"seed", "summary", b"summary", "tokens", b"tokens"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
+
+global___SampleStreamResponse = SampleStreamResponse

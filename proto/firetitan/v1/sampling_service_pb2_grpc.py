@@ -40,6 +40,11 @@ class SamplingServiceStub(object):
                 request_serializer=firetitan_dot_v1_dot_sampling__service__pb2.SampleRequest.SerializeToString,
                 response_deserializer=firetitan_dot_v1_dot_sampling__service__pb2.SampleResponse.FromString,
                 _registered_method=True)
+        self.SampleStream = channel.unary_stream(
+                '/firetitan.v1.SamplingService/SampleStream',
+                request_serializer=firetitan_dot_v1_dot_sampling__service__pb2.SampleStreamRequest.SerializeToString,
+                response_deserializer=firetitan_dot_v1_dot_sampling__service__pb2.SampleStreamResponse.FromString,
+                _registered_method=True)
 
 
 class SamplingServiceServicer(object):
@@ -53,6 +58,14 @@ class SamplingServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SampleStream(self, request, context):
+        """As Sample, tokens as they come. Cancelling the call frees its place in the batch. A stream that
+        breaks is opened again with `resume`; what was received is not sent twice.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SamplingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +73,11 @@ def add_SamplingServiceServicer_to_server(servicer, server):
                     servicer.Sample,
                     request_deserializer=firetitan_dot_v1_dot_sampling__service__pb2.SampleRequest.FromString,
                     response_serializer=firetitan_dot_v1_dot_sampling__service__pb2.SampleResponse.SerializeToString,
+            ),
+            'SampleStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.SampleStream,
+                    request_deserializer=firetitan_dot_v1_dot_sampling__service__pb2.SampleStreamRequest.FromString,
+                    response_serializer=firetitan_dot_v1_dot_sampling__service__pb2.SampleStreamResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +108,33 @@ class SamplingService(object):
             '/firetitan.v1.SamplingService/Sample',
             firetitan_dot_v1_dot_sampling__service__pb2.SampleRequest.SerializeToString,
             firetitan_dot_v1_dot_sampling__service__pb2.SampleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SampleStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/firetitan.v1.SamplingService/SampleStream',
+            firetitan_dot_v1_dot_sampling__service__pb2.SampleStreamRequest.SerializeToString,
+            firetitan_dot_v1_dot_sampling__service__pb2.SampleStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,6 +27,14 @@ class SamplingServiceStub:
     ]
     """Continues a prompt. Cancelling the call frees its place in the batch."""
 
+    SampleStream: grpc.UnaryStreamMultiCallable[
+        firetitan.v1.sampling_service_pb2.SampleStreamRequest,
+        firetitan.v1.sampling_service_pb2.SampleStreamResponse,
+    ]
+    """As Sample, tokens as they come. Cancelling the call frees its place in the batch. A stream that
+    breaks is opened again with `resume`; what was received is not sent twice.
+    """
+
 class SamplingServiceAsyncStub:
     """Sampling from a deployment."""
 
@@ -35,6 +43,14 @@ class SamplingServiceAsyncStub:
         firetitan.v1.sampling_service_pb2.SampleResponse,
     ]
     """Continues a prompt. Cancelling the call frees its place in the batch."""
+
+    SampleStream: grpc.aio.UnaryStreamMultiCallable[
+        firetitan.v1.sampling_service_pb2.SampleStreamRequest,
+        firetitan.v1.sampling_service_pb2.SampleStreamResponse,
+    ]
+    """As Sample, tokens as they come. Cancelling the call frees its place in the batch. A stream that
+    breaks is opened again with `resume`; what was received is not sent twice.
+    """
 
 class SamplingServiceServicer(metaclass=abc.ABCMeta):
     """Sampling from a deployment."""
@@ -46,5 +62,15 @@ class SamplingServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[firetitan.v1.sampling_service_pb2.SampleResponse, collections.abc.Awaitable[firetitan.v1.sampling_service_pb2.SampleResponse]]:
         """Continues a prompt. Cancelling the call frees its place in the batch."""
+
+    @abc.abstractmethod
+    def SampleStream(
+        self,
+        request: firetitan.v1.sampling_service_pb2.SampleStreamRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[firetitan.v1.sampling_service_pb2.SampleStreamResponse], collections.abc.AsyncIterator[firetitan.v1.sampling_service_pb2.SampleStreamResponse]]:
+        """As Sample, tokens as they come. Cancelling the call frees its place in the batch. A stream that
+        breaks is opened again with `resume`; what was received is not sent twice.
+        """
 
 def add_SamplingServiceServicer_to_server(servicer: SamplingServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -15,7 +15,7 @@ from firetitan_daemon.engine.api import (
     SampleResult,
     StopReason,
 )
-from firetitan_daemon.worker import convert
+from firetitan_daemon.worker import convert, convert_sampling
 
 FLOAT32 = tensor_pb2.DATA_TYPE_FLOAT32
 INT64 = tensor_pb2.DATA_TYPE_INT64
@@ -172,24 +172,24 @@ def test_default_length_is_what_the_prompt_leaves() -> None:
     message = sampling_service_pb2.SampleRequest(prompt=tokens([5, 6]))
     message.params.seed = 0
     for context_length, expected in ((4096, 1024), (1026, 1024), (1025, 1023), (3, 1), (2, 1)):
-        got = convert.sample_request_from_proto(message, (), context_length)
+        got = convert_sampling.sample_request_from_proto(message, (), context_length)
         assert got.max_tokens == expected
     message.params.max_tokens = 1024
-    assert convert.sample_request_from_proto(message, (), 10).max_tokens == 1024
+    assert convert_sampling.sample_request_from_proto(message, (), 10).max_tokens == 1024
 
 
 def test_sample_request_defaults() -> None:
     message = sampling_service_pb2.SampleRequest(prompt=tokens([5, 6]))
     with pytest.raises(FiretitanError, match="seed: missing"):
-        convert.sample_request_from_proto(message, (), 4096)
+        convert_sampling.sample_request_from_proto(message, (), 4096)
     message.params.seed = 0
-    got = convert.sample_request_from_proto(message, (), 4096)
+    got = convert_sampling.sample_request_from_proto(message, (), 4096)
     assert (got.seed, got.num_samples, got.max_tokens, got.temperature) == (0, 1, 1024, 1.0)
     assert (got.top_k, got.top_p, got.use_eos, got.snapshot) == (0, 1.0, True, None)
     message.params.temperature = 0.0
     message.params.ignore_eos = True
     message.params.stop.append("x")
-    got = convert.sample_request_from_proto(message, (), 4096)
+    got = convert_sampling.sample_request_from_proto(message, (), 4096)
     assert (got.temperature, got.use_eos, got.stop) == (0.0, False, ("x",))
 
 
@@ -197,7 +197,7 @@ def test_sample_request_defaults() -> None:
 def test_a_snapshot_is_found_by_either_form_of_its_name(loaded: str) -> None:
     message = sampling_service_pb2.SampleRequest(snapshot="snapshots/a-1", prompt=tokens([1]))
     message.params.seed = 1
-    assert convert.sample_request_from_proto(message, (loaded,), 4096).snapshot == loaded
+    assert convert_sampling.sample_request_from_proto(message, (loaded,), 4096).snapshot == loaded
 
 
 def test_a_bad_prompt_is_an_invalid_argument() -> None:
@@ -205,7 +205,7 @@ def test_a_bad_prompt_is_an_invalid_argument() -> None:
     message.params.seed = 1
     message.prompt.chunks[0].encoded_text.token_ids = b"1"
     with pytest.raises(FiretitanError) as caught:
-        convert.sample_request_from_proto(message, (), 4096)
+        convert_sampling.sample_request_from_proto(message, (), 4096)
     assert caught.value.reason is Reason.INVALID_ARGUMENT
     assert caught.value.field == "prompt.chunks[0].encoded_text.token_ids"
 
@@ -220,7 +220,7 @@ def test_a_sample_response() -> None:
     result = SampleResult(
         sequences=[sequence], snapshot="a-1", prompt_logprobs=None, queue_s=0.25, prefill_s=1.5
     )
-    message = convert.sample_response_to_proto(result)
+    message = convert_sampling.sample_response_to_proto(result)
     assert message.snapshot == "snapshots/a-1" and message.prompt_logprobs == b""
     assert np.frombuffer(message.sequences[0].token_ids, "<i4").tolist() == [3, 4]
     assert np.frombuffer(message.sequences[0].inference_logprobs, "<f4").tolist() == [-3, -4]

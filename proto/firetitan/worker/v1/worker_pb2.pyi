@@ -937,3 +937,39 @@ class GenerateResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["response", b"response"]) -> None: ...
 
 global___GenerateResponse = GenerateResponse
+
+@typing.final
+class GenerateStreamRequest(google.protobuf.message.Message):
+    """For GenerateStream."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    request: builtins.bytes
+    """A serialized firetitan.v1.SampleStreamRequest with its seed set."""
+    def __init__(
+        self,
+        *,
+        request: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["request", b"request"]) -> None: ...
+
+global___GenerateStreamRequest = GenerateStreamRequest
+
+@typing.final
+class GenerateStreamResponse(google.protobuf.message.Message):
+    """From GenerateStream."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RESPONSE_FIELD_NUMBER: builtins.int
+    response: builtins.bytes
+    """A serialized firetitan.v1.SampleStreamResponse."""
+    def __init__(
+        self,
+        *,
+        response: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["response", b"response"]) -> None: ...
+
+global___GenerateStreamResponse = GenerateStreamResponse

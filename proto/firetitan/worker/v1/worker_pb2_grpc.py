@@ -506,6 +506,11 @@ class SamplerWorkerServiceStub(object):
                 request_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateStream = channel.unary_stream(
+                '/firetitan.worker.v1.SamplerWorkerService/GenerateStream',
+                request_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.GenerateStreamRequest.SerializeToString,
+                response_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.GenerateStreamResponse.FromString,
+                _registered_method=True)
 
 
 class SamplerWorkerServiceServicer(object):
@@ -526,6 +531,13 @@ class SamplerWorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateStream(self, request, context):
+        """As Generate, tokens as they come.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SamplerWorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -538,6 +550,11 @@ def add_SamplerWorkerServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.GenerateRequest.FromString,
                     response_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateStream,
+                    request_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.GenerateStreamRequest.FromString,
+                    response_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.GenerateStreamResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -595,6 +612,33 @@ class SamplerWorkerService(object):
             '/firetitan.worker.v1.SamplerWorkerService/Generate',
             firetitan_dot_worker_dot_v1_dot_worker__pb2.GenerateRequest.SerializeToString,
             firetitan_dot_worker_dot_v1_dot_worker__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/firetitan.worker.v1.SamplerWorkerService/GenerateStream',
+            firetitan_dot_worker_dot_v1_dot_worker__pb2.GenerateStreamRequest.SerializeToString,
+            firetitan_dot_worker_dot_v1_dot_worker__pb2.GenerateStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -243,6 +243,12 @@ class SamplerWorkerServiceStub:
     ]
     """Continues a prompt; the message is a firetitan.v1.SampleRequest, the answer its response."""
 
+    GenerateStream: grpc.UnaryStreamMultiCallable[
+        firetitan.worker.v1.worker_pb2.GenerateStreamRequest,
+        firetitan.worker.v1.worker_pb2.GenerateStreamResponse,
+    ]
+    """As Generate, tokens as they come."""
+
 class SamplerWorkerServiceAsyncStub:
     """A worker that samples."""
 
@@ -257,6 +263,12 @@ class SamplerWorkerServiceAsyncStub:
         firetitan.worker.v1.worker_pb2.GenerateResponse,
     ]
     """Continues a prompt; the message is a firetitan.v1.SampleRequest, the answer its response."""
+
+    GenerateStream: grpc.aio.UnaryStreamMultiCallable[
+        firetitan.worker.v1.worker_pb2.GenerateStreamRequest,
+        firetitan.worker.v1.worker_pb2.GenerateStreamResponse,
+    ]
+    """As Generate, tokens as they come."""
 
 class SamplerWorkerServiceServicer(metaclass=abc.ABCMeta):
     """A worker that samples."""
@@ -276,5 +288,13 @@ class SamplerWorkerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[firetitan.worker.v1.worker_pb2.GenerateResponse, collections.abc.Awaitable[firetitan.worker.v1.worker_pb2.GenerateResponse]]:
         """Continues a prompt; the message is a firetitan.v1.SampleRequest, the answer its response."""
+
+    @abc.abstractmethod
+    def GenerateStream(
+        self,
+        request: firetitan.worker.v1.worker_pb2.GenerateStreamRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[firetitan.worker.v1.worker_pb2.GenerateStreamResponse], collections.abc.AsyncIterator[firetitan.worker.v1.worker_pb2.GenerateStreamResponse]]:
+        """As Generate, tokens as they come."""
 
 def add_SamplerWorkerServiceServicer_to_server(servicer: SamplerWorkerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -1,0 +1,152 @@
+"""Samples as they come: a stream that goes on behind a restart of the daemon or its worker.
+
+Knows: SampleStream, what a broken stream has brought. Must not know: how a deployment is made or
+brought to a snapshot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+import grpc
+import numpy as np
+from firetitan.v1 import sampling_service_pb2
+
+from firetitan_client.futures import APIFuture
+from firetitan_client.sample_requests import Target, follow, stop_reason
+from firetitan_client.transport import Patience, iterate, run
+
+
+@dataclass(frozen=True)
+class SampleChunk:
+    """New tokens of one sequence."""
+
+    sequence: int
+    """Which sequence, from 0."""
+    first_token: int
+    """Place of the first of these tokens in the sequence."""
+    tokens: list[int]
+    sampling_logprobs: list[float]
+    """Of the distribution sampled from, one a token."""
+    inference_logprobs: list[float]
+    """The model's own, at temperature 1, one a token."""
+    stop_reason: str | None
+    """`stop` or `length` with the sequence's last token, None before."""
+    snapshot: str
+    """What made these tokens; empty: the base model."""
+
+
+class SampleStream:
+    """Chunks of a request's sequences as they are sampled: `for chunk in stream`, or `async for`.
+
+    Sampling begins with the first chunk asked for. It ends where the stream is closed, left
+    (`with`, `async with`) or dropped. Where the daemon or the worker restarts in between, it goes
+    on with the same seed behind what was received.
+
+    Args:
+        ready: Done once the deployment serves what is to be sampled from.
+        request: What to sample, its seed set.
+    """
+
+    def __init__(
+        self, ready: APIFuture[Target], request: sampling_service_pb2.SampleRequest
+    ) -> None:
+        self._request = request
+        self._chunks = self._read(ready)
+
+    @property
+    def seed(self) -> int:
+        """Gives the same tokens again, from the same snapshot."""
+        return self._request.params.seed
+
+    def close(self) -> None:
+        """End the sampling; chunks asked for afterwards are StopIteration."""
+        run(self._chunks.aclose()).result()
+
+    async def aclose(self) -> None:
+        """As `close`, for coroutines."""
+        await asyncio.wrap_future(run(self._chunks.aclose()))
+
+    def __iter__(self) -> SampleStream:
+        return self
+
+    def __next__(self) -> SampleChunk:
+        chunk = self._next().result()
+        if chunk is None:
+            raise StopIteration
+        return chunk
+
+    def __aiter__(self) -> SampleStream:
+        return self
+
+    async def __anext__(self) -> SampleChunk:
+        chunk = await self._next()
+        if chunk is None:
+            raise StopAsyncIteration
+        return chunk
+
+    def __enter__(self) -> SampleStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> SampleStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def _next(self) -> APIFuture[SampleChunk | None]:
+        future: APIFuture[SampleChunk | None] = APIFuture("sample_stream")
+        follow(anext(self._chunks, None), future)
+        return future
+
+    async def _read(self, ready: APIFuture[Target]) -> AsyncGenerator[SampleChunk, None]:
+        target = await ready
+        self._request.deployment, self._request.snapshot = target.deployment, target.snapshot
+        message = sampling_service_pb2.SampleStreamRequest(request=self._request)
+        received = [0] * self._request.num_samples
+        ended: set[int] = set()
+        patience = Patience(target.transport)
+        while True:
+            rpc = target.transport.channel.unary_stream(
+                "/firetitan.v1.SamplingService/SampleStream",
+                request_serializer=sampling_service_pb2.SampleStreamRequest.SerializeToString,
+                response_deserializer=sampling_service_pb2.SampleStreamResponse.FromString,
+            )
+            try:
+                async with contextlib.aclosing(iterate(rpc(message))) as responses:
+                    async for response in responses:
+                        for tokens in response.tokens:
+                            patience = Patience(target.transport)
+                            chunk = _chunk(tokens)
+                            message.resume.SetInParent()
+                            message.resume.snapshot = tokens.snapshot
+                            received[chunk.sequence] += len(chunk.tokens)
+                            if chunk.sequence not in ended:  # a resumed stream tells ends again
+                                yield chunk
+                            if chunk.stop_reason is not None:
+                                ended.add(chunk.sequence)
+                        if response.HasField("summary"):
+                            return
+            except grpc.RpcError as error:
+                await patience.after(error)
+            if message.HasField("resume"):
+                message.resume.received[:] = received
+
+
+def _chunk(tokens: sampling_service_pb2.SampledTokens) -> SampleChunk:
+    ended = tokens.stop_reason != sampling_service_pb2.STOP_REASON_UNSPECIFIED
+    return SampleChunk(
+        sequence=tokens.sequence,
+        first_token=tokens.first_token,
+        tokens=np.frombuffer(tokens.token_ids, "<i4").tolist(),
+        sampling_logprobs=np.frombuffer(tokens.sampling_logprobs, "<f4").tolist(),
+        inference_logprobs=np.frombuffer(tokens.inference_logprobs, "<f4").tolist(),
+        stop_reason=stop_reason(tokens) if ended else None,
+        snapshot=tokens.snapshot.rpartition("/")[2],
+    )

@@ -1,0 +1,151 @@
+"""One sample request on its way: its sequences, their tokens so far, what is told of them.
+
+Knows: requests, drawing, stopping. Must not know: the queue, the batch, how a model computes.
+Owner: the thread that runs the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from firetitan_daemon.engine.api import (
+    Float32Array,
+    NewTokens,
+    Progress,
+    SampledSequence,
+    SampleRequest,
+    SampleResult,
+    StopReason,
+)
+from firetitan_daemon.engine.decode import Branch, Prefill
+from firetitan_daemon.engine.draw import DrawParams, draw, uniform
+from firetitan_daemon.engine.stops import Decode, StopStrings
+from firetitan_daemon.engine.versions import Version
+
+
+@dataclass
+class Row:
+    """One sample on its way."""
+
+    index: int
+    stops: StopStrings | None
+    tokens: list[int] = field(default_factory=list)
+    sampling: list[float] = field(default_factory=list)
+    inference: list[float] = field(default_factory=list)
+    stop_reason: StopReason | None = None
+
+    def sequence(self) -> SampledSequence:
+        """What it came to; it has ended."""
+        assert self.stop_reason is not None
+        return SampledSequence(
+            np.array(self.tokens, np.int32),
+            np.array(self.sampling, np.float32),
+            np.array(self.inference, np.float32),
+            self.stop_reason,
+        )
+
+    def news(self, snapshot: str) -> NewTokens:
+        """Its last token."""
+        return NewTokens(
+            self.index,
+            len(self.tokens) - 1,
+            np.array(self.tokens[-1:], np.int32),
+            np.array(self.sampling[-1:], np.float32),
+            np.array(self.inference[-1:], np.float32),
+            self.stop_reason,
+            snapshot,
+        )
+
+
+@dataclass(eq=False)
+class Job:
+    """One request."""
+
+    request: SampleRequest
+    future: Future[SampleResult]
+    stop_ids: frozenset[int]
+    submitted: float
+    progress: Progress | None = None
+    version: Version | None = None
+    prefill: Prefill | None = None
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def begun(self) -> bool:
+        """Whether every sample has joined the batch."""
+        return len(self.rows) == self.request.num_samples
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sample has ended."""
+        return self.begun and all(row.stop_reason is not None for row in self.rows)
+
+    def add_rows(self, count: int, decode_text: Decode | None) -> list[Row]:
+        """Begin the next samples.
+
+        Args:
+            count: How many.
+            decode_text: For stop strings; None where the request was checked to have none.
+        """
+        first = len(self.rows)
+        rows = [Row(index, self._stops(decode_text)) for index in range(first, first + count)]
+        self.rows.extend(rows)
+        return rows
+
+    def extend(self, rows: Sequence[Row], logits: Iterable[Float32Array]) -> None:
+        """Draw the next token of some rows.
+
+        Args:
+            rows: Rows of this request.
+            logits: For each its logits, shape [V].
+        """
+        for row, row_logits in zip(rows, logits, strict=True):
+            self._draw(row, row_logits)
+        if self.progress is not None:
+            assert self.version is not None
+            self.progress([row.news(self.version.name) for row in rows])
+
+    def result(self) -> SampleResult:
+        """The answer; every sample has ended."""
+        assert self.version is not None and self.prefill is not None
+        return SampleResult(
+            sequences=[row.sequence() for row in self.rows],
+            snapshot=self.version.name,
+            prompt_logprobs=self.prefill.logprobs,
+            queue_s=self.queue_s,
+            prefill_s=self.prefill_s,
+        )
+
+    def _draw(self, row: Row, logits_V: Float32Array) -> None:
+        request = self.request
+        params = DrawParams(request.temperature, request.top_k, request.top_p)
+        drawn = draw(logits_V, params, uniform(request.seed, row.index, len(row.tokens)))
+        row.tokens.append(drawn.token)
+        row.sampling.append(drawn.sampling_logprob)
+        row.inference.append(drawn.inference_logprob)
+        if drawn.token in self.stop_ids or (row.stops and row.stops.push(drawn.token)):
+            row.stop_reason = StopReason.STOP
+        elif len(row.tokens) == request.max_tokens:
+            row.stop_reason = StopReason.LENGTH
+
+    def _stops(self, decode_text: Decode | None) -> StopStrings | None:
+        if not self.request.stop:
+            return None
+        assert decode_text is not None, "checked when the request came"
+        return StopStrings(self.request.stop, decode_text, self.request.prompt.tolist())
+
+
+@dataclass(eq=False)
+class Part:
+    """A branch in the running batch."""
+
+    job: Job
+    branch: Branch
+    rows: list[Row]
+    reserved_bytes: int

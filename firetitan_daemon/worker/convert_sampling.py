@@ -1,0 +1,157 @@
+"""SampleRequest and its answers to and from the engine's plain values.
+
+Knows: firetitan.v1's sampling messages, engine.api. Must not know: how requests arrive or what
+engines do with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from firetitan.v1 import sampling_service_pb2
+
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.engine.api import NewTokens, SampleRequest, SampleResult, StopReason
+from firetitan_daemon.worker.convert import to_bytes, tokens_from_proto
+
+DEFAULT_MAX_TOKENS = 1024
+_GOING_ON = sampling_service_pb2.STOP_REASON_UNSPECIFIED
+MAX_SAMPLES = 4096
+"""Sequences of one request; they come back in one answer."""
+SNAPSHOT_PREFIX = "snapshots/"
+
+_STOP_REASONS = {
+    StopReason.STOP: sampling_service_pb2.STOP_REASON_STOP,
+    StopReason.LENGTH: sampling_service_pb2.STOP_REASON_LENGTH,
+}
+
+
+def sample_request_from_proto(
+    request: sampling_service_pb2.SampleRequest, loaded: Sequence[str], context_length: int
+) -> SampleRequest:
+    """A prompt and how to continue it; absent settings take their documented defaults.
+
+    Args:
+        request: From the daemon, its seed set.
+        loaded: Names of the snapshots the engine holds, to find the asked one among.
+        context_length: Tokens the model takes; where no max_tokens is asked for, what the prompt
+            leaves of them bounds the default.
+
+    Raises:
+        FiretitanError: INVALID_ARGUMENT naming the field.
+    """
+    params = request.params
+    if not params.HasField("seed"):
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            "params.seed: missing; a worker never draws one",
+            field="params.seed",
+        )
+    if request.num_samples > MAX_SAMPLES:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"num_samples: is {request.num_samples}; at most {MAX_SAMPLES}, send several requests",
+            field="num_samples",
+        )
+    try:
+        prompt = tokens_from_proto(request.prompt, "prompt")
+    except FiretitanError as error:
+        raise FiretitanError(Reason.INVALID_ARGUMENT, error.message, field=error.field) from error
+    default = max(1, min(DEFAULT_MAX_TOKENS, context_length - len(prompt)))
+    return SampleRequest(
+        prompt=prompt,
+        num_samples=request.num_samples or 1,
+        max_tokens=params.max_tokens if params.HasField("max_tokens") else default,
+        seed=params.seed,
+        temperature=params.temperature if params.HasField("temperature") else 1.0,
+        top_k=params.top_k,
+        top_p=params.top_p if params.HasField("top_p") else 1.0,
+        stop=tuple(params.stop),
+        stop_token_ids=tuple(params.stop_token_ids),
+        use_eos=not params.ignore_eos,
+        prompt_logprobs=request.prompt_logprobs,
+        snapshot=_loaded_name(request.snapshot, loaded) if request.snapshot else None,
+    )
+
+
+def sample_response_to_proto(result: SampleResult) -> sampling_service_pb2.SampleResponse:
+    """The sequences, with the snapshot that made them by its full name."""
+    response = sampling_service_pb2.SampleResponse(snapshot=_snapshot_name(result.snapshot))
+    for sequence in result.sequences:
+        response.sequences.add(
+            token_ids=to_bytes(sequence.token_ids, "<i4"),
+            sampling_logprobs=to_bytes(sequence.sampling_logprobs, "<f4"),
+            inference_logprobs=to_bytes(sequence.inference_logprobs, "<f4"),
+            stop_reason=_STOP_REASONS[sequence.stop_reason],
+        )
+    if result.prompt_logprobs is not None:
+        response.prompt_logprobs = to_bytes(result.prompt_logprobs, "<f4")
+    response.queue_duration.FromNanoseconds(round(result.queue_s * 1e9))
+    response.prefill_duration.FromNanoseconds(round(result.prefill_s * 1e9))
+    return response
+
+
+def resumed(
+    request: SampleRequest, cursor: sampling_service_pb2.SampleCursor, loaded: Sequence[str]
+) -> tuple[SampleRequest, list[int]]:
+    """A request that goes on where a broken stream ended.
+
+    Args:
+        request: The request, as at first.
+        cursor: What the caller has.
+        loaded: Names of the snapshots the engine holds.
+
+    Returns:
+        The request under the cursor's snapshot, and how many tokens of each sequence the caller
+        has.
+
+    Raises:
+        FiretitanError: INVALID_ARGUMENT naming the field.
+    """
+    received = list(cursor.received)
+    if len(received) != request.num_samples or min(received) < 0:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"resume.received: is {received}; give one number of tokens for each of the "
+            f"{request.num_samples} sequences",
+            field="resume.received",
+        )
+    return replace(request, snapshot=_loaded_name(cursor.snapshot, loaded)), received
+
+
+def new_tokens_to_proto(
+    news: Sequence[NewTokens], received: Sequence[int]
+) -> list[sampling_service_pb2.SampledTokens]:
+    """New tokens, without those the caller has; an end is told in any case.
+
+    Args:
+        news: From the engine.
+        received: How many tokens of each sequence the caller has.
+    """
+    told = []
+    for one in news:
+        known = min(max(0, received[one.sequence] - one.first_token), len(one.token_ids))
+        if known == len(one.token_ids) and one.stop_reason is None:
+            continue
+        told.append(
+            sampling_service_pb2.SampledTokens(
+                sequence=one.sequence,
+                first_token=one.first_token + known,
+                token_ids=to_bytes(one.token_ids[known:], "<i4"),
+                sampling_logprobs=to_bytes(one.sampling_logprobs[known:], "<f4"),
+                inference_logprobs=to_bytes(one.inference_logprobs[known:], "<f4"),
+                stop_reason=_STOP_REASONS[one.stop_reason] if one.stop_reason else _GOING_ON,
+                snapshot=_snapshot_name(one.snapshot),
+            )
+        )
+    return told
+
+
+def _loaded_name(name: str, loaded: Sequence[str]) -> str:
+    """A snapshot's name as the engine has it."""
+    return name if name in loaded else name.removeprefix(SNAPSHOT_PREFIX)
+
+
+def _snapshot_name(name: str) -> str:
+    return name if not name or name.startswith(SNAPSHOT_PREFIX) else SNAPSHOT_PREFIX + name
