@@ -72,6 +72,8 @@ if TYPE_CHECKING:
     from firetitan_client.futures import APIFuture as APIFuture
     from firetitan_client.managed import DeploymentCleanupOnClose as DeploymentCleanupOnClose
     from firetitan_client.managed import FiretitanProvisioningConfig as FiretitanProvisioningConfig
+    from firetitan_client.sample_stream import SampleChunk as SampleChunk
+    from firetitan_client.sample_stream import SampleStream as SampleStream
     from firetitan_client.sampling import FiretitanSamplingClient as FiretitanSamplingClient
     from firetitan_client.sdk_errors import (
         DeploymentSamplerTimeoutError as DeploymentSamplerTimeoutError,
@@ -154,6 +156,8 @@ _EXPORTS = {
     "NotFound": "errors",
     "OperationCancelled": "errors",
     "PrecedingFailed": "errors",
+    "SampleChunk": "sample_stream",
+    "SampleStream": "sample_stream",
     "SampledCompletion": "deployment_sampler",
     "SamplingConcurrencyController": "concurrency",
     "SamplingParams": "types",

@@ -13,7 +13,7 @@ import pytest
 from support.sampling import bits
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import ModelSpec, SampleRequest, StopReason
+from firetitan_daemon.engine.api import ModelSpec, NewTokens, SampleRequest, StopReason
 from firetitan_daemon.engine.hf_sample import HfSampleEngine
 from firetitan_daemon.engine.scheduler import SamplerConfig
 
@@ -139,6 +139,22 @@ def test_a_stop_string_ends_at_the_token_that_completes_it(engine: HfSampleEngin
     (sequence,) = stopped.sequences
     assert sequence.token_ids.tolist() == free.token_ids[: first + 1].tolist()
     assert sequence.stop_reason is StopReason.STOP
+
+
+def test_progress_brings_every_token_once_before_the_end(engine: HfSampleEngine) -> None:
+    told: list[NewTokens] = []
+    future = engine.submit(replace(REQUEST, num_samples=6), told.extend)
+    sequences = future.result().sequences
+    for index, sequence in enumerate(sequences):
+        mine = [news for news in told if news.sequence == index]
+        assert [news.first_token for news in mine] == list(range(len(mine)))
+        assert np.concatenate([news.token_ids for news in mine]).tolist() == (
+            sequence.token_ids.tolist()
+        )
+        logprobs = np.concatenate([news.sampling_logprobs for news in mine])
+        assert logprobs.tobytes() == sequence.sampling_logprobs.tobytes()
+        assert [news.stop_reason for news in mine[:-1]] == [None] * (len(mine) - 1)
+        assert mine[-1].stop_reason is sequence.stop_reason
 
 
 def test_cancelling_frees_the_rows_and_touches_nobody(engine: HfSampleEngine) -> None:

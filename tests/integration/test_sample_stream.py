@@ -19,8 +19,12 @@ from firetitan.v1.deployment_service_pb2 import GetDeploymentRequest
 from support.daemon import DaemonProcess
 from support.stubs import LaneClient, Stubs, reason
 
-from firetitan_client import FiretitanSamplingClient, InvalidArgument, SnapshotNotActive
-from firetitan_client.sample_stream import SampleChunk
+from firetitan_client import (
+    FiretitanSamplingClient,
+    InvalidArgument,
+    SampleChunk,
+    SnapshotNotActive,
+)
 
 pytestmark = pytest.mark.timeout(180)
 
