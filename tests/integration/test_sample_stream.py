@@ -264,8 +264,8 @@ def test_the_client_does_not_mix_weights(
     stubs.hotload("deployments/d", names[0])
     stream = sampler.sample_stream([1, 2], 64, long_params())
     next(stream)
+    stubs.hotload("deployments/d", names[1])  # what runs ends on the first one
     worker = stubs.deployments.GetDeployment(GetDeploymentRequest(name="deployments/d"))
     os.kill(worker.deployment.worker_pid, signal.SIGKILL)
-    stubs.hotload("deployments/d", names[1])
     with pytest.raises(SnapshotNotActive, match="first"):
         list(stream)
