@@ -135,6 +135,26 @@ def job_name_of(trainer_id: str) -> str:
     return f"accounts/{ACCOUNT}/rlorTrainerJobs/{trainer_id}"
 
 
+def checkpoint_name_of(name: str, field: str = "name") -> tuple[str, str]:
+    """Trainer and id in `accounts/<a>/rlorTrainerJobs/<job>/checkpoints/<id>`.
+
+    Args:
+        name: As in a row of `list_checkpoints`.
+        field: What to call it in an error.
+
+    Raises:
+        InvalidArgument: Not such a text.
+    """
+    parts = name.split("/") if isinstance(name, str) else []
+    if parts[::2] != ["accounts", "rlorTrainerJobs", "checkpoints"] or not all(parts[1::2]):
+        raise InvalidArgument(
+            f"{field}: {name!r} is no checkpoint; give the `name` of a list_checkpoints row, "
+            "accounts/<a>/rlorTrainerJobs/<job>/checkpoints/<id>",
+            field=field,
+        )
+    return parts[3], parts[5]
+
+
 def rfc3339(timestamp: Any) -> str:
     """A protobuf Timestamp in UTC, to the microsecond; texts sort as times do."""
     moment: datetime.datetime = timestamp.ToDatetime(tzinfo=datetime.UTC)

@@ -309,6 +309,7 @@ BY_REASON: dict[str, type[FiretitanError]] = {
     "UNSUPPORTED": Unsupported,
     "INTERNAL": InternalError,
     "POISON_COMMAND": InternalError,
+    "CHECKPOINT_IN_USE": FailedPrecondition,
 }
 """Class of each reason, by its name without the enum's prefix."""
 

@@ -11,7 +11,13 @@ from typing import Any
 
 from firetitan.v1 import checkpoint_pb2, checkpoint_service_pb2, trainer_service_pb2
 
-from firetitan_client.control_client import ControlClient, job_id_of, job_name_of, rfc3339
+from firetitan_client.control_client import (
+    ControlClient,
+    checkpoint_name_of,
+    job_id_of,
+    job_name_of,
+    rfc3339,
+)
 from firetitan_client.errors import NotFound, Unsupported
 from firetitan_client.sdk_errors import validate_output_model_id
 from firetitan_client.training_profile import (
@@ -38,8 +44,10 @@ class FireworksClient(ControlClient):
         Returns:
             Rows with `name` (`accounts/local/rlorTrainerJobs/<job>/checkpoints/<id>`),
             `createTime`, `updateTime` (RFC 3339), `checkpointType` and `promotable`; and of ours
-            `baseModel`, `loraRank`, `step` and `sizeBytes`. Snapshots for sampling and checkpoints
-            to resume from are told apart by their type.
+            `baseModel`, `baseModelRevision`, `baseModelFingerprint`, `tokenizer`, `loraRank`,
+            `step`, `seq` (place in the session's order), `session`, `sizeBytes`, and `expireTime`
+            where it has one. Snapshots for sampling and checkpoints to resume from are told apart
+            by their type.
 
         Raises:
             NotFound: No such trainer, and nothing it would have saved.
@@ -59,7 +67,7 @@ class FireworksClient(ControlClient):
         ]
         if not rows:
             await self._find_trainer(trainer_id)
-        return sorted(rows, key=lambda row: str(row["createTime"]))
+        return sorted(rows, key=lambda row: (str(row["createTime"]), row["seq"]))
 
     async def _all(self, method: str, field: str, trainer_id: str, page_size: int) -> list[Any]:
         found: list[Any] = []
@@ -76,6 +84,35 @@ class FireworksClient(ControlClient):
             token = answer.next_page_token
             if not token:
                 return found
+
+    def delete_checkpoint(self, name: str) -> None:
+        """Remove what was saved, a checkpoint or a snapshot; one that is gone already is fine.
+
+        Args:
+            name: Of a `list_checkpoints` row.
+
+        Raises:
+            ValueError: Not such a name.
+            FailedPrecondition: It is served, pinned or being loaded, or a delta stands on it.
+        """
+        trainer_id, saved_id = checkpoint_name_of(name)
+        self._run("delete_checkpoint", self._delete_saved(trainer_id, saved_id))
+
+    async def _delete_saved(self, trainer_id: str, saved_id: str) -> None:
+        for one in await self._all("ListCheckpoints", "checkpoints", trainer_id, 0):
+            if one.name.rpartition("/")[2] == saved_id:
+                await self._transport.call(
+                    "CheckpointService/DeleteCheckpoint",
+                    checkpoint_service_pb2.DeleteCheckpointRequest(name=one.name),
+                    checkpoint_service_pb2.DeleteCheckpointResponse,
+                )
+        for one in await self._all("ListSnapshots", "snapshots", trainer_id, 0):
+            if one.name == f"snapshots/{saved_id}":
+                await self._transport.call(
+                    "CheckpointService/DeleteSnapshot",
+                    checkpoint_service_pb2.DeleteSnapshotRequest(name=one.name),
+                    checkpoint_service_pb2.DeleteSnapshotResponse,
+                )
 
     def promote_checkpoint(
         self,
@@ -193,8 +230,13 @@ def _row(trainer_id: str, saved: Any, kind: str, promotable: bool) -> dict[str, 
         "checkpointType": f"CHECKPOINT_TYPE_{kind}",
         "promotable": promotable,
         "baseModel": saved.base_model,
+        "baseModelRevision": saved.base_revision,
+        "baseModelFingerprint": saved.base_fingerprint,
+        "tokenizer": saved.tokenizer,
         "loraRank": saved.lora_rank,
         "step": saved.step,
+        "seq": saved.commit_seq,
+        "session": saved.session,
         "sizeBytes": saved.size_bytes,
     }
     if saved.HasField("expire_time"):

@@ -10,11 +10,13 @@ import re
 from typing import Any
 
 from firetitan.v1 import checkpoint_pb2
+from google.protobuf.duration_pb2 import Duration
 
 from firetitan_client.errors import InvalidArgument, Unsupported
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RULE = "use 1 to 128 letters, digits, '.', '_' and '-', a letter or digit first"
+_MAX_TTL_S = 100 * 365 * 86400
 _KINDS = ("base", "delta", "merged_base")
 _TINKER = re.compile(r"tinker://([^/]+)/(weights|sampler_weights)/([^/]+)")
 
@@ -32,17 +34,24 @@ def check_name(name: Any, field: str = "name") -> str:
     return name
 
 
-def refuse_ttl(ttl_seconds: int | None) -> None:
-    """Refuse a time to live rather than ignore it.
+def time_to_live(ttl_seconds: float | None) -> Duration | None:
+    """A time to live, as the daemon takes it.
 
     Raises:
-        Unsupported: One was given.
+        InvalidArgument: Not a number above 0 (and up to a hundred years).
     """
-    if ttl_seconds is not None:
-        raise Unsupported(
-            f"ttl_seconds={ttl_seconds}: expiry is not supported yet; leave it out",
+    if ttl_seconds is None:
+        return None
+    number = isinstance(ttl_seconds, int | float) and not isinstance(ttl_seconds, bool)
+    if not number or not 0 < ttl_seconds <= _MAX_TTL_S:
+        raise InvalidArgument(
+            f"ttl_seconds: is {ttl_seconds!r}; give seconds above 0, or None to keep it until it "
+            "is deleted",
             field="ttl_seconds",
         )
+    duration = Duration()
+    duration.FromNanoseconds(round(ttl_seconds * 1e9))
+    return duration
 
 
 def snapshot_kind(

@@ -61,7 +61,8 @@ class WeightsCalls(SelfFuture[Opened]):
 
         Args:
             name: Wanted name; the session's suffix is appended.
-            ttl_seconds: Not supported yet.
+            ttl_seconds: Seconds after which it is deleted, or once it is in use no more; None: it
+                stays until it is deleted.
             checkpoint_type: "base" or "delta"; None: LoRA a base, full-parameter first a base,
                 then deltas.
             export_precision: Only with checkpoint_type "merged_base", which is not supported yet.
@@ -97,10 +98,11 @@ class WeightsCalls(SelfFuture[Opened]):
         export_precision: str | None,
         make: Callable[[str], Any],
     ) -> APIFuture[Any]:
-        references.refuse_ttl(ttl_seconds)
         kind = references.snapshot_kind(checkpoint_type, export_precision)
         request = checkpoint_service_pb2.SaveSnapshotRequest(
-            snapshot_id=references.check_name(name), kind=kind
+            snapshot_id=references.check_name(name),
+            kind=kind,
+            ttl=references.time_to_live(ttl_seconds),
         )
 
         def finish(operation: operation_pb2.Operation) -> Any:
@@ -164,7 +166,8 @@ class WeightsCalls(SelfFuture[Opened]):
 
         Args:
             name: The checkpoint's name, kept as it is.
-            ttl_seconds: Not supported yet.
+            ttl_seconds: Seconds after which it is deleted, or once it is in use no more; None: it
+                stays until it is deleted.
             timeout: Seconds to wait here; None returns at once.
             overwrite: Replace a checkpoint of this name once the new one is complete.
             user_metadata: Your own notes.
@@ -175,11 +178,11 @@ class WeightsCalls(SelfFuture[Opened]):
         Raises:
             TimeoutError: Not saved within `timeout`; the save goes on.
         """
-        references.refuse_ttl(ttl_seconds)
         request = checkpoint_service_pb2.SaveStateRequest(
             checkpoint_id=references.check_name(name),
             user_metadata=dict(user_metadata or {}),
             keep_existing=not overwrite,
+            ttl=references.time_to_live(ttl_seconds),
         )
         future = self._submit(
             "CheckpointService/SaveState",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.metadata
 import json
 import logging
@@ -16,11 +17,12 @@ import signal
 import time
 import uuid
 
-from firetitan_daemon import durable
+from firetitan_daemon import durable, handshake
 from firetitan_daemon.config import DaemonConfig
 from firetitan_daemon.control.checkpoints import CheckpointManager
 from firetitan_daemon.control.deployments import DeploymentManager
 from firetitan_daemon.control.operations import OperationRegistry
+from firetitan_daemon.control.removal import SavedRemover
 from firetitan_daemon.control.sampling import SamplingRouter
 from firetitan_daemon.control.services import Services
 from firetitan_daemon.control.sessions import SessionManager
@@ -59,6 +61,15 @@ class SystemClock(Clock):
     def monotonic(self) -> float:
         """Seconds that never jump."""
         return time.monotonic()
+
+    def boot_id(self) -> str:
+        """This boot of the machine."""
+        return _boot_id()
+
+
+@functools.cache
+def _boot_id() -> str:
+    return handshake.boot_id()
 
 
 class Daemon:
@@ -127,8 +138,9 @@ class Daemon:
         deployments = DeploymentManager(services, pool)
         syncer = WeightSyncer(services, deployments)
         deployments.connect(syncer.restore)
+        remover = SavedRemover(services, checkpoints, sessions, deployments)
         self._supervisor = supervisor = Supervisor(
-            services, pool, sessions, trainers, deployments, syncer
+            services, pool, sessions, trainers, deployments, syncer, checkpoints, remover
         )
         messages = OperationMessages(services.spool, trainers, deployments, sessions)
         self._identity = Identity(
@@ -140,7 +152,7 @@ class Daemon:
         )
         servicers = (
             TrainingServicer(sessions, trainers, supervisor),
-            CheckpointServicer(checkpoints),
+            CheckpointServicer(checkpoints, remover),
             OperationServicer(services.operations, sessions, messages),
             SamplingServicer(SamplingRouter(deployments), supervisor),
             DeploymentServicer(deployments, syncer, messages, supervisor),

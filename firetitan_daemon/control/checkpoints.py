@@ -14,7 +14,8 @@ from firetitan_daemon.control.codec import SaveStateArguments
 from firetitan_daemon.control.services import Services
 from firetitan_daemon.core import chain, names
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.ports import LoadSource, Outcome, SavedFiles, SaveTarget, Store
+from firetitan_daemon.core.expiry import begin, check_ttl
+from firetitan_daemon.core.ports import Ledger, LoadSource, Outcome, SavedFiles, SaveTarget, Store
 from firetitan_daemon.core.records import Checkpoint, Operation, Session, Snapshot
 
 SAVES = ("SaveState", "SaveSnapshot")
@@ -30,6 +31,8 @@ class Prepared:
     """What `load` reads."""
     state: SaveStateArguments | None = None
     """Of SaveState."""
+    ttl_s: float | None = None
+    """Seconds that what is saved is to live; None: until it is deleted."""
     notes: tuple[str, ...] = ()
     """What the user should know of a snapshot."""
 
@@ -51,6 +54,29 @@ class CheckpointManager:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self.expiring: dict[str, Checkpoint | Snapshot] = {}
+        """What was saved for a limited time, by name."""
+
+    async def restore(self, ledger: Ledger) -> None:
+        """Take over what a former daemon's operations use and what expires."""
+        for operation in (*ledger.open_operations, *ledger.kept_operations):
+            if operation.loaded is not None:
+                self._services.operations.holds.take(operation.loaded.folder, operation.id)
+        store = self._services.store
+        self.settled(await store.checkpoints(None), await store.snapshots(None))
+
+    def settled(self, checkpoints: Sequence[Checkpoint], snapshots: Sequence[Snapshot]) -> None:
+        """Rows that are written now."""
+        rows: list[Checkpoint | Snapshot] = [*checkpoints, *snapshots]
+        for saved in rows:
+            self.expiring.pop(saved.name, None)
+            if saved.expiry is not None:
+                self.expiring[saved.name] = saved
+
+    def forget(self, saved: Checkpoint | Snapshot) -> None:
+        """A row that is gone now."""
+        if self.expiring.get(saved.name) == saved:
+            del self.expiring[saved.name]
 
     async def prepare(self, session: Session, operation: Operation, payload: bytes) -> Prepared:
         """Resolve what a save or a load names.
@@ -69,12 +95,7 @@ class CheckpointManager:
         if operation.method == "SaveSnapshot":
             return await self._prepare_snapshot(session, operation, payload)
         if operation.method == "LoadState":
-            reference = names.parse_checkpoint_reference(
-                self._services.codec.load_state(payload).checkpoint
-            )
-            checkpoint = await self.resolve(session, reference)
-            source = LoadSource(Path(checkpoint.folder), checkpoint.digest)
-            return Prepared(load=source, loads=checkpoint)
+            return await self._prepare_load(session, operation, payload)
         return Prepared()
 
     async def finish(
@@ -146,10 +167,31 @@ class CheckpointManager:
         rows = await self._services.store.snapshots(trainer)
         return [row for row in rows if session in (None, row.session)]
 
+    async def _prepare_load(
+        self, session: Session, operation: Operation, payload: bytes
+    ) -> Prepared:
+        reference = names.parse_checkpoint_reference(
+            self._services.codec.load_state(payload).checkpoint
+        )
+        holds = self._services.operations.holds
+        while True:
+            checkpoint = await self.resolve(session, reference)
+            if operation.loaded is not None:
+                # It was begun before: with these files, whatever has the name by now.
+                source = LoadSource(Path(operation.loaded.folder), operation.loaded.digest)
+                return Prepared(load=source, loads=checkpoint)
+            holds.take(checkpoint.folder, operation.id)
+            if await self._services.store.checkpoint(checkpoint.name) == checkpoint:
+                break
+            holds.release(operation.id)  # replaced or removed in between
+        source = LoadSource(Path(checkpoint.folder), checkpoint.digest)
+        return Prepared(load=source, loads=checkpoint)
+
     async def _prepare_state(
         self, session: Session, operation: Operation, payload: bytes
     ) -> Prepared:
         arguments = self._services.codec.save_state(payload)
+        check_ttl(arguments.ttl_s)
         checkpoint_id = names.check_id(arguments.checkpoint_id, "checkpoint_id")
         name = names.checkpoint_name(session.name, checkpoint_id)
         if arguments.keep_existing and await self._services.store.checkpoint(name) is not None:
@@ -158,17 +200,22 @@ class CheckpointManager:
                 f"checkpoint_id: {name} exists and keep_existing is set; choose another name",
                 field="checkpoint_id",
             )
-        return Prepared(save=SaveTarget(self._staging(operation), checkpoint_id), state=arguments)
+        return Prepared(
+            save=SaveTarget(self._staging(operation), checkpoint_id),
+            state=arguments,
+            ttl_s=arguments.ttl_s,
+        )
 
     async def _prepare_snapshot(
         self, session: Session, operation: Operation, payload: bytes
     ) -> Prepared:
         arguments = self._services.codec.save_snapshot(payload)
-        rows = await self._services.store.snapshots(session.trainer_id)
-        known = {row.id: row for row in rows}
+        check_ttl(arguments.ttl_s)
+        known = {row.id: row for row in await self._services.store.snapshots(session.trainer_id)}
         # The suffix keeps sessions apart, so an id can only be taken by one of this trainer's.
+        taken = set(await self._services.store.snapshot_ids(session.trainer_id))
         snapshot_id = names.choose_snapshot_id(
-            arguments.snapshot_id, session.suffix, known.__contains__
+            arguments.snapshot_id, session.suffix, taken.__contains__
         )
         following = chain.next_kind(session, arguments.kind, known.get)
         wanted = f"{arguments.snapshot_id}-{session.suffix}"
@@ -182,7 +229,7 @@ class CheckpointManager:
             following.kind,
             names.snapshot_name(following.parent) if following.parent else "",
         )
-        return Prepared(save=target, notes=tuple(notes))
+        return Prepared(save=target, notes=tuple(notes), ttl_s=arguments.ttl_s)
 
     async def _finish_state(
         self, session: Session, operation: Operation, prepared: Prepared, saved: SavedFiles
@@ -205,6 +252,8 @@ class CheckpointManager:
             size_bytes=saved.size_bytes,
             create_time=self._services.clock.now(),
             user_metadata=prepared.state.user_metadata,
+            base=session.base,
+            expiry=begin(prepared.ttl_s, self._services.clock),
         )
         return Finished(
             session,
@@ -237,6 +286,8 @@ class CheckpointManager:
             size_bytes=saved.size_bytes,
             create_time=self._services.clock.now(),
             notes=prepared.notes,
+            base=session.base,
+            expiry=begin(prepared.ttl_s, self._services.clock),
         )
         return Finished(
             chain.commit(session, snapshot),
@@ -248,6 +299,21 @@ class CheckpointManager:
         if operation.staging:
             return Path(operation.staging)
         return self._services.folders.staging()
+
+
+async def hold_snapshot(services: Services, reference: str, operation_id: str) -> Snapshot:
+    """The snapshot a reference names, its files held until an operation ends.
+
+    Raises:
+        FiretitanError: NAME_INVALID, SNAPSHOT_NOT_FOUND.
+    """
+    snapshot = await find_snapshot(services.store, reference)
+    services.operations.holds.take(snapshot.folder, operation_id)
+    try:
+        return await find_snapshot(services.store, reference)
+    except FiretitanError:
+        services.operations.holds.release(operation_id)  # removed in between
+        raise
 
 
 async def find_snapshot(store: Store, reference: str) -> Snapshot:

@@ -34,6 +34,7 @@ class SaveStateArguments:
     checkpoint_id: str
     keep_existing: bool = False
     user_metadata: Mapping[str, str] = field(default_factory=dict)
+    ttl_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class SaveSnapshotArguments:
     snapshot_id: str
     kind: str = ""
     """`base`, `delta` or empty: the daemon chooses."""
+    ttl_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from firetitan_daemon.control.checkpoints import CheckpointManager, Finished, Prepared
 from firetitan_daemon.control.codec import Header
+from firetitan_daemon.control.holds import discard
 from firetitan_daemon.control.recovery import MAX_DEATHS, SessionRecovery
 from firetitan_daemon.control.services import (
     Services,
@@ -251,13 +252,16 @@ class CommandPipeline:
             await self.recovery.make_point(self._worker, done)
 
     async def _dispatch(self, operation: Operation, prepared: Prepared) -> Operation:
-        """Note where a save writes, so that the next daemon can finish it.
+        """Note where a save writes and what a load reads, so that the next daemon can finish it.
 
         Others need no row for it: after a restart the first open command counts as sent.
         """
         dispatched = replace(operation, state=OperationState.DISPATCHED)
         if prepared.save is not None:
             dispatched = replace(dispatched, staging=str(prepared.save.staging))
+            await self._rows.write_operation(dispatched)
+        elif prepared.load is not None:
+            dispatched = replace(dispatched, loaded=_loaded(prepared))
             await self._rows.write_operation(dispatched)
         failpoint("commands.dispatched")
         return dispatched
@@ -300,17 +304,16 @@ class CommandPipeline:
                 result = await self._services.spool.write(finished.result)
                 failpoint("commands.result_spooled")
                 ended = self._rows.ended(operation, OperationState.DONE, None)
-                done = self.recovery.keep(
-                    operation, replace(ended, result=result), outcome, _loaded(prepared)
-                )
+                done = self.recovery.keep(operation, replace(ended, result=result), outcome)
                 await self._rows.settle(done, finished.session, change)
+                self._checkpoints.settled(change.checkpoints, change.snapshots)
                 break
             except (FiretitanError, OSError) as error:
                 await self._await_space(operation, error)
         self._settled_through = operation.commit_seq
         failpoint("commands.settled")
         for folder in finished.obsolete:
-            await self._discard(Path(folder))
+            await self._services.operations.holds.retire(Path(folder), self._services.folders)
         return done
 
     async def _fail(
@@ -338,13 +341,7 @@ class CommandPipeline:
                 await self._await_space(operation, problem)
         self._settled_through = operation.commit_seq
         if prepared is not None and prepared.save is not None:
-            await self._discard(prepared.save.staging)
-
-    async def _discard(self, folder: Path) -> None:
-        try:
-            await self._services.folders.discard(folder)
-        except FiretitanError as error:
-            logger.warning("left for the next start to remove folder=%s: %s", folder, error)
+            await discard(self._services.folders, prepared.save.staging)
 
     async def _await_space(self, operation: Operation, error: FiretitanError | OSError) -> None:
         # The worker has run it: saying that it failed would be wrong, so wait for the disk.
@@ -390,7 +387,7 @@ class CommandPipeline:
         )
         await self._fail(found, error_record(poison), None)
         if found.staging:
-            await self._discard(Path(found.staging))
+            await discard(self._services.folders, Path(found.staging))
 
     async def resume(self, worker: Worker, *, exact: bool) -> None:
         """Go on with a worker: bring it to where the session was, then run what waits.

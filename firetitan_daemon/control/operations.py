@@ -10,6 +10,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Sequence
 
+from firetitan_daemon.control.holds import Holds
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Change, Ledger, Limits, Spool, Store
 from firetitan_daemon.core.records import Operation
@@ -36,6 +37,8 @@ class OperationRegistry:
         self._next_seqs: dict[tuple[str, str], int] = {}
         self._closed = False
         self._removals: set[asyncio.Task[None]] = set()
+        self.holds = Holds()
+        """What open operations, and those a replay needs, keep in use."""
 
     def restore(self, ledger: Ledger) -> None:
         """Take over what a former daemon left open."""
@@ -138,6 +141,8 @@ class OperationRegistry:
             if not operation.done:
                 self._open[operation.id] = operation
                 continue
+            if operation.payload is None:
+                self.holds.release(operation.id)
             waited_for = self._ended.pop(operation.id, None)
             if waited_for is not None:
                 waited_for.set()
@@ -223,6 +228,7 @@ class OperationRegistry:
         """End every watch and every wait."""
         if self._removals:
             await asyncio.wait(list(self._removals))
+        await self.holds.close()
         self._closed = True
         for event in (*self._lane_moved.values(), *self._ended.values()):
             event.set()

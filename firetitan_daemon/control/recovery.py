@@ -18,7 +18,6 @@ from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
 from firetitan_daemon.core.ports import Change, Command, LoadSource, Outcome, Worker
 from firetitan_daemon.core.records import (
-    LoadedFrom,
     Operation,
     RecoveryPoint,
     Session,
@@ -57,8 +56,9 @@ class RecoveryStats:
 
 @dataclass
 class _Kept:
-    """A payload that a replay needs."""
+    """A payload that a replay needs; of a load, the folder it read is held as long."""
 
+    operation_id: str
     commit_seq: int
     ref: SpoolRef
 
@@ -89,23 +89,20 @@ class SessionRecovery:
         held = self._points[-1].commit_seq if self._points else 0
         for operation in kept:
             assert operation.payload is not None
-            self._kept.append(_Kept(operation.commit_seq, operation.payload))
+            self._kept.append(_Kept(operation.id, operation.commit_seq, operation.payload))
             if operation.commit_seq > held:
                 self._policy.ran(operation.method, 0.0, operation.payload.size_bytes)
         self._show()
 
     # -- while the worker lives ----------------------------------------------------------------
 
-    def keep(
-        self, operation: Operation, ended: Operation, outcome: Outcome, loaded: LoadedFrom | None
-    ) -> Operation:
+    def keep(self, operation: Operation, ended: Operation, outcome: Outcome) -> Operation:
         """The ended operation with what a replay needs of it.
 
         Args:
             operation: As it was run.
             ended: As it is about to be written.
             outcome: What the worker made of it.
-            loaded: What it read, of a load.
         """
         needed = operation.method in REPLAYED or (operation.method == "Forward" and outcome.graph)
         if not needed or not self.services.recovery.enabled:
@@ -115,7 +112,7 @@ class SessionRecovery:
             payload=operation.payload,
             check=outcome.check,
             graph=outcome.graph,
-            loaded=loaded,
+            loaded=operation.loaded,
         )
 
     async def ran(self, operation: Operation, seconds: float) -> None:
@@ -127,7 +124,7 @@ class SessionRecovery:
         """
         if operation.payload is None:
             return
-        self._kept.append(_Kept(operation.commit_seq, operation.payload))
+        self._kept.append(_Kept(operation.id, operation.commit_seq, operation.payload))
         self._policy.ran(operation.method, seconds, operation.payload.size_bytes)
         if operation.method in LOADS:
             # What was loaded may be replaced by another save under its name.
@@ -231,9 +228,11 @@ class SessionRecovery:
         await self._forget(through)
 
     async def _forget(self, through: int) -> None:
-        refs = [one.ref for one in self._kept if one.commit_seq <= through]
+        forgotten = [one for one in self._kept if one.commit_seq <= through]
         self._kept = [one for one in self._kept if one.commit_seq > through]
-        await self.services.spool.remove(refs)
+        for one in forgotten:
+            self.services.operations.holds.release(one.operation_id)
+        await self.services.spool.remove([one.ref for one in forgotten])
         self._show()
 
     async def interrupt(self) -> None:

@@ -345,6 +345,7 @@ class SessionRows:
             error=error,
             payload=None,
             staging="",
+            loaded=None,
             finish_time=self._services.clock.now(),
         )
 

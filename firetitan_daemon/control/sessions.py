@@ -306,6 +306,7 @@ class SessionManager:
             state=SessionState.ACTIVE,
             create_time=self._services.clock.now(),
             user_metadata=wanted.user_metadata,
+            base=trainer.base,
         )
 
     @staticmethod

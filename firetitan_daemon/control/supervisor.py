@@ -10,7 +10,9 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable
 
+from firetitan_daemon.control.checkpoints import CheckpointManager
 from firetitan_daemon.control.deployments import DeploymentManager
+from firetitan_daemon.control.removal import SavedRemover
 from firetitan_daemon.control.services import Services, internal_error, logger
 from firetitan_daemon.control.sessions import SessionManager
 from firetitan_daemon.control.trainers import TrainerManager
@@ -33,6 +35,8 @@ class Supervisor:
         trainers: TrainerManager,
         deployments: DeploymentManager,
         syncer: WeightSyncer,
+        checkpoints: CheckpointManager,
+        remover: SavedRemover,
     ) -> None:
         self._services = services
         self._pool = pool
@@ -40,6 +44,8 @@ class Supervisor:
         self._trainers = trainers
         self._deployments = deployments
         self._syncer = syncer
+        self._checkpoints = checkpoints
+        self._remover = remover
         self._tasks: set[asyncio.Task[None]] = set()
         self.draining = False
 
@@ -50,6 +56,7 @@ class Supervisor:
         swept = await services.spool.sweep(ledger.spool)
         folders = await services.folders.sweep(ledger.folders)
         services.operations.restore(ledger)
+        await self._checkpoints.restore(ledger)
         self._pool.restore(ledger)
         await self._sessions.restore(ledger)
         self._trainers.restore(ledger)
@@ -79,15 +86,16 @@ class Supervisor:
             if spec.worker_id not in named:
                 self._spawn(spec.worker_id, self._pool.stop(spec.worker_id))
         self._spawn("hotloads", self._syncer.resume())
-        self._spawn("lanes", self._tick())
+        self._spawn("expiry", self._tick())
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
             try:
                 await self._sessions.expire()
+                await self._remover.expire()
             except FiretitanError as error:
-                logger.warning("lanes are looked after again later: %s", error)
+                logger.warning("what is over is looked after again later: %s", error)
 
     def _spawn(self, what: str, work: Awaitable[None]) -> None:
         async def run() -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from dataclasses import replace
 
-from firetitan_daemon.control.checkpoints import find_snapshot
+from firetitan_daemon.control.checkpoints import hold_snapshot
 from firetitan_daemon.control.codec import HotloadArguments
 from firetitan_daemon.control.deployments import DeploymentManager
 from firetitan_daemon.control.provisioning import check_text, new_operation, settled
@@ -18,7 +19,7 @@ from firetitan_daemon.core import chain, names
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
 from firetitan_daemon.core.ports import Change, SnapshotLayer, Worker
-from firetitan_daemon.core.records import Deployment, ErrorRecord, Operation, Snapshot
+from firetitan_daemon.core.records import Deployment, ErrorRecord, LoadedFrom, Operation, Snapshot
 
 METHOD = "HotloadSnapshot"
 
@@ -53,6 +54,7 @@ class WeightSyncer:
         deployment = self._deployments.get(arguments.deployment)
         services = self._services
         ref = await services.spool.write(payload)
+        operation: Operation | None = None
         try:
             async with self._accepting:
                 former = await services.operations.by_request(
@@ -61,17 +63,20 @@ class WeightSyncer:
                 if former is not None:
                     await services.spool.remove([ref])
                     return former
-                snapshot = await find_snapshot(services.store, arguments.snapshot)
-                _check_base(deployment, snapshot)
                 operation = new_operation(
                     METHOD, deployment.name, request_id, ref.digest, services.clock.now(), ref
                 )
+                snapshot = await hold_snapshot(services, arguments.snapshot, operation.id)
+                _check_base(deployment, snapshot)
+                operation = replace(operation, loaded=LoadedFrom(snapshot.folder, snapshot.digest))
                 # Under a new etag at once: of two hotloads that name the same one, one is refused.
                 await self._deployments.update(
                     deployment.id, operation=operation, if_etag=arguments.etag
                 )
                 self._begin(operation, snapshot.id)
         except BaseException:
+            if operation is not None:
+                services.operations.holds.release(operation.id)
             await services.spool.remove([ref])
             raise
         return operation

@@ -56,6 +56,7 @@ class Reason(StrEnum):
     UNSUPPORTED = "UNSUPPORTED"
     INTERNAL = "INTERNAL"
     POISON_COMMAND = "POISON_COMMAND"
+    CHECKPOINT_IN_USE = "CHECKPOINT_IN_USE"
 
 
 CODES: dict[Reason, str] = {
@@ -103,6 +104,7 @@ CODES: dict[Reason, str] = {
     Reason.UNSUPPORTED: "UNIMPLEMENTED",
     Reason.INTERNAL: "INTERNAL",
     Reason.POISON_COMMAND: "INTERNAL",
+    Reason.CHECKPOINT_IN_USE: "FAILED_PRECONDITION",
 }
 """The gRPC status code of each reason, by name."""
 

@@ -34,7 +34,10 @@ class Clock(Protocol):
         """Unix seconds, for display and expiry."""
 
     def monotonic(self) -> float:
-        """Seconds that never jump, for timeouts."""
+        """Seconds that never jump, for timeouts; comparable between processes of one boot."""
+
+    def boot_id(self) -> str:
+        """This boot of the machine."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,10 @@ class Change:
     """(session, commit_seq): payloads of its done operations up to there are needed no more."""
     deleted_recovery_points: Sequence[tuple[str, int]] = ()
     """(session, commit_seq) of each."""
+    deleted_checkpoints: Sequence[tuple[str, str]] = ()
+    """(name, folder) of each; one that was saved anew since has another folder and stays."""
+    deleted_snapshots: Sequence[str] = ()
+    """Ids; they are never used again."""
     deleted_trainers: Sequence[str] = ()
     deleted_deployments: Sequence[str] = ()
     deleted_workers: Sequence[str] = ()
@@ -99,7 +106,8 @@ class Store(Protocol):
 
         Raises:
             FiretitanError: STATE_DISK_FULL; SEQ_REUSED or REQUEST_ID_REUSED where a uniqueness
-                rule (target, client_id, seq), (target, request_id) or (target, commit_seq) breaks.
+                rule (target, client_id, seq), (target, request_id) or (target, commit_seq) breaks;
+                SNAPSHOT_IN_USE where a delta that stays stands on a deleted snapshot.
         """
 
     async def operation(self, operation_id: str) -> Operation | None:
@@ -124,14 +132,17 @@ class Store(Protocol):
     ) -> Sequence[Operation]:
         """Operations of a session in order of acceptance, a page at a time."""
 
-    async def checkpoints(self, trainer_id: str) -> Sequence[Checkpoint]:
-        """Checkpoints of a trainer's sessions, deleted trainers too."""
+    async def checkpoints(self, trainer_id: str | None) -> Sequence[Checkpoint]:
+        """Checkpoints of a trainer's sessions, deleted trainers too; or all. Oldest first."""
 
     async def checkpoint(self, name: str) -> Checkpoint | None:
         """One checkpoint by full name."""
 
     async def snapshots(self, trainer_id: str | None) -> Sequence[Snapshot]:
         """Snapshots of a trainer, or all, oldest first."""
+
+    async def snapshot_ids(self, trainer_id: str) -> Sequence[str]:
+        """Every id that snapshots of a trainer ever had, those of deleted ones too."""
 
     async def snapshot(self, snapshot_id: str) -> Snapshot | None:
         """One snapshot by id."""

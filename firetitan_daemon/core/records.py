@@ -33,6 +33,31 @@ class ModelInfo:
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     """`torch`, `transformers`, `cpu_capability`: what replay must find unchanged."""
+    revision: str = ""
+    """Commit of the hub repository; empty for anything else."""
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """The weights and the tokenizer a session began with, as far as they are known."""
+
+    fingerprint: str = ""
+    """BLAKE3 over the base model's files, hex."""
+    revision: str = ""
+    """Commit of a hub repository; empty for anything else."""
+    tokenizer: str = ""
+    """Hugging Face id, or folder, of the tokenizer."""
+
+
+@dataclass(frozen=True)
+class Expiry:
+    """When something saved may go: `ttl_s` after it was saved, by a clock that never jumps."""
+
+    ttl_s: float
+    boot_id: str
+    """The boot of the machine that `monotonic_s` belongs to."""
+    monotonic_s: float
+    """`Clock.monotonic` when it was saved."""
 
 
 class ResourceState(StrEnum):
@@ -95,6 +120,15 @@ class Trainer:
         """`trainers/{trainer}`."""
         return f"trainers/{self.id}"
 
+    @property
+    def base(self) -> BaseFacts:
+        """What was loaded, in what a checkpoint records of it."""
+        model = self.model
+        if model is None:
+            return BaseFacts()
+        tokenizer = self.base_model if model.revision else model.path
+        return BaseFacts(model.fingerprint, model.revision, tokenizer)
+
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -131,6 +165,7 @@ class Session:
     """Why a delta that is asked for is saved as base: the chain was cut through no one's wish."""
     origin_commit_seq: int = 0
     """Highest commit_seq given out before the weights last began anew; 0: they never did."""
+    base: BaseFacts = field(default_factory=BaseFacts)
 
 
 @dataclass(frozen=True)
@@ -235,6 +270,9 @@ class Checkpoint:
     size_bytes: int
     create_time: float
     user_metadata: Mapping[str, str] = field(default_factory=dict)
+    base: BaseFacts = field(default_factory=BaseFacts)
+    expiry: Expiry | None = None
+    """None: it stays until it is deleted."""
 
 
 @dataclass(frozen=True)
@@ -272,6 +310,9 @@ class Snapshot:
     size_bytes: int
     create_time: float
     notes: tuple[str, ...] = ()
+    base: BaseFacts = field(default_factory=BaseFacts)
+    expiry: Expiry | None = None
+    """None: it stays until it is deleted."""
 
     @property
     def name(self) -> str:

@@ -194,6 +194,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
                 "python": platform.python_version(),
                 "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             },
+            revision=resolved.revision or "",
         ),
         head_spec,
     )

@@ -193,4 +193,5 @@ def model_from_proto(model: trainer_pb2.ModelInfo) -> ModelInfo:
         num_threads=model.num_threads,
         notes=tuple(model.notes),
         versions=dict(model.versions),
+        revision=model.revision,
     )

@@ -8,15 +8,17 @@ from __future__ import annotations
 from firetitan.v1 import checkpoint_service_pb2
 
 from firetitan_daemon.control.checkpoints import CheckpointManager
+from firetitan_daemon.control.removal import SavedRemover
 from firetitan_daemon.rpc import convert
 from firetitan_daemon.rpc.paging import page
 
 
 class CheckpointServicer:
-    """Shows checkpoints and snapshots."""
+    """Shows and deletes checkpoints and snapshots."""
 
-    def __init__(self, checkpoints: CheckpointManager) -> None:
+    def __init__(self, checkpoints: CheckpointManager, remover: SavedRemover) -> None:
         self._checkpoints = checkpoints
+        self._remover = remover
 
     async def GetCheckpoint(
         self, request: checkpoint_service_pb2.GetCheckpointRequest
@@ -58,3 +60,17 @@ class CheckpointServicer:
         return checkpoint_service_pb2.ListSnapshotsResponse(
             snapshots=[convert.snapshot(record) for record in records], next_page_token=following
         )
+
+    async def DeleteCheckpoint(
+        self, request: checkpoint_service_pb2.DeleteCheckpointRequest
+    ) -> checkpoint_service_pb2.DeleteCheckpointResponse:
+        """Removes a checkpoint; refused while it is in use."""
+        await self._remover.delete_checkpoint(request.name)
+        return checkpoint_service_pb2.DeleteCheckpointResponse()
+
+    async def DeleteSnapshot(
+        self, request: checkpoint_service_pb2.DeleteSnapshotRequest
+    ) -> checkpoint_service_pb2.DeleteSnapshotResponse:
+        """Removes a snapshot; refused while it is in use."""
+        await self._remover.delete_snapshot(request.name)
+        return checkpoint_service_pb2.DeleteSnapshotResponse()

@@ -37,7 +37,10 @@ class ProtobufCodec(Codec):
         """Read a SaveStateRequest."""
         request = _parse(checkpoint_service_pb2.SaveStateRequest, payload)
         return SaveStateArguments(
-            request.checkpoint_id, request.keep_existing, dict(request.user_metadata)
+            request.checkpoint_id,
+            request.keep_existing,
+            dict(request.user_metadata),
+            _seconds(request),
         )
 
     def load_state(self, payload: bytes) -> LoadStateArguments:
@@ -52,6 +55,7 @@ class ProtobufCodec(Codec):
             request.snapshot_id,
             # An unknown number is refused by name, as any other unknown kind.
             convert.KIND_NAMES.get(request.kind, str(request.kind)) if request.kind else "",
+            _seconds(request),
         )
 
     def hotload(self, payload: bytes) -> HotloadArguments:
@@ -81,6 +85,12 @@ def read_header(payload: bytes) -> Header:
         FiretitanError: INVALID_ARGUMENT.
     """
     return convert.header(_parse(worker_pb2.CommandView, payload).header)
+
+
+def _seconds(
+    request: checkpoint_service_pb2.SaveStateRequest | checkpoint_service_pb2.SaveSnapshotRequest,
+) -> float | None:
+    return request.ttl.ToNanoseconds() / 1e9 if request.HasField("ttl") else None
 
 
 def _parse(cls: type[_M], payload: bytes) -> _M:

@@ -5,6 +5,8 @@ Knows: both sides' fields. Must not know: managers.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from firetitan.v1 import (
     checkpoint_pb2,
     command_pb2,
@@ -18,6 +20,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from firetitan_daemon.control.codec import Header
 from firetitan_daemon.control.sessions import Wanted
 from firetitan_daemon.core import names
+from firetitan_daemon.core.expiry import expire_time
 from firetitan_daemon.core.records import (
     Checkpoint,
     Deployment,
@@ -31,6 +34,7 @@ from firetitan_daemon.core.records import (
 )
 from firetitan_daemon.rpc.errors import record_to_status
 
+_Saved = TypeVar("_Saved", checkpoint_pb2.Checkpoint, checkpoint_pb2.Snapshot)
 _TRAINER_STATES = {
     ResourceState.CREATING: trainer_pb2.Trainer.STATE_CREATING,
     ResourceState.ACTIVE: trainer_pb2.Trainer.STATE_ACTIVE,
@@ -124,6 +128,7 @@ def model_info(base_model: str, model: ModelInfo) -> trainer_pb2.ModelInfo:
         num_threads=model.num_threads,
         notes=model.notes,
         versions=dict(model.versions),
+        revision=model.revision,
     )
 
 
@@ -194,7 +199,7 @@ def session(record: Session) -> session_pb2.Session:
 
 def checkpoint(record: Checkpoint) -> checkpoint_pb2.Checkpoint:
     """A checkpoint."""
-    return checkpoint_pb2.Checkpoint(
+    message = checkpoint_pb2.Checkpoint(
         name=record.name,
         session=record.session,
         base_model=record.base_model,
@@ -205,12 +210,16 @@ def checkpoint(record: Checkpoint) -> checkpoint_pb2.Checkpoint:
         size_bytes=record.size_bytes,
         create_time=timestamp(record.create_time),
         user_metadata=dict(record.user_metadata),
+        tokenizer=record.base.tokenizer,
+        base_revision=record.base.revision,
+        base_fingerprint=record.base.fingerprint,
     )
+    return _with_expiry(message, record)
 
 
 def snapshot(record: Snapshot) -> checkpoint_pb2.Snapshot:
     """A snapshot."""
-    return checkpoint_pb2.Snapshot(
+    message = checkpoint_pb2.Snapshot(
         name=record.name,
         session=record.session,
         kind=_KINDS.get(record.kind, checkpoint_pb2.Snapshot.KIND_UNSPECIFIED),
@@ -226,7 +235,18 @@ def snapshot(record: Snapshot) -> checkpoint_pb2.Snapshot:
         path=record.folder,
         create_time=timestamp(record.create_time),
         notes=record.notes,
+        tokenizer=record.base.tokenizer,
+        base_revision=record.base.revision,
+        base_fingerprint=record.base.fingerprint,
     )
+    return _with_expiry(message, record)
+
+
+def _with_expiry(message: _Saved, record: Checkpoint | Snapshot) -> _Saved:
+    at = expire_time(record)
+    if at is not None:
+        message.expire_time.CopyFrom(timestamp(at))
+    return message
 
 
 def operation(record: Operation) -> operation_pb2.Operation:

@@ -21,7 +21,7 @@ from firetitan_daemon.core.records import (
     Trainer,
     WorkerSpec,
 )
-from firetitan_daemon.store.rules import reused, stagings, trainer_of, unknown_page
+from firetitan_daemon.store.rules import in_use, reused, stood_on, trainer_of, unknown_page
 
 _Pin = tuple[str, str, str]
 
@@ -36,6 +36,7 @@ class MemoryStore(Store):
         self._operations: dict[str, Operation] = {}
         self._checkpoints: dict[str, Checkpoint] = {}
         self._snapshots: dict[str, Snapshot] = {}
+        self._deleted: dict[str, str] = {}
         self._deployments: dict[str, Deployment] = {}
         self._workers: dict[str, WorkerSpec] = {}
         self._pins: dict[_Pin, None] = {}
@@ -66,12 +67,14 @@ class MemoryStore(Store):
                 *(one.payload for one in operations if one.payload),
                 *(one.result for one in operations if one.result),
             ],
-            folders=[*folders, *stagings(opened)],
+            folders=[*folders, *in_use([*opened, *kept])],
         )
 
     async def write(self, change: Change) -> None:
         """Apply a change as one transaction."""
         operations = self._with(change)
+        for snapshot_id in change.deleted_snapshots:
+            self._check_unused(snapshot_id, change.deleted_snapshots)
         self._delete(change)
         self._operations = operations
         self._trainers.update((one.id, one) for one in change.trainers)
@@ -139,10 +142,10 @@ class MemoryStore(Store):
         found = [one for one in rows if one.target == target and not (pending_only and one.done)]
         return found[:limit]
 
-    async def checkpoints(self, trainer_id: str) -> Sequence[Checkpoint]:
-        """Checkpoints of a trainer's sessions, oldest first, deleted trainers too."""
+    async def checkpoints(self, trainer_id: str | None) -> Sequence[Checkpoint]:
+        """Checkpoints of a trainer, deleted ones too, or all; oldest first."""
         rows = self._checkpoints.values()
-        return [one for one in rows if trainer_of(one.session) == trainer_id]
+        return [one for one in rows if trainer_id in (None, trainer_of(one.session))]
 
     async def checkpoint(self, name: str) -> Checkpoint | None:
         """One checkpoint by full name."""
@@ -152,6 +155,11 @@ class MemoryStore(Store):
         """Snapshots of a trainer, or all, oldest first."""
         rows = self._snapshots.values()
         return [one for one in rows if trainer_id in (None, trainer_of(one.session))]
+
+    async def snapshot_ids(self, trainer_id: str) -> Sequence[str]:
+        """Every id that snapshots of a trainer ever had."""
+        there = [one.id for one in await self.snapshots(trainer_id)]
+        return [*there, *(one for one, trainer in self._deleted.items() if trainer == trainer_id)]
 
     async def snapshot(self, snapshot_id: str) -> Snapshot | None:
         """One snapshot by id."""
@@ -195,6 +203,13 @@ class MemoryStore(Store):
                     del self._points[point]
                 for key in [key for key in self._lanes if key[0] == name]:
                     del self._lanes[key]
+        for name, folder in change.deleted_checkpoints:
+            if name in self._checkpoints and self._checkpoints[name].folder == folder:
+                del self._checkpoints[name]
+        for snapshot_id in change.deleted_snapshots:
+            snapshot = self._snapshots.pop(snapshot_id, None)
+            if snapshot is not None:
+                self._deleted[snapshot_id] = trainer_of(snapshot.session)
         for deployment in change.deleted_deployments:
             self._deployments.pop(deployment, None)
             for pin in [pin for pin in self._pins if pin[0] == deployment]:
@@ -205,6 +220,11 @@ class MemoryStore(Store):
             self._points.pop(point, None)
         for pin in change.deleted_pins:
             self._pins.pop(pin, None)
+
+    def _check_unused(self, snapshot_id: str, deleted: Sequence[str]) -> None:
+        for other in self._snapshots.values():
+            if other.parent == snapshot_id and other.id not in deleted:
+                raise stood_on(snapshot_id, other.id)
 
     def _lane(self, session: str, client_id: str) -> list[Operation]:
         rows = self._operations.values()

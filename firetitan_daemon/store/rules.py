@@ -44,9 +44,23 @@ def unknown_page(after_id: str) -> FiretitanError:
     )
 
 
-def stagings(operations: Iterable[Operation]) -> Iterator[str]:
-    """Folders that open saves write to."""
-    return (one.staging for one in operations if one.staging)
+def stood_on(snapshot_id: str, by: str) -> FiretitanError:
+    """What deleting a snapshot that a delta stands on is called."""
+    return FiretitanError(
+        Reason.SNAPSHOT_IN_USE,
+        f"snapshots/{snapshot_id} stays: the delta snapshots/{by} stands on it; delete that first",
+        snapshot=f"snapshots/{snapshot_id}",
+        used_by=f"snapshots/{by}",
+    )
+
+
+def in_use(operations: Iterable[Operation]) -> Iterator[str]:
+    """Folders that saves write to and loads read."""
+    for one in operations:
+        if one.staging:
+            yield one.staging
+        if one.loaded is not None:
+            yield one.loaded.folder
 
 
 def trainer_of(session: str) -> str:

@@ -9,6 +9,7 @@ Knows: SQLite's schema. Must not know: records beyond the columns below.
                     target, request_id | done  has_payload  has_result | body
     checkpoints   number | name | trainer  folder | body
     snapshots     number | id | trainer  folder | body
+    deleted_snapshots id | trainer
     recovery_points session, commit_seq | folder | body
     deployments   id | body
       pins        deployment, snapshot, holder
@@ -84,7 +85,22 @@ def _add_recovery_points(connection: sqlite3.Connection) -> None:
         connection.execute(statement)
 
 
-MIGRATIONS: tuple[Migration, ...] = (_create, _add_recovery_points)
+_THIRD = (
+    "CREATE TABLE deleted_snapshots (id TEXT PRIMARY KEY, trainer TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE INDEX deleted_snapshots_trainer ON deleted_snapshots (trainer)",
+)
+
+
+def _remember_deleted_snapshots(connection: sqlite3.Connection) -> None:
+    for statement in _THIRD:
+        connection.execute(statement)
+
+
+MIGRATIONS: tuple[Migration, ...] = (
+    _create,
+    _add_recovery_points,
+    _remember_deleted_snapshots,
+)
 """Each takes a file one version up."""
 
 

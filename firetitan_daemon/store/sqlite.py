@@ -37,7 +37,7 @@ from firetitan_daemon.core.records import (
 from firetitan_daemon.store import schema
 from firetitan_daemon.store.codec import decode, encode
 from firetitan_daemon.store.disk import Ballast, disk_full
-from firetitan_daemon.store.rules import clamp, reused, stagings, trainer_of, unknown_page
+from firetitan_daemon.store.rules import clamp, in_use, reused, stood_on, trainer_of, unknown_page
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -129,9 +129,9 @@ class SqliteStore(Store):
         """Operations of a target in order of acceptance, a page at a time."""
         return await self._run(self._operations, target, pending_only, after_id, limit)
 
-    async def checkpoints(self, trainer_id: str) -> Sequence[Checkpoint]:
-        """Checkpoints of a trainer's sessions, oldest first, deleted trainers too."""
-        where = "checkpoints WHERE trainer = ? ORDER BY number"
+    async def checkpoints(self, trainer_id: str | None) -> Sequence[Checkpoint]:
+        """Checkpoints of a trainer, deleted ones too, or all; oldest first."""
+        where = "checkpoints WHERE trainer = ifnull(?, trainer) ORDER BY number"
         return await self._run(self._all, Checkpoint, where, trainer_id)
 
     async def checkpoint(self, name: str) -> Checkpoint | None:
@@ -142,6 +142,10 @@ class SqliteStore(Store):
         """Snapshots of a trainer, or all, oldest first."""
         where = "snapshots WHERE trainer = ifnull(?, trainer) ORDER BY number"
         return await self._run(self._all, Snapshot, where, trainer_id)
+
+    async def snapshot_ids(self, trainer_id: str) -> Sequence[str]:
+        """Every id that snapshots of a trainer ever had."""
+        return await self._run(self._snapshot_ids, trainer_id)
 
     async def snapshot(self, snapshot_id: str) -> Snapshot | None:
         """One snapshot by id."""
@@ -202,6 +206,7 @@ class SqliteStore(Store):
             "SELECT folder FROM checkpoints UNION SELECT folder FROM snapshots"
             " UNION SELECT folder FROM recovery_points"
         ).fetchall()
+        kept = [one for one in payloads if one.done]
         return Ledger(
             trainers=self._all(Trainer, "trainers ORDER BY id"),
             sessions=self._all(Session, "sessions ORDER BY name"),
@@ -213,12 +218,12 @@ class SqliteStore(Store):
             recovery_points=self._all(
                 RecoveryPoint, "recovery_points ORDER BY session, commit_seq"
             ),
-            kept_operations=[one for one in payloads if one.done],
+            kept_operations=kept,
             spool=[
                 *(one.payload for one in payloads if one.payload),
                 *(one.result for one in results if one.result),
             ],
-            folders=[*(folder for (folder,) in folders), *stagings(opened)],
+            folders=[*(folder for (folder,) in folders), *in_use([*opened, *kept])],
         )
 
     def _write(self, change: Change) -> None:
@@ -249,6 +254,10 @@ class SqliteStore(Store):
             db.execute(f"DELETE FROM lanes WHERE session IN {sessions}", (trainer,))
             db.execute("DELETE FROM sessions WHERE trainer = ?", (trainer,))
             db.execute("DELETE FROM trainers WHERE id = ?", (trainer,))
+        for name_folder in change.deleted_checkpoints:
+            db.execute("DELETE FROM checkpoints WHERE name = ? AND folder = ?", name_folder)
+        for snapshot in change.deleted_snapshots:
+            self._delete_snapshot(snapshot, change.deleted_snapshots)
         for deployment in change.deleted_deployments:
             db.execute("DELETE FROM pins WHERE deployment = ?", (deployment,))
             db.execute("DELETE FROM deployments WHERE id = ?", (deployment,))
@@ -258,6 +267,29 @@ class SqliteStore(Store):
             db.execute("DELETE FROM recovery_points WHERE session = ? AND commit_seq = ?", point)
         for pin in change.deleted_pins:
             db.execute("DELETE FROM pins WHERE deployment = ? AND snapshot = ? AND holder = ?", pin)
+
+    def _delete_snapshot(self, snapshot_id: str, deleted: Sequence[str]) -> None:
+        children = self._db.execute(
+            "SELECT id FROM snapshots WHERE trainer = (SELECT trainer FROM snapshots WHERE id = ?)"
+            " AND json_extract(body, '$.parent') = ?",
+            (snapshot_id, snapshot_id),
+        )
+        for (child,) in children:
+            if child not in deleted:
+                raise stood_on(snapshot_id, child)
+        self._db.execute(
+            "INSERT INTO deleted_snapshots SELECT id, trainer FROM snapshots WHERE id = ?",
+            (snapshot_id,),
+        )
+        self._db.execute("DELETE FROM snapshots WHERE id = ?", (snapshot_id,))
+
+    def _snapshot_ids(self, trainer_id: str) -> list[str]:
+        rows = self._db.execute(
+            "SELECT id FROM snapshots WHERE trainer = ?"
+            " UNION SELECT id FROM deleted_snapshots WHERE trainer = ?",
+            (trainer_id, trainer_id),
+        )
+        return [snapshot_id for (snapshot_id,) in rows]
 
     def _upsert(self, change: Change) -> None:
         db = self._db

@@ -241,6 +241,7 @@ def model_info_to_proto(info: ModelInfo, base_model: str) -> trainer_pb2.ModelIn
         num_threads=info.num_threads,
         notes=info.notes,
         versions=_strings(info.versions),
+        revision=info.revision,
     )
 
 

@@ -16,6 +16,7 @@ from firetitan_daemon.core.records import (
     Deployment,
     ErrorRecord,
     Lane,
+    LoadedFrom,
     LoraSettings,
     ModelInfo,
     Operation,
@@ -291,6 +292,38 @@ async def test_saved_rows_are_listed_by_trainer_oldest_first(store: Store) -> No
     assert len(await store.checkpoints("u")) == 1
 
 
+async def test_a_deleted_checkpoint_is_gone_unless_it_was_saved_anew(store: Store) -> None:
+    await store.write(Change(checkpoints=[checkpoint("a"), checkpoint("b")]))
+    anew = replace(checkpoint("a"), folder="/f/anew")
+    await store.write(Change(checkpoints=[anew]))
+    gone = [(checkpoint(name).name, checkpoint(name).folder) for name in ("a", "b", "never")]
+    await store.write(Change(deleted_checkpoints=gone))
+    assert await store.checkpoints("t") == [anew]
+    assert (await store.load()).folders == ["/f/anew"]
+
+
+async def test_a_deleted_snapshot_is_gone_and_its_id_stays_taken(store: Store) -> None:
+    await store.write(Change(snapshots=[snapshot("x"), snapshot("y", parent="x"), snapshot("z")]))
+    with pytest.raises(FiretitanError, match="snapshots/y stands on it") as stood_on:
+        await store.write(Change(deleted_snapshots=["x"], trainers=[TRAINER]))
+    assert stood_on.value.reason is Reason.SNAPSHOT_IN_USE
+    assert (await store.load()).trainers == []
+    assert [one.id for one in await store.snapshots("t")] == ["x", "y", "z"]
+    await store.write(Change(deleted_snapshots=["y"]))
+    await store.write(Change(deleted_snapshots=["x", "y", "never"]))
+    assert await store.snapshot("x") is None
+    assert [one.id for one in await store.snapshots(None)] == ["z"]
+    assert (await store.load()).folders == ["/s/z"]
+    assert sorted(await store.snapshot_ids("t")) == ["x", "y", "z"]
+    assert list(await store.snapshot_ids("u")) == []
+
+
+async def test_a_chain_is_deleted_as_a_whole(store: Store) -> None:
+    await store.write(Change(snapshots=[snapshot("x"), snapshot("y", parent="x")]))
+    await store.write(Change(deleted_snapshots=["x", "y"]))
+    assert list(await store.snapshots(None)) == []
+
+
 async def test_pins_workers_and_deployments_are_removed(store: Store) -> None:
     pins = [("d", "x", "h"), ("d", "x", "i"), ("e", "x", "h")]
     await store.write(Change(deployments=[DEPLOYMENT], workers=[SPEC], pins=[*pins, pins[0]]))
@@ -310,6 +343,22 @@ async def test_the_folder_of_an_open_save_is_in_use(store: Store) -> None:
     assert (await store.load()).folders == ["/staging/1"]
     await store.write(Change(operations=[replace(saving, state=OperationState.DONE)]))
     assert (await store.load()).folders == []
+
+
+async def test_the_folder_that_a_load_reads_is_in_use(store: Store) -> None:
+    loading = operation(1, method="LoadState", loaded=LoadedFrom("/f/old", "d"))
+    kept = operation(
+        2,
+        method="LoadState",
+        state=OperationState.DONE,
+        payload=SpoolRef("/p", 1, "d"),
+        loaded=LoadedFrom("/f/kept", "d"),
+    )
+    done = replace(kept, id="op3", seq=3, commit_seq=3, request_id="r3", payload=None)
+    await store.write(Change(operations=[loading, kept, done]))
+    ledger = await store.load()
+    assert sorted(ledger.folders) == ["/f/kept", "/f/old"]
+    assert ledger.open_operations[0].loaded == LoadedFrom("/f/old", "d")
 
 
 async def test_concurrent_writes_all_land(store: Store) -> None:

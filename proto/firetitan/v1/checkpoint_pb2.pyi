@@ -53,6 +53,9 @@ class Checkpoint(google.protobuf.message.Message):
     CREATE_TIME_FIELD_NUMBER: builtins.int
     EXPIRE_TIME_FIELD_NUMBER: builtins.int
     USER_METADATA_FIELD_NUMBER: builtins.int
+    TOKENIZER_FIELD_NUMBER: builtins.int
+    BASE_REVISION_FIELD_NUMBER: builtins.int
+    BASE_FINGERPRINT_FIELD_NUMBER: builtins.int
     name: builtins.str
     """`trainers/{trainer}/sessions/{session}/checkpoints/{checkpoint}`."""
     session: builtins.str
@@ -69,6 +72,12 @@ class Checkpoint(google.protobuf.message.Message):
     """BLAKE3 of its manifest, hex."""
     size_bytes: builtins.int
     """Bytes on disk."""
+    tokenizer: builtins.str
+    """Hugging Face id, or folder, of the tokenizer."""
+    base_revision: builtins.str
+    """Commit of the base model's hub repository; empty for anything else."""
+    base_fingerprint: builtins.str
+    """BLAKE3 over the base model's files, hex."""
     @property
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it was saved."""
@@ -95,9 +104,12 @@ class Checkpoint(google.protobuf.message.Message):
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         expire_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         user_metadata: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        tokenizer: builtins.str = ...,
+        base_revision: builtins.str = ...,
+        base_fingerprint: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "commit_seq", b"commit_seq", "create_time", b"create_time", "digest", b"digest", "expire_time", b"expire_time", "lora_rank", b"lora_rank", "name", b"name", "session", b"session", "size_bytes", b"size_bytes", "step", b"step", "user_metadata", b"user_metadata"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_fingerprint", b"base_fingerprint", "base_model", b"base_model", "base_revision", b"base_revision", "commit_seq", b"commit_seq", "create_time", b"create_time", "digest", b"digest", "expire_time", b"expire_time", "lora_rank", b"lora_rank", "name", b"name", "session", b"session", "size_bytes", b"size_bytes", "step", b"step", "tokenizer", b"tokenizer", "user_metadata", b"user_metadata"]) -> None: ...
 
 global___Checkpoint = Checkpoint
 
@@ -173,6 +185,9 @@ class Snapshot(google.protobuf.message.Message):
     CREATE_TIME_FIELD_NUMBER: builtins.int
     EXPIRE_TIME_FIELD_NUMBER: builtins.int
     NOTES_FIELD_NUMBER: builtins.int
+    TOKENIZER_FIELD_NUMBER: builtins.int
+    BASE_REVISION_FIELD_NUMBER: builtins.int
+    BASE_FINGERPRINT_FIELD_NUMBER: builtins.int
     name: builtins.str
     """`snapshots/{snapshot}`; unique in the daemon."""
     session: builtins.str
@@ -199,6 +214,12 @@ class Snapshot(google.protobuf.message.Message):
     """Adapter rank of the session; 0 for full-parameter."""
     path: builtins.str
     """Local folder of the published files, readable by any process of this user."""
+    tokenizer: builtins.str
+    """Hugging Face id, or folder, of the tokenizer."""
+    base_revision: builtins.str
+    """Commit of the base model's hub repository; empty for anything else."""
+    base_fingerprint: builtins.str
+    """BLAKE3 over the base model's files, hex."""
     @property
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it was saved."""
@@ -230,8 +251,11 @@ class Snapshot(google.protobuf.message.Message):
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         expire_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         notes: collections.abc.Iterable[builtins.str] | None = ...,
+        tokenizer: builtins.str = ...,
+        base_revision: builtins.str = ...,
+        base_fingerprint: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "commit_seq", b"commit_seq", "create_time", b"create_time", "digest", b"digest", "expire_time", b"expire_time", "format", b"format", "kind", b"kind", "lora_rank", b"lora_rank", "name", b"name", "notes", b"notes", "parent", b"parent", "path", b"path", "result_digest", b"result_digest", "session", b"session", "size_bytes", b"size_bytes", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_fingerprint", b"base_fingerprint", "base_model", b"base_model", "base_revision", b"base_revision", "commit_seq", b"commit_seq", "create_time", b"create_time", "digest", b"digest", "expire_time", b"expire_time", "format", b"format", "kind", b"kind", "lora_rank", b"lora_rank", "name", b"name", "notes", b"notes", "parent", b"parent", "path", b"path", "result_digest", b"result_digest", "session", b"session", "size_bytes", b"size_bytes", "step", b"step", "tokenizer", b"tokenizer"]) -> None: ...
 
 global___Snapshot = Snapshot

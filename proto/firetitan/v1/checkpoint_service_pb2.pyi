@@ -9,6 +9,7 @@ import firetitan.v1.checkpoint_pb2
 import firetitan.v1.command_pb2
 import firetitan.v1.operation_pb2
 import google.protobuf.descriptor
+import google.protobuf.duration_pb2
 import google.protobuf.internal.containers
 import google.protobuf.message
 import typing
@@ -41,6 +42,7 @@ class SaveStateRequest(google.protobuf.message.Message):
     CHECKPOINT_ID_FIELD_NUMBER: builtins.int
     USER_METADATA_FIELD_NUMBER: builtins.int
     KEEP_EXISTING_FIELD_NUMBER: builtins.int
+    TTL_FIELD_NUMBER: builtins.int
     checkpoint_id: builtins.str
     """Last segment of the checkpoint's name."""
     keep_existing: builtins.bool
@@ -53,6 +55,10 @@ class SaveStateRequest(google.protobuf.message.Message):
     def user_metadata(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """The user's own notes."""
 
+    @property
+    def ttl(self) -> google.protobuf.duration_pb2.Duration:
+        """Removed this long after it was saved, or once it is in use no more; absent: it stays."""
+
     def __init__(
         self,
         *,
@@ -60,9 +66,10 @@ class SaveStateRequest(google.protobuf.message.Message):
         checkpoint_id: builtins.str = ...,
         user_metadata: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         keep_existing: builtins.bool = ...,
+        ttl: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["header", b"header"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint_id", b"checkpoint_id", "header", b"header", "keep_existing", b"keep_existing", "user_metadata", b"user_metadata"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["header", b"header", "ttl", b"ttl"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint_id", b"checkpoint_id", "header", b"header", "keep_existing", b"keep_existing", "ttl", b"ttl", "user_metadata", b"user_metadata"]) -> None: ...
 
 global___SaveStateRequest = SaveStateRequest
 
@@ -146,6 +153,7 @@ class SaveSnapshotRequest(google.protobuf.message.Message):
     HEADER_FIELD_NUMBER: builtins.int
     SNAPSHOT_ID_FIELD_NUMBER: builtins.int
     KIND_FIELD_NUMBER: builtins.int
+    TTL_FIELD_NUMBER: builtins.int
     snapshot_id: builtins.str
     """Wanted name; the session's suffix is appended, and `.2`, `.3` ... before it where it is taken."""
     kind: firetitan.v1.checkpoint_pb2.Snapshot.Kind.ValueType
@@ -154,15 +162,20 @@ class SaveSnapshotRequest(google.protobuf.message.Message):
     def header(self) -> firetitan.v1.command_pb2.CommandHeader:
         """Who and which."""
 
+    @property
+    def ttl(self) -> google.protobuf.duration_pb2.Duration:
+        """Removed this long after it was saved, or once it is in use no more; absent: it stays."""
+
     def __init__(
         self,
         *,
         header: firetitan.v1.command_pb2.CommandHeader | None = ...,
         snapshot_id: builtins.str = ...,
         kind: firetitan.v1.checkpoint_pb2.Snapshot.Kind.ValueType = ...,
+        ttl: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["header", b"header"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["header", b"header", "kind", b"kind", "snapshot_id", b"snapshot_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["header", b"header", "ttl", b"ttl"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["header", b"header", "kind", b"kind", "snapshot_id", b"snapshot_id", "ttl", b"ttl"]) -> None: ...
 
 global___SaveSnapshotRequest = SaveSnapshotRequest
 
@@ -364,3 +377,63 @@ class ListSnapshotsResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["next_page_token", b"next_page_token", "snapshots", b"snapshots"]) -> None: ...
 
 global___ListSnapshotsResponse = ListSnapshotsResponse
+
+@typing.final
+class DeleteCheckpointRequest(google.protobuf.message.Message):
+    """For DeleteCheckpoint."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Full name."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+
+global___DeleteCheckpointRequest = DeleteCheckpointRequest
+
+@typing.final
+class DeleteCheckpointResponse(google.protobuf.message.Message):
+    """From DeleteCheckpoint."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___DeleteCheckpointResponse = DeleteCheckpointResponse
+
+@typing.final
+class DeleteSnapshotRequest(google.protobuf.message.Message):
+    """For DeleteSnapshot."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """`snapshots/{snapshot}`, its last segment, or a `tinker://` alias of it."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+
+global___DeleteSnapshotRequest = DeleteSnapshotRequest
+
+@typing.final
+class DeleteSnapshotResponse(google.protobuf.message.Message):
+    """From DeleteSnapshot."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___DeleteSnapshotResponse = DeleteSnapshotResponse

@@ -70,6 +70,16 @@ class CheckpointServiceStub(object):
                 request_serializer=firetitan_dot_v1_dot_checkpoint__service__pb2.ListSnapshotsRequest.SerializeToString,
                 response_deserializer=firetitan_dot_v1_dot_checkpoint__service__pb2.ListSnapshotsResponse.FromString,
                 _registered_method=True)
+        self.DeleteCheckpoint = channel.unary_unary(
+                '/firetitan.v1.CheckpointService/DeleteCheckpoint',
+                request_serializer=firetitan_dot_v1_dot_checkpoint__service__pb2.DeleteCheckpointRequest.SerializeToString,
+                response_deserializer=firetitan_dot_v1_dot_checkpoint__service__pb2.DeleteCheckpointResponse.FromString,
+                _registered_method=True)
+        self.DeleteSnapshot = channel.unary_unary(
+                '/firetitan.v1.CheckpointService/DeleteSnapshot',
+                request_serializer=firetitan_dot_v1_dot_checkpoint__service__pb2.DeleteSnapshotRequest.SerializeToString,
+                response_deserializer=firetitan_dot_v1_dot_checkpoint__service__pb2.DeleteSnapshotResponse.FromString,
+                _registered_method=True)
 
 
 class CheckpointServiceServicer(object):
@@ -125,6 +135,21 @@ class CheckpointServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteCheckpoint(self, request, context):
+        """Removes a checkpoint; CHECKPOINT_IN_USE while it is being loaded. One that is gone is fine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteSnapshot(self, request, context):
+        """Removes a snapshot; SNAPSHOT_IN_USE while it is served, pinned, being loaded, or a delta stands
+        on it. One that is gone is fine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CheckpointServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -162,6 +187,16 @@ def add_CheckpointServiceServicer_to_server(servicer, server):
                     servicer.ListSnapshots,
                     request_deserializer=firetitan_dot_v1_dot_checkpoint__service__pb2.ListSnapshotsRequest.FromString,
                     response_serializer=firetitan_dot_v1_dot_checkpoint__service__pb2.ListSnapshotsResponse.SerializeToString,
+            ),
+            'DeleteCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteCheckpoint,
+                    request_deserializer=firetitan_dot_v1_dot_checkpoint__service__pb2.DeleteCheckpointRequest.FromString,
+                    response_serializer=firetitan_dot_v1_dot_checkpoint__service__pb2.DeleteCheckpointResponse.SerializeToString,
+            ),
+            'DeleteSnapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteSnapshot,
+                    request_deserializer=firetitan_dot_v1_dot_checkpoint__service__pb2.DeleteSnapshotRequest.FromString,
+                    response_serializer=firetitan_dot_v1_dot_checkpoint__service__pb2.DeleteSnapshotResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -354,6 +389,60 @@ class CheckpointService(object):
             '/firetitan.v1.CheckpointService/ListSnapshots',
             firetitan_dot_v1_dot_checkpoint__service__pb2.ListSnapshotsRequest.SerializeToString,
             firetitan_dot_v1_dot_checkpoint__service__pb2.ListSnapshotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/firetitan.v1.CheckpointService/DeleteCheckpoint',
+            firetitan_dot_v1_dot_checkpoint__service__pb2.DeleteCheckpointRequest.SerializeToString,
+            firetitan_dot_v1_dot_checkpoint__service__pb2.DeleteCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/firetitan.v1.CheckpointService/DeleteSnapshot',
+            firetitan_dot_v1_dot_checkpoint__service__pb2.DeleteSnapshotRequest.SerializeToString,
+            firetitan_dot_v1_dot_checkpoint__service__pb2.DeleteSnapshotResponse.FromString,
             options,
             channel_credentials,
             insecure,

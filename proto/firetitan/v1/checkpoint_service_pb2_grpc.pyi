@@ -63,6 +63,20 @@ class CheckpointServiceStub:
     ]
     """Snapshots, all or of one trainer or session, oldest first."""
 
+    DeleteCheckpoint: grpc.UnaryUnaryMultiCallable[
+        firetitan.v1.checkpoint_service_pb2.DeleteCheckpointRequest,
+        firetitan.v1.checkpoint_service_pb2.DeleteCheckpointResponse,
+    ]
+    """Removes a checkpoint; CHECKPOINT_IN_USE while it is being loaded. One that is gone is fine."""
+
+    DeleteSnapshot: grpc.UnaryUnaryMultiCallable[
+        firetitan.v1.checkpoint_service_pb2.DeleteSnapshotRequest,
+        firetitan.v1.checkpoint_service_pb2.DeleteSnapshotResponse,
+    ]
+    """Removes a snapshot; SNAPSHOT_IN_USE while it is served, pinned, being loaded, or a delta stands
+    on it. One that is gone is fine.
+    """
+
 class CheckpointServiceAsyncStub:
     """Saving and loading."""
 
@@ -107,6 +121,20 @@ class CheckpointServiceAsyncStub:
         firetitan.v1.checkpoint_service_pb2.ListSnapshotsResponse,
     ]
     """Snapshots, all or of one trainer or session, oldest first."""
+
+    DeleteCheckpoint: grpc.aio.UnaryUnaryMultiCallable[
+        firetitan.v1.checkpoint_service_pb2.DeleteCheckpointRequest,
+        firetitan.v1.checkpoint_service_pb2.DeleteCheckpointResponse,
+    ]
+    """Removes a checkpoint; CHECKPOINT_IN_USE while it is being loaded. One that is gone is fine."""
+
+    DeleteSnapshot: grpc.aio.UnaryUnaryMultiCallable[
+        firetitan.v1.checkpoint_service_pb2.DeleteSnapshotRequest,
+        firetitan.v1.checkpoint_service_pb2.DeleteSnapshotResponse,
+    ]
+    """Removes a snapshot; SNAPSHOT_IN_USE while it is served, pinned, being loaded, or a delta stands
+    on it. One that is gone is fine.
+    """
 
 class CheckpointServiceServicer(metaclass=abc.ABCMeta):
     """Saving and loading."""
@@ -166,5 +194,23 @@ class CheckpointServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[firetitan.v1.checkpoint_service_pb2.ListSnapshotsResponse, collections.abc.Awaitable[firetitan.v1.checkpoint_service_pb2.ListSnapshotsResponse]]:
         """Snapshots, all or of one trainer or session, oldest first."""
+
+    @abc.abstractmethod
+    def DeleteCheckpoint(
+        self,
+        request: firetitan.v1.checkpoint_service_pb2.DeleteCheckpointRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[firetitan.v1.checkpoint_service_pb2.DeleteCheckpointResponse, collections.abc.Awaitable[firetitan.v1.checkpoint_service_pb2.DeleteCheckpointResponse]]:
+        """Removes a checkpoint; CHECKPOINT_IN_USE while it is being loaded. One that is gone is fine."""
+
+    @abc.abstractmethod
+    def DeleteSnapshot(
+        self,
+        request: firetitan.v1.checkpoint_service_pb2.DeleteSnapshotRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[firetitan.v1.checkpoint_service_pb2.DeleteSnapshotResponse, collections.abc.Awaitable[firetitan.v1.checkpoint_service_pb2.DeleteSnapshotResponse]]:
+        """Removes a snapshot; SNAPSHOT_IN_USE while it is served, pinned, being loaded, or a delta stands
+        on it. One that is gone is fine.
+        """
 
 def add_CheckpointServiceServicer_to_server(servicer: CheckpointServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -57,6 +57,7 @@ class ModelInfo(google.protobuf.message.Message):
     NUM_THREADS_FIELD_NUMBER: builtins.int
     NOTES_FIELD_NUMBER: builtins.int
     VERSIONS_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
     base_model: builtins.str
     """Hugging Face id or local folder as asked for."""
     path: builtins.str
@@ -81,6 +82,8 @@ class ModelInfo(google.protobuf.message.Message):
     """True where ragged batches run without padding."""
     num_threads: builtins.int
     """Threads the worker computes with."""
+    revision: builtins.str
+    """Commit of the hub repository; empty for anything else."""
     @property
     def notes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Choices made and limits met while loading, in words."""
@@ -106,8 +109,9 @@ class ModelInfo(google.protobuf.message.Message):
         num_threads: builtins.int = ...,
         notes: collections.abc.Iterable[builtins.str] | None = ...,
         versions: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        revision: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "base_model", b"base_model", "device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "max_context_length", b"max_context_length", "notes", b"notes", "num_parameters", b"num_parameters", "num_threads", b"num_threads", "packed", b"packed", "path", b"path", "source", b"source", "versions", b"versions", "vocab_size", b"vocab_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "base_model", b"base_model", "device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "max_context_length", b"max_context_length", "notes", b"notes", "num_parameters", b"num_parameters", "num_threads", b"num_threads", "packed", b"packed", "path", b"path", "revision", b"revision", "source", b"source", "versions", b"versions", "vocab_size", b"vocab_size"]) -> None: ...
 
 global___ModelInfo = ModelInfo
 

@@ -16,6 +16,7 @@ from firetitan_daemon.control.checkpoints import CheckpointManager
 from firetitan_daemon.control.codec import HotloadArguments
 from firetitan_daemon.control.deployments import DeploymentManager, DeploymentRequest
 from firetitan_daemon.control.operations import OperationRegistry
+from firetitan_daemon.control.removal import SavedRemover
 from firetitan_daemon.control.services import Services
 from firetitan_daemon.control.sessions import SessionManager, Wanted
 from firetitan_daemon.control.supervisor import Supervisor
@@ -62,13 +63,22 @@ class Managers:
             operations=OperationRegistry(self.store, self.spool, limits),
         )
         self.pool = WorkerPool(services)
-        self.sessions = SessionManager(services, CheckpointManager(services))
+        self.checkpoints = CheckpointManager(services)
+        self.sessions = SessionManager(services, self.checkpoints)
         self.trainers = TrainerManager(services, self.pool, self.sessions)
         self.deployments = DeploymentManager(services, self.pool)
         self.syncer = WeightSyncer(services, self.deployments)
         self.deployments.connect(self.syncer.restore)
+        self.remover = SavedRemover(services, self.checkpoints, self.sessions, self.deployments)
         self.supervisor = Supervisor(
-            services, self.pool, self.sessions, self.trainers, self.deployments, self.syncer
+            services,
+            self.pool,
+            self.sessions,
+            self.trainers,
+            self.deployments,
+            self.syncer,
+            self.checkpoints,
+            self.remover,
         )
 
     async def done(self, operation: Operation) -> Operation:
