@@ -37,6 +37,10 @@ class Holds:
         """Whether anyone holds a key."""
         return key in self._holders
 
+    def holders(self, key: str) -> frozenset[str]:
+        """Who holds a key."""
+        return frozenset(self._holders.get(key, ()))
+
     def release(self, holder: str) -> None:
         """Let go of everything a holder has; again is fine."""
         for key in self._keys.pop(holder, ()):

@@ -84,13 +84,16 @@ class SavedRemover:
 
     async def _remove_checkpoint(self, checkpoint: Checkpoint) -> None:
         services = self._services
-        if services.operations.holds.held(checkpoint.folder):
-            raise FiretitanError(
-                Reason.CHECKPOINT_IN_USE,
-                f"{checkpoint.name} stays: it is being loaded, or what was loaded from it is not "
-                "in a recovery point yet; try again later",
-                checkpoint=checkpoint.name,
-            )
+        # One that was loaded may go: its files stay for as long as a replay would read them.
+        for holder in services.operations.holds.holders(checkpoint.folder):
+            loading = services.operations.current(holder)
+            if loading is not None:
+                raise FiretitanError(
+                    Reason.CHECKPOINT_IN_USE,
+                    f"{checkpoint.name} stays: {loading.target} is loading it; try again later",
+                    checkpoint=checkpoint.name,
+                    used_by=loading.name,
+                )
         row = (checkpoint.name, checkpoint.folder)
         await services.store.write(Change(deleted_checkpoints=[row], durable=True))
         self._checkpoints.forget(checkpoint)

@@ -292,8 +292,6 @@ def test_blocks_of_later_calls_say_what_to_do(
             lambda: training_client.load_adapter("gs://my-bucket/adapters/run-42"),
             "save_state and load_state",
         ),
-        (lambda: training_client.save_state("s", ttl_seconds=60), "leave it out"),
-        (lambda: training_client.save_weights_for_sampler("s", ttl_seconds=60), "leave it out"),
     ):
         with pytest.raises(NotImplementedError, match=text):
             call()

@@ -116,7 +116,7 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_POISON_COMMAND: _ErrorReason.ValueType  # 44
     """INTERNAL. The command ended the worker's process twice; it was given up, the session goes on."""
     ERROR_REASON_CHECKPOINT_IN_USE: _ErrorReason.ValueType  # 45
-    """FAILED_PRECONDITION. The checkpoint is being loaded, or a replay would need it."""
+    """FAILED_PRECONDITION. The checkpoint is being loaded."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reason in `google.rpc.ErrorInfo` (domain "firetitan.v1"); decide on this, never on text."""
@@ -212,7 +212,7 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 43
 ERROR_REASON_POISON_COMMAND: ErrorReason.ValueType  # 44
 """INTERNAL. The command ended the worker's process twice; it was given up, the session goes on."""
 ERROR_REASON_CHECKPOINT_IN_USE: ErrorReason.ValueType  # 45
-"""FAILED_PRECONDITION. The checkpoint is being loaded, or a replay would need it."""
+"""FAILED_PRECONDITION. The checkpoint is being loaded."""
 global___ErrorReason = ErrorReason
 
 @typing.final

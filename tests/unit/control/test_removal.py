@@ -28,6 +28,7 @@ from firetitan_daemon.core.records import (
     ResourceState,
     Session,
     Snapshot,
+    SpoolRef,
 )
 from firetitan_daemon.launch.in_process import InProcessLauncher
 from firetitan_daemon.rpc.codec import ProtobufCodec
@@ -139,6 +140,10 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     await bench.folders.close()
 
 
+def there(saved: Checkpoint) -> bool:
+    return Path(saved.folder).exists()
+
+
 async def refused(bench: Bench, name: str) -> str:
     with pytest.raises(FiretitanError) as caught:
         await bench.remover.delete_snapshot(name)
@@ -151,7 +156,7 @@ async def test_what_nobody_uses_goes_with_its_files(bench: Bench) -> None:
     checkpoint = await bench.checkpoint("c")
     await bench.remover.delete_snapshot("snapshots/a")
     await bench.remover.delete_checkpoint(checkpoint.name)
-    assert not folder.exists() and not Path(checkpoint.folder).exists()
+    assert not folder.exists() and not there(checkpoint)
     assert await bench.names() == [] == list(await bench.store.checkpoints(None))
     await bench.remover.delete_snapshot("snapshots/a")
     await bench.remover.delete_checkpoint(checkpoint.name)
@@ -185,14 +190,21 @@ async def test_operations_of_a_former_daemon_keep_what_they_read(bench: Bench) -
     checkpoint = await bench.checkpoint("c")
     reads = LoadedFrom(checkpoint.folder, "d")
     loading = replace(OPERATION, loaded=reads)
-    await bench.checkpoints.restore(Ledger(open_operations=[loading]))
+    ledger = Ledger(open_operations=[loading])
+    bench.services.operations.restore(ledger)
+    await bench.checkpoints.restore(ledger)
     with pytest.raises(FiretitanError) as caught:
         await bench.remover.delete_checkpoint(checkpoint.name)
     assert caught.value.reason is Reason.CHECKPOINT_IN_USE
-    done = replace(loading, state=OperationState.DONE)
-    await bench.services.operations.write(Change(operations=[done]))
+    # A replay may need to read it once more: it is gone from the list, its files stay.
+    kept = replace(loading, state=OperationState.DONE, payload=SpoolRef("/p", 1, "d"))
+    await bench.services.operations.write(Change(operations=[kept]))
     await bench.remover.delete_checkpoint(checkpoint.name)
-    assert not Path(checkpoint.folder).exists()
+    assert await bench.store.checkpoints(None) == []
+    assert there(checkpoint)
+    bench.holds.release(kept.id)
+    await bench.holds.close()
+    assert not there(checkpoint)
 
 
 async def test_a_replaced_folder_goes_when_its_last_reader_ends(bench: Bench) -> None:
@@ -277,7 +289,7 @@ async def test_a_checkpoint_saved_anew_lives_by_its_own_time(bench: Bench) -> No
     bench.clock.running += 11
     await bench.remover.expire()
     assert await bench.store.checkpoints(None) == [anew]
-    assert Path(anew.folder).exists()
+    assert there(anew)
 
 
 async def test_a_new_daemon_knows_what_expires(bench: Bench) -> None:

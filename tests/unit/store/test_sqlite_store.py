@@ -105,7 +105,9 @@ async def test_a_newer_file_is_refused_and_left_alone(tmp_path: Path) -> None:
     db.execute("PRAGMA user_version = 99")
     db.close()
     before = path.read_bytes()
-    with pytest.raises(FiretitanError, match=rf"schema 99.*up to {len(schema.MIGRATIONS)}") as caught:
+    with pytest.raises(
+        FiretitanError, match=rf"schema 99.*up to {len(schema.MIGRATIONS)}"
+    ) as caught:
         SqliteStore(path)
     assert caught.value.reason == Reason.UNSUPPORTED
     assert path.read_bytes() == before
