@@ -10,9 +10,10 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
 READY := $(VENV)/.ready
 PROTO_READY := $(PROTO_VENV)/.ready
+POLYGLOT := examples/polyglot
 TINKERS := 0.23.0 0.27.0 0.38.0
 
-.PHONY: help setup demo test test-slow test-tinker verify verify-lint verify-types verify-imports verify-proto \
+.PHONY: help setup demo test test-slow test-tinker polyglot polyglot-node polyglot-go verify verify-lint verify-types verify-imports verify-proto \
 	verify-docs fix-lint fix-proto proto proto-baseline bench examples ci clean
 
 help: ## Show this list
@@ -86,13 +87,34 @@ proto fix-proto: $(PROTO_READY) ## Generate the stubs from the .proto files
 proto-baseline: $(PROTO_READY) ## At a release: what `buf breaking` compares with from now on
 	@$(PROTO_VENV)/bin/python proto/generate.py image proto/baseline.binpb
 
+polyglot: ## Build the clients of examples/polyglot in the languages installed here
+	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory polyglot-node; \
+		else echo "no npm: examples/polyglot/node is not built"; fi
+	@if command -v go >/dev/null; then $(MAKE) --no-print-directory polyglot-go; \
+		else echo "no go: examples/polyglot/go is not built"; fi
+
+polyglot-node: $(PROTO_READY)
+	@cd $(POLYGLOT)/node && npm ci --no-audit --no-fund --loglevel error
+	@$(PROTO_VENV)/bin/python proto/generate.py typescript $(POLYGLOT)/node/gen \
+		--plugin $(POLYGLOT)/node/node_modules/.bin/protoc-gen-ts_proto
+	@cd $(POLYGLOT)/node && npm run --silent build
+
+# Go's own plugins, into a folder of the example.
+polyglot-go: $(PROTO_READY)
+	@cd $(POLYGLOT)/go && export GOBIN=$$PWD/bin && \
+		go install google.golang.org/protobuf/cmd/protoc-gen-go@v1.34.2 && \
+		go install google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.4.0
+	@$(PROTO_VENV)/bin/python proto/generate.py go $(POLYGLOT)/go/gen --plugin $(POLYGLOT)/go/bin \
+		--module example.com/firetitan/gen
+	@cd $(POLYGLOT)/go && go mod tidy && go vet && go build -o bin/firetitan .
+
 bench: setup ## Compare speed with PEFT and HF generate, interleaved in one run
 	@$(BIN)/python bench/run.py
 
 examples: setup ## Run sft.py and grpo.py in full against a daemon of their own
 	@$(BIN)/python examples/demo.py --full
 
-ci: verify test ## What .ci/run runs
+ci: verify polyglot test ## What .ci/run runs
 
 clean: ## Remove caches and outputs, not the environments
 	@rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

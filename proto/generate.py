@@ -49,16 +49,51 @@ def write_image(path: Path) -> None:
     )
 
 
+def public_files() -> list[str]:
+    """What clients in other languages need: all but what the daemon says to its workers."""
+    return [name for name in proto_files() if not name.startswith("firetitan/worker/")]
+
+
+def generate_typescript(folder: Path, plugin: Path) -> None:
+    """Write messages and @grpc/grpc-js clients, as ES modules with 64-bit integers as bigint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run_protoc(
+        [*public_files(), "google/rpc/error_details.proto"],
+        f"--plugin=protoc-gen-ts_proto={plugin}",
+        f"--ts_proto_out={folder}",
+        "--ts_proto_opt=outputServices=grpc-js,env=node,forceLong=bigint,importSuffix=.js",
+        "--ts_proto_opt=esModuleInterop=true,useExactTypes=false,outputJsonMethods=false",
+    )
+
+
+def generate_go(folder: Path, plugins: Path, module: str) -> None:
+    """Write messages and gRPC clients as packages below `module`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["PATH"] = f"{plugins}{os.pathsep}{os.environ['PATH']}"
+    packages = ",".join(f"M{name}={module}/firetitan/v1" for name in public_files())
+    run_protoc(
+        public_files(),
+        *(f"--{kind}_out={folder}" for kind in ("go", "go-grpc")),
+        *(f"--{kind}_opt=module={module},{packages}" for kind in ("go", "go-grpc")),
+    )
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["stubs", "image"])
+    parser.add_argument("what", choices=["stubs", "image", "typescript", "go"])
     parser.add_argument("target", type=Path, help="folder of the stubs, or file of the image")
+    parser.add_argument("--plugin", type=Path, help="protoc-gen-ts_proto, or the folder of Go's")
+    parser.add_argument("--module", default="example.com/firetitan/gen", help="Go: import path")
     arguments = parser.parse_args()
     if arguments.what == "stubs":
         generate_stubs(arguments.target)
-    else:
+    elif arguments.what == "image":
         write_image(arguments.target)
+    elif arguments.what == "typescript":
+        generate_typescript(arguments.target, arguments.plugin.resolve())
+    else:
+        generate_go(arguments.target, arguments.plugin.resolve(), arguments.module)
 
 
 if __name__ == "__main__":
