@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 from firetitan.v1 import (
@@ -38,6 +38,7 @@ FILES = (
 QUEUE_PAUSE_S = 0.3
 """What the injected QUEUE_FULL asks a client to wait."""
 
+Context = grpc.aio.ServicerContext[bytes, bytes]
 UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
 
@@ -75,7 +76,7 @@ class Call:
 class Faults:
     """The faults of one run: (method, its how-manieth try) -> what happens."""
 
-    PLAN: dict[tuple[str, int], str] = {
+    PLAN: ClassVar[dict[tuple[str, int], str]] = {
         ("AttachSession", 1): "unreached",
         ("ForwardBackward", 1): "queue_full",
         ("ForwardBackward", 3): "answer_lost",
@@ -121,15 +122,17 @@ class Proxy(grpc.GenericRpcHandler):
         return grpc.unary_unary_rpc_method_handler(self._unary(path, method))
 
     def _record(self, method: Any) -> Call:
-        call = Call(method.name, GetMessageClass(method.input_type), GetMessageClass(method.output_type))
+        call = Call(
+            method.name, GetMessageClass(method.input_type), GetMessageClass(method.output_type)
+        )
         call.fault = self._faults.next(method.name)
         self.calls.append(call)
         return call
 
     def _unary(self, path: str, method: Any) -> Callable[..., Any]:
-        forward = self._channel.unary_unary(path)
+        forward: Any = self._channel.unary_unary(path)
 
-        async def handle(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        async def handle(request: bytes, context: Context) -> bytes:
             call = self._record(method)
             call.requests.append(request)
             if call.fault == "unreached":
@@ -149,11 +152,9 @@ class Proxy(grpc.GenericRpcHandler):
         return handle
 
     def _stream(self, path: str, method: Any) -> Callable[..., Any]:
-        forward = self._channel.stream_stream(path)
+        forward: Any = self._channel.stream_stream(path)
 
-        async def handle(
-            requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext
-        ) -> AsyncIterator[bytes]:
+        async def handle(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
             call = self._record(method)
 
             async def recorded() -> AsyncIterator[bytes]:
@@ -180,7 +181,7 @@ class Proxy(grpc.GenericRpcHandler):
 
 
 async def _fail(
-    context: grpc.aio.ServicerContext,
+    context: Context,
     call: Call,
     code: grpc.StatusCode,
     details: Iterable[tuple[str, bytes]] = (),
@@ -189,9 +190,7 @@ async def _fail(
     await context.abort(code, "injected", trailing_metadata=tuple(details))
 
 
-async def _pass_on(
-    context: grpc.aio.ServicerContext, call: Call, error: grpc.aio.AioRpcError
-) -> None:
+async def _pass_on(context: Context, call: Call, error: grpc.aio.AioRpcError) -> None:
     call.code = error.code()
     trailing = tuple(error.trailing_metadata() or ())
     await context.abort(error.code(), error.details() or "", trailing_metadata=trailing)

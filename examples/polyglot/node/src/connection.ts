@@ -13,7 +13,7 @@ import { CheckpointServiceClient } from "../gen/firetitan/v1/checkpoint_service.
 import { OperationServiceClient } from "../gen/firetitan/v1/operation_service.js";
 import { SamplingServiceClient } from "../gen/firetitan/v1/sampling_service.js";
 import { TrainingServiceClient } from "../gen/firetitan/v1/training_service.js";
-import { reasonOf, retryAfterMs } from "./errors.js";
+import { callReason, retryAfterMs } from "./errors.js";
 
 const DEADLINE_MS = 30_000;
 const PATIENCE_MS = 300_000;
@@ -108,5 +108,5 @@ function pauseBefore(error: ServiceError): number | undefined {
 
 /** One line for people: what was refused and why. */
 export function describe(error: ServiceError): string {
-  return `${status[error.code]} ${reasonOf(error) ?? ""}: ${error.details}`;
+  return `${status[error.code]} ${callReason(error) ?? ""}: ${error.details}`;
 }

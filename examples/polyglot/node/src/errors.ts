@@ -16,7 +16,7 @@ function statusOf(error: ServiceError): Status | undefined {
 }
 
 /** The reason of the protocol's table, e.g. "WEIGHTS_CHANGED". */
-export function reasonIn(status: Status | undefined): string | undefined {
+export function statusReason(status: Status | undefined): string | undefined {
   const bytes = detail(status, "ErrorInfo");
   if (bytes === undefined) return undefined;
   const info = ErrorInfo.decode(bytes);
@@ -24,8 +24,8 @@ export function reasonIn(status: Status | undefined): string | undefined {
 }
 
 /** The reason of a call that was refused. */
-export function reasonOf(error: ServiceError): string | undefined {
-  return reasonIn(statusOf(error));
+export function callReason(error: ServiceError): string | undefined {
+  return statusReason(statusOf(error));
 }
 
 /** When the daemon says the same request may be sent again. */
@@ -43,6 +43,6 @@ export class OperationError extends Error {
   constructor(method: string, status: Status) {
     super(`${method}: ${status.message}`);
     this.name = "OperationError";
-    this.reason = reasonIn(status);
+    this.reason = statusReason(status);
   }
 }

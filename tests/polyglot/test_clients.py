@@ -1,4 +1,4 @@
-"""The Node client of examples/polyglot: keeps the protocol's rules, survives the daemon's death."""
+"""The clients of examples/polyglot: they keep the protocol's rules, and survive the daemon's death."""
 
 from __future__ import annotations
 
@@ -13,17 +13,25 @@ from support.daemon import DaemonProcess
 from support.stubs import Stubs
 
 POLYGLOT = Path(__file__).resolve().parents[2] / "examples" / "polyglot"
-NODE_CLIENT = POLYGLOT / "node" / "dist" / "src" / "main.js"
+BUILT = {
+    "node": POLYGLOT / "node" / "dist" / "src" / "main.js",
+    "go": POLYGLOT / "go" / "bin" / "firetitan",
+}
 
-pytestmark = pytest.mark.skipif(
-    not NODE_CLIENT.exists(), reason="examples/polyglot/node is not built: `make polyglot`"
-)
+
+@pytest.fixture(params=BUILT)
+def client(request: pytest.FixtureRequest) -> list[str]:
+    """How to start the client in one language."""
+    built = BUILT[request.param]
+    if not built.exists():
+        pytest.skip(f"examples/polyglot/{request.param} is not built: `make polyglot`")
+    return ["node", str(built)] if request.param == "node" else [str(built)]
 
 
 @pytest.mark.timeout(180)
-def test_the_node_client_keeps_every_rule() -> None:
+def test_it_keeps_every_rule(client: list[str]) -> None:
     judged = subprocess.run(
-        [sys.executable, POLYGLOT / "conformance.py", "--", "node", NODE_CLIENT],
+        [sys.executable, POLYGLOT / "conformance.py", "--", *client],
         capture_output=True,
         text=True,
     )
@@ -33,27 +41,27 @@ def test_the_node_client_keeps_every_rule() -> None:
 
 
 @pytest.mark.timeout(180)
-def test_the_node_client_does_not_notice_that_the_daemon_dies(daemon: DaemonProcess) -> None:
+def test_it_does_not_notice_that_the_daemon_dies(client: list[str], daemon: DaemonProcess) -> None:
     steps = 40
     stubs = Stubs(daemon.address)
     stubs.create_trainer("t")
     session = stubs.session()
     stubs.create_deployment("d")
     stubs.channel.close()
-    client = subprocess.Popen(
-        ["node", NODE_CLIENT, daemon.address, "t", "d", str(steps)],
+    process = subprocess.Popen(
+        [*client, daemon.address, "t", "d", str(steps)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert client.stdout is not None
-    lines = [client.stdout.readline()]
+    assert process.stdout is not None
+    lines = [process.stdout.readline()]
     daemon.kill()
     time.sleep(0.3)
     daemon.start()
-    rest, errors = client.communicate(timeout=120)
+    rest, errors = process.communicate(timeout=120)
     lines += rest.splitlines(keepends=True)
-    assert client.returncode == 0, errors
+    assert process.returncode == 0, errors
     assert [line.split()[1] for line in lines if line.startswith("step ")] == [
         str(step) for step in range(1, steps + 1)
     ]
