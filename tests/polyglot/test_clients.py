@@ -1,4 +1,4 @@
-"""The clients of examples/polyglot: they keep the protocol's rules, and survive the daemon's death."""
+"""The clients of examples/polyglot keep the protocol's rules and survive the daemon's death."""
 
 from __future__ import annotations
 
