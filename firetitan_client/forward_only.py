@@ -6,19 +6,14 @@ Knows: which calls a reference refuses. Must not know: where its session comes f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from firetitan.v1 import operation_pb2
 
 from firetitan_client.attachment import call_name
 from firetitan_client.errors import FailedPrecondition
 from firetitan_client.futures import APIFuture
-from firetitan_client.lane import Lane
-from firetitan_client.sessions import Opened
 from firetitan_client.training import FiretitanTrainingClient
-
-if TYPE_CHECKING:
-    from firetitan_client.service import FiretitanServiceClient
 
 
 class ForwardOnlyClient(FiretitanTrainingClient):
@@ -32,21 +27,9 @@ class ForwardOnlyClient(FiretitanTrainingClient):
         lane: Where the commands go.
         ready: Done once the session is open.
         label: What was asked for, for `repr`.
-        base_only: The session trains an adapter, and forwards leave it out; False where the
-            session trains nothing.
     """
 
-    def __init__(
-        self,
-        service: FiretitanServiceClient,
-        lane: Lane,
-        ready: APIFuture[Opened],
-        label: str,
-        *,
-        base_only: bool,
-    ) -> None:
-        super().__init__(service, lane, ready, label)
-        self._base_only = base_only
+    _base_only = True
 
     def __repr__(self) -> str:
         return super().__repr__().replace("full-parameter>", "forward only>")

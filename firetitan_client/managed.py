@@ -64,7 +64,11 @@ class FiretitanProvisioningConfig:
     deployment_shape: str | None = None
     """Accepted: this machine is the shape."""
     reference_training_shape_id: str | None = None
+    """Set: the reference has a forward-only trainer of its own; this machine is the shape."""
     reference_trainer_job_id: str | None = None
+    """Set: the reference is this forward-only trainer; joined where it exists, else created."""
+    reference_required: bool = False
+    """Make a separate reference trainer together with the policy's, not at its first use."""
     learning_rate: float = 1e-5
     """For information: each optim_step carries its own."""
     trainer_replica_count: int | None = None
@@ -72,11 +76,13 @@ class FiretitanProvisioningConfig:
     cleanup_trainer_on_close: bool = False
     """Delete the trainer on close, if this service created it."""
     cleanup_reference_trainer_on_close: bool = True
+    """Delete a separate reference trainer on release or close, if this service created it."""
     cleanup_deployment_on_close: DeploymentCleanupOnClose | None = None
     """What to do with the deployment on close, if this service created it."""
     max_lora_rank: int | None = None
     hot_load_transition_type: str | None = None
     forward_only: bool = False
+    """The trainer runs the frozen model and trains nothing."""
     trainer_timeout_s: float = 3600.0
     deployment_timeout_s: float = 5400.0
     hotload_timeout_s: float | None = None
@@ -117,8 +123,11 @@ class FiretitanProvisioningConfig:
                 f"hot_load_transition_type={wanted!r} is not supported yet; leave it out: running "
                 "sequences end on the snapshot they began with, new ones take the new one"
             )
-        if self.forward_only:
-            raise Unsupported("forward_only trainers are not supported yet")
+        if self.forward_only and self.lora_rank:
+            raise ValueError(
+                f"lora_rank: {self.lora_rank} with forward_only=True; a forward-only trainer runs "
+                "the base model and has no adapter, leave lora_rank out"
+            )
 
 
 _ALIASES = {
@@ -130,7 +139,7 @@ _ALIASES = {
 }
 _DEPRECATED = ("accelerator_type", "accelerator_count", "node_count")
 _IRRELEVANT = frozenset(
-    """reference_required region gradient_accumulation_steps custom_image_tag extra_args
+    """region gradient_accumulation_steps custom_image_tag extra_args
     extra_values deployment_extra_args deployment_extra_values trainer_pending_timeout_s
     reattach_settle_timeout_s reattach_poll_interval_s inactivity_timeout
     disable_inactivity_cleanup display_name purpose preemptible managed_by skip_validations
@@ -320,7 +329,8 @@ class Provisioner:
         elif config.base_model is None:
             raise ValueError("base_model is required for a direct training client")
         if config.trainer_job_id is None:
-            config.trainer_job_id = f"training-api-service-{uuid.uuid4().hex[:8]}"
+            kind = "reference" if config.forward_only else "training-api-service"
+            config.trainer_job_id = f"{kind}-{uuid.uuid4().hex[:8]}"
         self.trainer_created = self.trainer_created or found is None
         answer = await self.transport.call(
             "TrainerService/CreateTrainer",
@@ -329,6 +339,7 @@ class Provisioner:
                 base_model=found.base_model if found else config.base_model or "",
                 lora_rank=found.lora_rank if found else config.lora_rank or 0,
                 max_context_length=config.max_context_length or 0,
+                forward_only=found.forward_only if found else config.forward_only,
                 request_id=uuid.uuid4().hex,
             ),
             trainer_service_pb2.CreateTrainerResponse,
@@ -430,6 +441,11 @@ def check_same(config: FiretitanProvisioningConfig, trainer: trainer_pb2.Trainer
         raise ValueError(
             f"lora_rank: {config.lora_rank} was asked for, trainer {config.trainer_job_id!r} has "
             f"{trainer.lora_rank}; leave lora_rank out to join it"
+        )
+    if config.forward_only and not trainer.forward_only:
+        raise ValueError(
+            f"trainer {config.trainer_job_id!r} trains, a forward-only one was asked for; give the "
+            "id of a forward-only trainer, or leave it out to get one"
         )
 
 

@@ -149,9 +149,9 @@ class FiretitanServiceClient(ReferenceClients, SamplingClients):
         return deployment.name.rpartition("/")[2] if deployment else None
 
     @property
-    def reference_trainer_job_id(self) -> str | None:
-        """None: there is no separate reference trainer."""
-        return None
+    def reference_client_job_id(self) -> str:
+        """Id of the trainer that serves the reference: its own, or the policy's."""
+        return self.reference_trainer_job_id or self.trainer_job_id
 
     @property
     def base_url(self) -> str:
@@ -194,7 +194,7 @@ class FiretitanServiceClient(ReferenceClients, SamplingClients):
                 lane.wait_accepted(SILENCE_S)
             for failure in lane.take_unseen():
                 logger.warning("%s failed, unnoticed: %s", failure.label, failure.error)
-        work: list[Callable[[], Any]] = []
+        work: list[Callable[[], Any]] = [self._drop_references]
         if provisioner.deployment_created and config.cleanup_deployment_on_close == "delete":
             work.append(provisioner.delete_deployment)
         elif provisioner.deployment_created and config.cleanup_deployment_on_close is not None:

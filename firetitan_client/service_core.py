@@ -46,6 +46,9 @@ class ServiceCore:
         self._transport = transport.connect(endpoint.address, autostart)
         self._provisioner = Provisioner(self._transport, config)
         self._lock = threading.Lock()
+        self._reference: Provisioner | None = None
+        """Makes the separate reference trainer, where there is one."""
+        self._reference_client: FiretitanTrainingClient | None = None
         self._training: dict[tuple[str | None, int | None], FiretitanTrainingClient] = {}
         self._lanes: list[Lane] = []
         self._opening = asyncio.Lock()
@@ -67,8 +70,11 @@ class ServiceCore:
 
     async def _roll_back(self) -> None:
         """Remove what this service created, after creating the rest failed."""
+        await self._remove(self._provisioner)
+
+    async def _remove(self, provisioner: Provisioner) -> None:
         try:
-            await self._provisioner.roll_back()
+            await provisioner.roll_back()
         except FiretitanError as error:
             if self._transport.served:  # else nothing can have been created
                 logger.warning("what was created could not be removed: %s", error)

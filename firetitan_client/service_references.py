@@ -1,25 +1,26 @@
 """A service's clients of the frozen model, for reference logprobs.
 
-Knows: when the policy's own trainer can serve as a reference. Must not know: how commands travel.
+Knows: when the policy's own trainer serves as a reference, and the separate one where it does not.
+Must not know: how commands travel.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-from firetitan_client.errors import InvalidArgument, Unsupported
+from firetitan_client import transport
+from firetitan_client.errors import FiretitanError, InvalidArgument
 from firetitan_client.forward_only import ForwardOnlyClient
 from firetitan_client.futures import APIFuture
-from firetitan_client.lane import Lane
+from firetitan_client.managed import FiretitanProvisioningConfig, Provisioner
 from firetitan_client.sample_requests import follow
+from firetitan_client.service_core import SILENCE_S
 from firetitan_client.service_training import TrainingClients
-from firetitan_client.sessions import Opened
+from firetitan_client.sessions import Opened, Wanted
 from firetitan_client.training import FiretitanTrainingClient
-
-if TYPE_CHECKING:
-    from firetitan_client.service import FiretitanServiceClient
 
 
 class ReferenceClients(TrainingClients):
@@ -49,25 +50,18 @@ class ReferenceClients(TrainingClients):
         self._check_open()
         config = self._config
         self._agree("base_model", base_model, config.base_model)
-        if config.lora_rank == 0 or (config.lora_rank is None and config.trainer_job_id is None):
+        unknown = config.lora_rank is None and config.trainer_job_id is not None
+        if not config.lora_rank and not unknown and not config.forward_only:
             raise _no_adapter()
         opened: APIFuture[Opened] = APIFuture("create_base_training_client")
-        lane = Lane(self._transport, lambda client_id: self._attach(opened, client_id))
-        client = ForwardOnlyClient(
-            cast("FiretitanServiceClient", self),
-            lane,
-            opened,
-            config.base_model or config.trainer_job_id or "",
-            base_only=True,
-        )
-        self._lanes.append(lane)
+        client = self._client(ForwardOnlyClient, opened)
         follow(self._open_base(policy), opened)
         self._await_ready(client, "the trainer")
         return client
 
     async def _open_base(self, policy: FiretitanTrainingClient | None) -> Opened:
         opened = await (policy._ready if policy else self._open(None, self._configured()))
-        if opened.lora_rank == 0:
+        if opened.lora_rank == 0 and not opened.trainer.forward_only:
             raise _no_adapter()
         return replace(opened, lora_rank=0)
 
@@ -77,20 +71,156 @@ class ReferenceClients(TrainingClients):
         lora_rank: int | None = None,
         user_metadata: Mapping[str, str] | None = None,
         *,
-        policy_client: Any = None,
+        policy_client: FiretitanTrainingClient | None = None,
     ) -> FiretitanTrainingClient:
-        """Not supported yet."""
-        raise Unsupported(
-            "create_reference_client is not supported yet; a LoRA policy's base model runs with "
-            "create_base_training_client(), for a full-parameter one use a second service with a "
-            "trainer of its own and only forward()"
-        )
+        """The frozen base model, for the reference logprobs of KL and DPO; only `forward` works.
+
+        A LoRA policy's trainer is shared, its adapter left out. A full-parameter policy, or
+        `reference_training_shape_id` or `reference_trainer_job_id` among the service's settings,
+        has a forward-only trainer beside it. Called again, the same client comes back. Blocks as
+        `create_training_client`.
+
+        Args:
+            base_model: Must be the service's; None: that.
+            lora_rank: Must be the policy's; None or 0: that.
+            user_metadata: Your own notes, kept with the session of a separate trainer.
+            policy_client: Whose reference it is to be; None: this service's training client.
+
+        Raises:
+            ValueError: Another model or rank than the service's, naming both; a policy of another
+                service.
+        """
+        self._check_open()
+        config = self._config
+        self._agree("base_model", base_model, config.base_model)
+        self._agree("lora_rank", lora_rank or None, config.lora_rank)
+        if policy_client is not None and cast(Any, policy_client.service) is not self:
+            raise ValueError("policy_client: is a client of another service; create it with this")
+        if base_model is None and config.base_model is None and config.trainer_job_id is None:
+            raise ValueError("base_model is required for a direct reference client")
+        policy = policy_client or self._policy
+        opened: APIFuture[Opened] = APIFuture("create_reference_client")
+        before = config.base_model, config.lora_rank
+        with self._lock:
+            client = self._reference_client
+            if client is None:
+                config.base_model = base_model or config.base_model
+                config.lora_rank = lora_rank or config.lora_rank
+                client = self._reference_client = self._client(ForwardOnlyClient, opened)
+                notes = {**self._user_metadata, **(user_metadata or {})}
+                follow(self._open_reference(policy, Wanted(user_metadata=notes)), opened)
+
+        def failed() -> None:
+            """Let the call be repeated."""
+            if self._reference_client is client:
+                self._reference_client = None
+                config.base_model, config.lora_rank = before
+
+        self._await_ready(client, "the reference", failed)
+        return client
+
+    async def _open_reference(
+        self, policy: FiretitanTrainingClient | None, wanted: Wanted
+    ) -> Opened:
+        config = self._config
+        if not self._reference_is_separate:
+            rank = config.lora_rank
+            if policy is not None:
+                rank = (await policy._ready).lora_rank
+            elif rank is None and config.trainer_job_id is not None:
+                rank = (await self._provisioner.get_trainer()).lora_rank
+            if rank or config.forward_only:
+                return await self._open_base(policy)
+        reference = await self._get_reference()
+        try:
+            return await self._open_with(reference, None, wanted)
+        except (FiretitanError, ValueError):
+            await self._roll_back_reference()
+            raise
+
+    @property
+    def _reference_is_separate(self) -> bool:
+        """Whether the settings ask for a trainer of the reference's own."""
+        config = self._config
+        return bool(config.reference_training_shape_id or config.reference_trainer_job_id)
+
+    async def _get_reference(self) -> Provisioner:
+        config = self._config
+        base_model = config.base_model
+        if base_model is None:
+            base_model = (await self._provisioner.get_trainer()).base_model
+        if self._reference is None:
+            wanted = FiretitanProvisioningConfig(
+                base_model=base_model,
+                trainer_job_id=config.reference_trainer_job_id,
+                max_context_length=config.max_context_length,
+                create_deployment=False,
+                forward_only=True,
+            )
+            self._reference = Provisioner(self._transport, wanted)
+        return self._reference
+
+    async def _open(self, session: str | None, wanted: Wanted) -> Opened:
+        config = self._config
+        separate = self._reference_is_separate or config.lora_rank == 0
+        if config.reference_required and separate and not config.forward_only:
+            reference = await self._get_reference()
+            opened, made = await asyncio.gather(
+                super()._open(session, wanted), reference.get_trainer(), return_exceptions=True
+            )
+            for failure in (opened, made):
+                if isinstance(failure, BaseException):
+                    await self._roll_back()
+                    raise failure
+            return cast(Opened, opened)
+        return await super()._open(session, wanted)
+
+    async def _roll_back(self) -> None:
+        await super()._roll_back()
+        await self._roll_back_reference()
+
+    async def _roll_back_reference(self) -> None:
+        if self._reference is not None:
+            await self._remove(self._reference)
+            self._reference = None
+
+    def release_references(self) -> None:
+        """Let go of the reference client; again is fine.
+
+        A separate trainer that this service created is deleted, unless
+        `cleanup_reference_trainer_on_close` is False; one that existed stays.
+        """
+        with self._lock:
+            client, self._reference_client = self._reference_client, None
+        if client is not None:
+            client._lane.close()
+            client._lane.wait_accepted(SILENCE_S)
+        transport.run(self._drop_references()).result()
+
+    async def _drop_references(self) -> None:
+        if self._reference is not None and self._config.cleanup_reference_trainer_on_close:
+            await self._reference.roll_back()
+        self._reference = None
+
+    @property
+    def reference_trainer_job_id(self) -> str | None:
+        """Id of the separate reference trainer; None where the policy's is shared, or none yet."""
+        trainer = self._reference.trainer if self._reference is not None else None
+        return None if trainer is None else trainer.name.rpartition("/")[2]
+
+    # Twins: `await` them for the client
 
     async def create_base_training_client_async(
-        self, base_model: str | None = None, user_metadata: Mapping[str, str] | None = None
+        self, *args: Any, **kwargs: Any
     ) -> FiretitanTrainingClient:
         """As `create_base_training_client`."""
-        return await self.create_base_training_client(base_model, user_metadata)
+        return await self.create_base_training_client(*args, **kwargs)
+
+    async def create_reference_client_async(
+        self, *args: Any, **kwargs: Any
+    ) -> FiretitanTrainingClient:
+        """As `create_reference_client`."""
+        return await self.create_reference_client(*args, **kwargs)
 
 
 def _no_adapter() -> InvalidArgument:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
-
-from firetitan.v1 import trainer_pb2
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from firetitan_client import references
 from firetitan_client.convert import whole_number
 from firetitan_client.errors import Unavailable, Unsupported
+from firetitan_client.forward_only import ForwardOnlyClient
 from firetitan_client.futures import APIFuture
 from firetitan_client.lane import Lane
-from firetitan_client.managed import check_same
+from firetitan_client.managed import Provisioner, check_same
 from firetitan_client.sample_requests import follow
 from firetitan_client.service_core import ServiceCore
 from firetitan_client.sessions import Opened, Wanted, attach, get_trainer, open_session
@@ -25,6 +24,8 @@ from firetitan_client.training import FiretitanTrainingClient
 
 if TYPE_CHECKING:
     from firetitan_client.service import FiretitanServiceClient
+
+Client = TypeVar("Client", bound=FiretitanTrainingClient)
 
 
 class _Unset:
@@ -218,13 +219,8 @@ class TrainingClients(ServiceCore):
             before = config.base_model, config.lora_rank
             config.base_model, config.lora_rank = base_model, lora_rank
             opened: APIFuture[Opened] = APIFuture("create_training_client")
-            lane = Lane(self._transport, lambda client_id: self._attach(opened, client_id))
-            label = base_model or config.trainer_job_id or ""
-            client = FiretitanTrainingClient(
-                cast("FiretitanServiceClient", self), lane, opened, label
-            )
-            self._training[key] = client
-            self._lanes.append(lane)
+            kind = ForwardOnlyClient if config.forward_only else FiretitanTrainingClient
+            client = self._training[key] = self._client(kind, opened)
 
         def failed() -> None:
             """Let the call be repeated, with other settings too."""
@@ -236,6 +232,13 @@ class TrainingClients(ServiceCore):
             client._ready = self._loaded(client, opened, load)
         self._await_ready(client, "the trainer", failed)
         return client
+
+    def _client(self, kind: type[Client], opened: APIFuture[Opened]) -> Client:
+        """A client with a lane of its own on a session that is being opened."""
+        lane = Lane(self._transport, lambda client_id: self._attach(opened, client_id))
+        self._lanes.append(lane)
+        label = self._config.base_model or self._config.trainer_job_id or ""
+        return kind(cast("FiretitanServiceClient", self), lane, opened, label)
 
     def _loaded(
         self,
@@ -276,23 +279,30 @@ class TrainingClients(ServiceCore):
         if failures:
             await self._roll_back()
             raise failures[0]
-        for pause_s in (0.1, 0.5, None):
+        opened = await self._open_with(provisioner, session, wanted)
+        self._config.base_model, self._config.lora_rank = opened.base_model, opened.lora_rank
+        self._config.forward_only = opened.trainer.forward_only
+        return opened
+
+    async def _open_with(
+        self, provisioner: Provisioner, session: str | None, wanted: Wanted
+    ) -> Opened:
+        for pause_s in (0.1, 0.5):
             try:
-                opened = await self._open_on(await provisioner.get_trainer(), session, wanted)
-                break
+                return await self._open_on(provisioner, session, wanted)
             except Unavailable as error:
-                if error.reason != "WORKER_UNAVAILABLE" or pause_s is None:
+                if error.reason != "WORKER_UNAVAILABLE":
                     raise
                 # Its worker died after it was looked at: making it again starts another.
                 provisioner.trainer = None
                 await asyncio.sleep(pause_s)
-        self._config.base_model, self._config.lora_rank = opened.base_model, opened.lora_rank
-        return opened
+        return await self._open_on(provisioner, session, wanted)
 
     async def _open_on(
-        self, trainer: trainer_pb2.Trainer, session: str | None, wanted: Wanted
+        self, provisioner: Provisioner, session: str | None, wanted: Wanted
     ) -> Opened:
-        check_same(self._config, trainer)
+        trainer = await provisioner.get_trainer()
+        check_same(provisioner.config, trainer)
         async with self._opening:  # an interrupted call may still be opening the same session
             if session is None:
                 trainer = await get_trainer(self._transport, trainer.name)

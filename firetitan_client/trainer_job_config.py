@@ -67,7 +67,7 @@ class TrainerJobConfig:
     training_shape_ref: str | None = None
     """This machine is the shape, whatever its name."""
     forward_only: bool = False
-    """Refused if True."""
+    """Run the frozen model and train nothing; lora_rank must be 0."""
     auto_select_training_shape: bool = False
     inactivity_timeout: datetime.timedelta | str | None = None
     disable_inactivity_cleanup: bool = False
@@ -98,6 +98,8 @@ class TrainerJobConfig:
             problems.append(f"display_name must be fewer than {_DISPLAY_NAME_LENGTH} characters")
         if self.inactivity_timeout is not None:
             problems += _check_inactivity(self.inactivity_timeout)
+        if self.forward_only and self.lora_rank:
+            problems.append("lora_rank must be 0 with forward_only: it runs the base model")
         if self.training_shape_ref and self.auto_select_training_shape:
             problems.append("training_shape_ref and auto_select_training_shape cannot both be set")
         if self.training_shape_ref or self.auto_select_training_shape:
@@ -115,8 +117,6 @@ class TrainerJobConfig:
         Raises:
             Unsupported: Names the setting.
         """
-        if self.forward_only:
-            raise Unsupported("forward_only trainers are not supported yet", field="forward_only")
         if (self.trainer_replica_count or 1) != 1:
             raise Unsupported(
                 f"trainer_replica_count={self.trainer_replica_count}: one is supported on this "

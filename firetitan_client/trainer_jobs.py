@@ -60,7 +60,7 @@ class TrainerJobManager(FireworksClient):
         Raises:
             ValueError: Contradicting settings, or another trainer has this id.
             NotFound: `hot_load_deployment_id` does not exist.
-            Unsupported: `forward_only`, more than one replica.
+            Unsupported: More than one replica.
         """
         config.validate()
         config.refuse_unsupported()
@@ -192,7 +192,13 @@ class TrainerJobManager(FireworksClient):
         check_name(trainer_id, "requested_job_id")
         deployment = await self._deployment(config)
         await self._start(
-            trainer_id, config.base_model, config.lora_rank, config.max_context_length or 0
+            trainer_service_pb2.CreateTrainerRequest(
+                trainer_id=trainer_id,
+                base_model=config.base_model,
+                lora_rank=config.lora_rank,
+                max_context_length=config.max_context_length or 0,
+                forward_only=config.forward_only,
+            )
         )
         if deployment is not None:
             await self._transport.call(
@@ -207,32 +213,28 @@ class TrainerJobManager(FireworksClient):
             )
         return CreatedTrainerJob(job_name_of(trainer_id), trainer_id)
 
-    async def _start(
-        self, trainer_id: str, base_model: str, lora_rank: int, max_context_length: int
-    ) -> None:
+    async def _start(self, request: trainer_service_pb2.CreateTrainerRequest) -> None:
+        request.request_id = uuid.uuid4().hex
         await self._transport.call(
-            "TrainerService/CreateTrainer",
-            trainer_service_pb2.CreateTrainerRequest(
-                trainer_id=trainer_id,
-                base_model=base_model,
-                lora_rank=lora_rank,
-                max_context_length=max_context_length,
-                request_id=uuid.uuid4().hex,
-            ),
-            trainer_service_pb2.CreateTrainerResponse,
+            "TrainerService/CreateTrainer", request, trainer_service_pb2.CreateTrainerResponse
         )
 
     async def _start_again(self, trainer: trainer_pb2.Trainer) -> None:
-        name = trainer.name.rpartition("/")[2]
+        request = trainer_service_pb2.CreateTrainerRequest(
+            trainer_id=trainer.name.rpartition("/")[2],
+            base_model=trainer.base_model,
+            lora_rank=trainer.lora_rank,
+            max_context_length=trainer.max_context_length,
+            forward_only=trainer.forward_only,
+        )
         try:
-            await self._start(
-                name, trainer.base_model, trainer.lora_rank, trainer.max_context_length
-            )
+            await self._start(request)
         except AlreadyExists as error:
             if error.field != "max_context_length":
                 raise
             # What it shows is the model's own limit, not one that was asked for.
-            await self._start(name, trainer.base_model, trainer.lora_rank, 0)
+            request.max_context_length = 0
+            await self._start(request)
 
     async def _deployment(self, config: TrainerJobConfig) -> deployment_pb2.Deployment | None:
         """The deployment to attach, looked at before anything is made."""

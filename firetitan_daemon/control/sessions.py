@@ -307,6 +307,7 @@ class SessionManager:
             create_time=self._services.clock.now(),
             user_metadata=wanted.user_metadata,
             base=trainer.base,
+            forward_only=trainer.forward_only,
         )
 
     @staticmethod

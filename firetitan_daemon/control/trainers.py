@@ -58,6 +58,7 @@ class TrainerRequest:
     dtype: str
     request_id: str
     payload_digest: str
+    forward_only: bool = False
 
 
 class TrainerManager:
@@ -147,6 +148,13 @@ class TrainerManager:
                 f"lora_rank: {request.lora_rank} is not between 0 (full-parameter) and 4096",
                 field="lora_rank",
             )
+        if request.forward_only and request.lora_rank:
+            raise FiretitanError(
+                Reason.INVALID_ARGUMENT,
+                f"lora_rank: {request.lora_rank}, but a forward-only trainer has no adapter; "
+                "leave it out",
+                field="lora_rank",
+            )
         trainer_id = names.check_id(
             choose_id("t", request.trainer_id, request.request_id), "trainer_id"
         )
@@ -189,6 +197,7 @@ class TrainerManager:
                 state=ResourceState.CREATING,
                 create_time=services.clock.now(),
                 worker_id=spec.worker_id,
+                forward_only=request.forward_only,
             )
             await services.operations.write(
                 Change(trainers=[trainer], workers=[spec], operations=[operation], durable=True)
@@ -437,6 +446,7 @@ class TrainerManager:
         compared: list[tuple[str, object, object]] = [
             ("base_model", existing.base_model, request.base_model),
             ("lora_rank", existing.lora_rank, request.lora_rank),
+            ("forward_only", existing.forward_only, request.forward_only),
         ]
         # Left out, these mean whatever the trainer has.
         if request.max_context_length:

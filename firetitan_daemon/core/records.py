@@ -114,6 +114,8 @@ class Trainer:
     model: ModelInfo | None = None
     error: ErrorRecord | None = None
     worker_id: str | None = None
+    forward_only: bool = False
+    """Its session trains nothing."""
 
     @property
     def name(self) -> str:
@@ -159,6 +161,8 @@ class Session:
     commit_seq: int = 0
     """Highest commit_seq given out."""
     user_metadata: Mapping[str, str] = field(default_factory=dict)
+    forward_only: bool = False
+    """Trains nothing: only Forward runs."""
     chain_head: str | None = None
     """Last snapshot a delta may build on; None makes the next full-parameter save a base."""
     chain_note: str = ""

@@ -57,10 +57,12 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class SessionSpec:
-    """One training session: `lora` None trains every parameter."""
+    """One training session: `lora` None trains every parameter, or nothing."""
 
     seed: int
     lora: LoraSpec | None
+    forward_only: bool = False
+    """Nothing is trained or kept for training; only `forward` is called, without a graph."""
 
 
 @dataclass(frozen=True)
@@ -167,13 +169,13 @@ class SessionProgress:
     """Model forwards run since the session was opened; shows that a custom loss costs one."""
 
 
-def check_base_only(lora: LoraSpec | None, retain_graph: bool) -> None:
-    """Refuse to leave out an adapter that is not there, or to keep the base model's graph.
+def check_base_only(spec: SessionSpec, retain_graph: bool) -> None:
+    """Refuse to leave out full-parameter training, or to keep the base model's graph.
 
     Raises:
         FiretitanError: INVALID_ARGUMENT.
     """
-    if lora is None:
+    if spec.lora is None and not spec.forward_only:
         raise FiretitanError(
             Reason.INVALID_ARGUMENT,
             "base_only: this session trains every parameter, so there is no adapter to leave out; "
@@ -222,7 +224,7 @@ class TrainEngine(Protocol):
 
         Raises:
             FiretitanError: INVALID_DATUM, LOSS_INPUT_MISSING, UNKNOWN_LOSS, each naming the field;
-                INVALID_ARGUMENT for `base_only` in a full-parameter session.
+                INVALID_ARGUMENT for `base_only` where every parameter is trained.
         """
 
     def backward(self, graph: str, output_grads: Sequence[Float32Array]) -> ForwardOutput:

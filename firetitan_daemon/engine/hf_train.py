@@ -71,7 +71,12 @@ from firetitan_daemon.engine.state import (
     state_writer,
 )
 from firetitan_daemon.engine.tensors import from_raw, to_raw
-from firetitan_daemon.engine.trainables import FullTrainables, LoraTrainables, Trainables
+from firetitan_daemon.engine.trainables import (
+    FullTrainables,
+    LoraTrainables,
+    NoTrainables,
+    Trainables,
+)
 
 
 @dataclass(frozen=True)
@@ -125,21 +130,23 @@ class HfTrainEngine:
         return SessionProgress(counters.step, counters.pending_backwards, session.forward_passes)
 
     def open_session(self, spec: SessionSpec) -> None:
-        """Attach a fresh adapter, or make every parameter trainable, and a fresh optimizer.
+        """Attach a fresh adapter, or make every parameter or none trainable; a fresh optimizer.
 
         Raises:
             FiretitanError: INVALID_ARGUMENT or UNSUPPORTED naming what of the adapter cannot be.
         """
         if self._current is not None:
             self._graphs.clear()
-            was_full = self._current.spec.lora is None
+            was_full = isinstance(self._current.trainables, FullTrainables)
             self._current.trainables.detach()
             self._current = None
             if was_full:
                 self._loaded = load_model(self._spec)
         trainables: Trainables
         with memory_errors():
-            if spec.lora is None:
+            if spec.forward_only:
+                trainables = NoTrainables(self._loaded)
+            elif spec.lora is None:
                 trainables = FullTrainables(self._loaded)
             else:
                 trainables = LoraTrainables(self._loaded, spec.lora, spec.seed)
@@ -169,7 +176,7 @@ class HfTrainEngine:
         """
         session = self._session()
         if base_only:
-            check_base_only(session.spec.lora, retain_graph)
+            check_base_only(session.spec, retain_graph)
             with session.trainables.left_out():
                 return self._forward(session, data, loss_fn, config, retain_graph=False)
         return self._forward(session, data, loss_fn, config, retain_graph=retain_graph)

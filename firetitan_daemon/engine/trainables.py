@@ -1,4 +1,4 @@
-"""What a session trains: a LoRA adapter or every parameter, as float32 masters.
+"""What a session trains: a LoRA adapter, every parameter or nothing, as float32 masters.
 
 Knows: the model's parameters and adapters, which tensors autograd differentiates. Must not know:
 losses, Adam, files.
@@ -157,3 +157,34 @@ class FullTrainables:
         """Freeze the parameters again."""
         for parameter in self.leaves.values():
             parameter.requires_grad_(False)
+
+
+class NoTrainables:
+    """A frozen model, as it was loaded: no masters, nothing beside its weights.
+
+    Args:
+        loaded: The model.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        self.masters: dict[str, torch.Tensor] = {}
+        self.leaves = self.masters
+
+    def head(self) -> Head:
+        """The output layer as loaded."""
+        return Head(self._loaded)
+
+    def head_gradients(self, grads: HeadGradients) -> dict[str, torch.Tensor]:
+        """None."""
+        return {}
+
+    def refresh(self) -> None:
+        """Nothing to renew."""
+
+    def left_out(self) -> AbstractContextManager[None]:
+        """There is nothing to leave out."""
+        return nullcontext()
+
+    def detach(self) -> None:
+        """Nothing to undo."""

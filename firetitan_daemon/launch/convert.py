@@ -63,6 +63,7 @@ def open_request(session: Session) -> worker_pb2.OpenSessionRequest:
         train_attn=session.lora.train_attn,
         train_mlp=session.lora.train_mlp,
         train_unembed=session.lora.train_unembed,
+        forward_only=session.forward_only,
     )
 
 

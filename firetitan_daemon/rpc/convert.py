@@ -143,6 +143,7 @@ def trainer(record: Trainer, worker_pid: int, session: str) -> trainer_pb2.Train
         create_time=timestamp(record.create_time),
         worker_pid=worker_pid,
         session=session,
+        forward_only=record.forward_only,
     )
     if record.error is not None:
         message.error.CopyFrom(record_to_status(record.error))
@@ -194,6 +195,7 @@ def session(record: Session) -> session_pb2.Session:
         suffix=record.suffix,
         user_metadata=dict(record.user_metadata),
         create_time=timestamp(record.create_time),
+        forward_only=record.forward_only,
     )
 
 

@@ -45,6 +45,7 @@ class TrainerServicer:
                 max_context_length=request.max_context_length,
                 dtype=request.dtype or "auto",
                 request_id=request.request_id,
+                forward_only=request.forward_only,
                 payload_digest=blake3(request.SerializeToString(deterministic=True)).hexdigest(),
             )
         )

@@ -99,10 +99,12 @@ class CommandRunner:
 
     Args:
         engine: With the session open.
+        forward_only: Refuse everything but forwards that keep nothing.
     """
 
-    def __init__(self, engine: TrainEngine) -> None:
+    def __init__(self, engine: TrainEngine, *, forward_only: bool = False) -> None:
         self._engine = engine
+        self._forward_only = forward_only
         self._weights_version = 0
         self._graphs: OrderedDict[str, tuple[str, int]] = OrderedDict()
         """By our handle, which a replay gives again: the engine's, and the weights' version."""
@@ -141,6 +143,8 @@ class CommandRunner:
             FiretitanError: The command failed and changed nothing.
         """
         method = command.execute.method
+        if self._forward_only:
+            check_forward_only(command)
         try:
             return self._methods[method](command)
         except OSError as error:
@@ -326,6 +330,25 @@ def _emptied(target: worker_pb2.SaveTarget) -> Path:
     durable.remove(folder)
     folder.mkdir(mode=0o700)
     return folder
+
+
+def check_forward_only(command: Parsed) -> None:
+    """Refuse what a session that trains nothing cannot run.
+
+    Raises:
+        FiretitanError: SESSION_FORWARD_ONLY.
+    """
+    message, what = command.message, command.execute.method
+    if isinstance(message, training_service_pb2.ForwardRequest):
+        if not message.retain_graph:
+            return
+        what = "Forward{retain_graph}"
+    raise FiretitanError(
+        Reason.SESSION_FORWARD_ONLY,
+        f"{what}: the session runs a frozen model and trains nothing; send Forward without "
+        "retain_graph, or use a trainer that is not forward-only",
+        session=command.execute.session,
+    )
 
 
 def check_manifest(folder: Path, digest: str) -> None:

@@ -167,7 +167,7 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
             engine = self._host.engine
             spec = session_spec(request)
             await self._host.run(lambda: engine.open_session(spec))
-            runner = CommandRunner(engine)
+            runner = CommandRunner(engine, forward_only=request.forward_only)
             settings = worker_pb2.OpenSessionRequest()
             settings.CopyFrom(request)
             state = runner.state(request.session, applied=0)
@@ -226,7 +226,7 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
 def session_spec(request: worker_pb2.OpenSessionRequest) -> SessionSpec:
     """The session's settings as the engine takes them."""
     if request.lora_rank == 0:
-        return SessionSpec(seed=request.seed, lora=None)
+        return SessionSpec(seed=request.seed, lora=None, forward_only=request.forward_only)
     return SessionSpec(
         seed=request.seed,
         lora=LoraSpec(

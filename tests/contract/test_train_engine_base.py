@@ -26,6 +26,7 @@ if importlib.util.find_spec("torch") is not None:
     KINDS.append("hf")
 ADAM = AdamParams(learning_rate=5e-2)
 FULL = SessionSpec(seed=1, lora=None)
+FROZEN = SessionSpec(seed=1, lora=None, forward_only=True)
 LORA = SessionSpec(seed=1, lora=LoraSpec(4))
 
 MakeEngine = Callable[[], TrainEngine]
@@ -121,6 +122,17 @@ def test_a_base_forward_that_fails_leaves_the_adapter_in(make: MakeEngine) -> No
     with pytest.raises(FiretitanError):
         engine.forward([outside], "cross_entropy", {}, base_only=True)
     assert _equal(_logprobs(engine), before)
+
+
+def test_a_forward_only_session_is_the_base_model(make: MakeEngine) -> None:
+    base, frozen = make(), make()
+    base.open_session(FULL)
+    frozen.open_session(FROZEN)
+    assert _equal(_logprobs(frozen), _logprobs(base))
+    assert _equal(_logprobs(frozen, base_only=True), _logprobs(base))
+    frozen.open_session(LORA)
+    frozen.forward_backward(_data(), "cross_entropy", {})
+    assert frozen.optim_step(ADAM, Normalization.NONE)["grad_norm"] > 0
 
 
 @pytest.mark.parametrize(("session", "retain"), [(FULL, False), (LORA, True)])

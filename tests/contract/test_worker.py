@@ -97,6 +97,30 @@ async def test_a_session_opens_once(trainer: Worker) -> None:
         assert caught.value.reason is Reason.ALREADY_EXISTS
 
 
+async def test_a_forward_only_session_runs_forward_and_nothing_else(
+    make_launcher: MakeLauncher, ends: list[Worker], write: CommandWriter, tmp_path: Path
+) -> None:
+    worker = await make_launcher().launch(TRAINER_SPEC)
+    ends.append(worker)
+    await worker.load_model()
+    await worker.open_session(replace(SESSION, forward_only=True))
+    first = await worker.execute(write.forward())
+    assert result(first).forward.metrics["loss:sum"] > 0
+    for command in (  # each in a lane of its own: none stands behind another's failure
+        write.forward(retain_graph=True, lane="forward"),
+        write.backward("graph", [[1.0, 1.0, 1.0]], lane="backward"),
+        write.forward_backward(lane="forward_backward"),
+        write.optim_step(lane="optim_step"),
+        write.save_state(staging(tmp_path, "state"), lane="save_state"),
+        write.load_state(tmp_path, "", lane="load_state"),
+        write.save_snapshot(staging(tmp_path, "snapshot"), "s", "base", lane="save_snapshot"),
+    ):
+        outcome = await worker.execute(command)
+        assert reason(outcome) == Reason.SESSION_FORWARD_ONLY, command.method
+    (session,) = (await worker.describe()).sessions
+    assert (session.step, session.pending_backwards) == (0, 0)
+
+
 async def test_a_step_moves_the_session(trainer: Worker, write: CommandWriter) -> None:
     forward = result(await trainer.execute(write.forward_backward())).forward
     assert forward.metrics["loss:sum"] > 0 and forward.step == 0

@@ -139,23 +139,25 @@ class CommandWriter:
         message.adam_params.eps = 1e-8
         return self._write("OptimStep", message, lane, seen_failure)
 
-    def save_state(self, staging: Path) -> Command:
+    def save_state(self, staging: Path, *, lane: str = "a") -> Command:
         """A SaveState into an empty folder."""
         message = checkpoint_service_pb2.SaveStateRequest(checkpoint_id="c")
         save = SaveTarget(staging=staging, name="c")
-        return self._write("SaveState", message, "a", 0, save=save)
+        return self._write("SaveState", message, lane, 0, save=save)
 
-    def load_state(self, folder: Path, digest: str) -> Command:
+    def load_state(self, folder: Path, digest: str, *, lane: str = "a") -> Command:
         """A LoadState with the optimizer."""
         message = checkpoint_service_pb2.LoadStateRequest(checkpoint="c", with_optimizer=True)
         load = LoadSource(folder=folder, digest=digest)
-        return self._write("LoadState", message, "a", 0, load=load)
+        return self._write("LoadState", message, lane, 0, load=load)
 
-    def save_snapshot(self, staging: Path, name: str, kind: str, parent: str = "") -> Command:
+    def save_snapshot(
+        self, staging: Path, name: str, kind: str, parent: str = "", *, lane: str = "a"
+    ) -> Command:
         """A SaveSnapshot into an empty folder."""
         message = checkpoint_service_pb2.SaveSnapshotRequest(snapshot_id=name)
         save = SaveTarget(staging=staging, name=name, kind=kind, parent=parent)
-        return self._write("SaveSnapshot", message, "a", 0, save=save)
+        return self._write("SaveSnapshot", message, lane, 0, save=save)
 
 
 def sample_request(

@@ -124,7 +124,7 @@ class ToyTrainEngine:
         """Logprobs and the loss; gradients and kept graphs stay as they are."""
         loss, settings = self._check(data, loss_fn, config, strict=False)
         if base_only:
-            check_base_only(self._session().lora, retain_graph)
+            check_base_only(self._session(), retain_graph)
             table = model.logprob_table(model.logits_table(self._base))
             output, _ = self._evaluate(data, loss, settings, table)
             return output

@@ -88,7 +88,7 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_SNAPSHOT_NOT_ACTIVE: _ErrorReason.ValueType  # 30
     """FAILED_PRECONDITION. The deployment does not hold this snapshot."""
     ERROR_REASON_SESSION_FORWARD_ONLY: _ErrorReason.ValueType  # 31
-    """FAILED_PRECONDITION. The session only runs forward."""
+    """FAILED_PRECONDITION. The session trains nothing: only Forward runs."""
     ERROR_REASON_CLOSED: _ErrorReason.ValueType  # 32
     """FAILED_PRECONDITION. The resource was closed or deleted."""
     ERROR_REASON_CANCELLED: _ErrorReason.ValueType  # 33
@@ -184,7 +184,7 @@ ERROR_REASON_SNAPSHOT_IN_USE: ErrorReason.ValueType  # 29
 ERROR_REASON_SNAPSHOT_NOT_ACTIVE: ErrorReason.ValueType  # 30
 """FAILED_PRECONDITION. The deployment does not hold this snapshot."""
 ERROR_REASON_SESSION_FORWARD_ONLY: ErrorReason.ValueType  # 31
-"""FAILED_PRECONDITION. The session only runs forward."""
+"""FAILED_PRECONDITION. The session trains nothing: only Forward runs."""
 ERROR_REASON_CLOSED: ErrorReason.ValueType  # 32
 """FAILED_PRECONDITION. The resource was closed or deleted."""
 ERROR_REASON_CANCELLED: ErrorReason.ValueType  # 33

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66iretitan/v1/session.proto\x12\x0c\x66iretitan.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb4\x01\n\nLoraConfig\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x12\n\x05\x61lpha\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\ntrain_attn\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12\x16\n\ttrain_mlp\x18\x04 \x01(\x08H\x02\x88\x01\x01\x12\x1a\n\rtrain_unembed\x18\x05 \x01(\x08H\x03\x88\x01\x01\x42\x08\n\x06_alphaB\r\n\x0b_train_attnB\x0c\n\n_train_mlpB\x10\n\x0e_train_unembed\"\xde\x03\n\x07Session\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12&\n\x04lora\x18\x03 \x01(\x0b\x32\x18.firetitan.v1.LoraConfig\x12\x0c\n\x04seed\x18\x04 \x01(\x03\x12*\n\x05state\x18\x05 \x01(\x0e\x32\x1b.firetitan.v1.Session.State\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x0c\n\x04step\x18\x07 \x01(\x03\x12\x12\n\ncommit_seq\x18\x08 \x01(\x04\x12\x0e\n\x06suffix\x18\t \x01(\t\x12>\n\ruser_metadata\x18\n \x03(\x0b\x32\'.firetitan.v1.Session.UserMetadataEntry\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\x33\n\x11UserMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"h\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_ACTIVE\x10\x01\x12\x14\n\x10STATE_RECOVERING\x10\x02\x12\x0e\n\nSTATE_LOST\x10\x03\x12\x10\n\x0cSTATE_CLOSED\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66iretitan/v1/session.proto\x12\x0c\x66iretitan.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb4\x01\n\nLoraConfig\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x12\n\x05\x61lpha\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\ntrain_attn\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12\x16\n\ttrain_mlp\x18\x04 \x01(\x08H\x02\x88\x01\x01\x12\x1a\n\rtrain_unembed\x18\x05 \x01(\x08H\x03\x88\x01\x01\x42\x08\n\x06_alphaB\r\n\x0b_train_attnB\x0c\n\n_train_mlpB\x10\n\x0e_train_unembed\"\xf4\x03\n\x07Session\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12&\n\x04lora\x18\x03 \x01(\x0b\x32\x18.firetitan.v1.LoraConfig\x12\x0c\n\x04seed\x18\x04 \x01(\x03\x12*\n\x05state\x18\x05 \x01(\x0e\x32\x1b.firetitan.v1.Session.State\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x0c\n\x04step\x18\x07 \x01(\x03\x12\x12\n\ncommit_seq\x18\x08 \x01(\x04\x12\x0e\n\x06suffix\x18\t \x01(\t\x12>\n\ruser_metadata\x18\n \x03(\x0b\x32\'.firetitan.v1.Session.UserMetadataEntry\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x66orward_only\x18\x0c \x01(\x08\x1a\x33\n\x11UserMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"h\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_ACTIVE\x10\x01\x12\x14\n\x10STATE_RECOVERING\x10\x02\x12\x0e\n\nSTATE_LOST\x10\x03\x12\x10\n\x0cSTATE_CLOSED\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,9 +37,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LORACONFIG']._serialized_start=78
   _globals['_LORACONFIG']._serialized_end=258
   _globals['_SESSION']._serialized_start=261
-  _globals['_SESSION']._serialized_end=739
-  _globals['_SESSION_USERMETADATAENTRY']._serialized_start=582
-  _globals['_SESSION_USERMETADATAENTRY']._serialized_end=633
-  _globals['_SESSION_STATE']._serialized_start=635
-  _globals['_SESSION_STATE']._serialized_end=739
+  _globals['_SESSION']._serialized_end=761
+  _globals['_SESSION_USERMETADATAENTRY']._serialized_start=604
+  _globals['_SESSION_USERMETADATAENTRY']._serialized_end=655
+  _globals['_SESSION_STATE']._serialized_start=657
+  _globals['_SESSION_STATE']._serialized_end=761
 # @@protoc_insertion_point(module_scope)

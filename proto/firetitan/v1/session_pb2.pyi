@@ -127,6 +127,7 @@ class Session(google.protobuf.message.Message):
     SUFFIX_FIELD_NUMBER: builtins.int
     USER_METADATA_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
+    FORWARD_ONLY_FIELD_NUMBER: builtins.int
     name: builtins.str
     """`trainers/{trainer}/sessions/{session}`."""
     base_model: builtins.str
@@ -143,6 +144,8 @@ class Session(google.protobuf.message.Message):
     """Commands admitted so far."""
     suffix: builtins.str
     """Eight hexadecimal digits, appended to the names of its snapshots."""
+    forward_only: builtins.bool
+    """Runs the frozen model: every command but Forward fails with SESSION_FORWARD_ONLY."""
     @property
     def lora(self) -> global___LoraConfig:
         """The adapter."""
@@ -169,8 +172,9 @@ class Session(google.protobuf.message.Message):
         suffix: builtins.str = ...,
         user_metadata: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        forward_only: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["create_time", b"create_time", "lora", b"lora"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "commit_seq", b"commit_seq", "create_time", b"create_time", "epoch", b"epoch", "lora", b"lora", "name", b"name", "seed", b"seed", "state", b"state", "step", b"step", "suffix", b"suffix", "user_metadata", b"user_metadata"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "commit_seq", b"commit_seq", "create_time", b"create_time", "epoch", b"epoch", "forward_only", b"forward_only", "lora", b"lora", "name", b"name", "seed", b"seed", "state", b"state", "step", b"step", "suffix", b"suffix", "user_metadata", b"user_metadata"]) -> None: ...
 
 global___Session = Session

@@ -166,6 +166,7 @@ class Trainer(google.protobuf.message.Message):
     CREATE_TIME_FIELD_NUMBER: builtins.int
     WORKER_PID_FIELD_NUMBER: builtins.int
     SESSION_FIELD_NUMBER: builtins.int
+    FORWARD_ONLY_FIELD_NUMBER: builtins.int
     name: builtins.str
     """`trainers/{trainer}`."""
     base_model: builtins.str
@@ -180,6 +181,8 @@ class Trainer(google.protobuf.message.Message):
     """Process id of the worker; 0 without one."""
     session: builtins.str
     """The session on it, if one was opened."""
+    forward_only: builtins.bool
+    """Its session runs the frozen model and trains nothing."""
     @property
     def error(self) -> google.rpc.status_pb2.Status:
         """Why it failed."""
@@ -205,8 +208,9 @@ class Trainer(google.protobuf.message.Message):
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         worker_pid: builtins.int = ...,
         session: builtins.str = ...,
+        forward_only: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["create_time", b"create_time", "error", b"error", "model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "create_time", b"create_time", "error", b"error", "lora_rank", b"lora_rank", "max_context_length", b"max_context_length", "model", b"model", "name", b"name", "session", b"session", "state", b"state", "worker_pid", b"worker_pid"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "create_time", b"create_time", "error", b"error", "forward_only", b"forward_only", "lora_rank", b"lora_rank", "max_context_length", b"max_context_length", "model", b"model", "name", b"name", "session", b"session", "state", b"state", "worker_pid", b"worker_pid"]) -> None: ...
 
 global___Trainer = Trainer

@@ -26,6 +26,7 @@ class CreateTrainerRequest(google.protobuf.message.Message):
     MAX_CONTEXT_LENGTH_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    FORWARD_ONLY_FIELD_NUMBER: builtins.int
     trainer_id: builtins.str
     """Last segment of the name; empty: the daemon chooses."""
     base_model: builtins.str
@@ -38,6 +39,8 @@ class CreateTrainerRequest(google.protobuf.message.Message):
     """"auto" (as stored, the default), "float32" or "bfloat16"."""
     request_id: builtins.str
     """Makes a retry safe."""
+    forward_only: builtins.bool
+    """Run the frozen model and train nothing, in the memory that its weights take: for references."""
     def __init__(
         self,
         *,
@@ -47,8 +50,9 @@ class CreateTrainerRequest(google.protobuf.message.Message):
         max_context_length: builtins.int = ...,
         dtype: builtins.str = ...,
         request_id: builtins.str = ...,
+        forward_only: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "dtype", b"dtype", "lora_rank", b"lora_rank", "max_context_length", b"max_context_length", "request_id", b"request_id", "trainer_id", b"trainer_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "dtype", b"dtype", "forward_only", b"forward_only", "lora_rank", b"lora_rank", "max_context_length", b"max_context_length", "request_id", b"request_id", "trainer_id", b"trainer_id"]) -> None: ...
 
 global___CreateTrainerRequest = CreateTrainerRequest
 

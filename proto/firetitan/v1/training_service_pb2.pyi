@@ -344,7 +344,9 @@ class ForwardRequest(google.protobuf.message.Message):
     retain_graph: builtins.bool
     """Keep what Backward needs."""
     base_only: builtins.bool
-    """Run the base model, the session's adapter left out; full-parameter sessions have none to leave."""
+    """Run the base model, the session's adapter left out; a session that trains every parameter has
+    none to leave out.
+    """
     @property
     def header(self) -> firetitan.v1.command_pb2.CommandHeader:
         """Who and which."""

@@ -79,11 +79,12 @@ def test_a_trainers_plain_settings_pass() -> None:
     config.refuse_unsupported()
 
 
-@pytest.mark.parametrize("settings", [{"forward_only": True}, {"trainer_replica_count": 2}])
-def test_what_no_daemon_does_is_refused(client: FireworksClient, settings: dict[str, Any]) -> None:
+def test_what_no_daemon_does_is_refused(client: FireworksClient) -> None:
     manager = TrainerJobManager(address=client.base_url)
-    with pytest.raises(NotImplementedError, match=next(iter(settings))):
-        manager.create(TrainerJobConfig("m", **settings))
+    with pytest.raises(NotImplementedError, match="trainer_replica_count"):
+        manager.create(TrainerJobConfig("m", trainer_replica_count=2))
+    with pytest.raises(ValueError, match="lora_rank"):
+        manager.create(TrainerJobConfig("m", lora_rank=4, forward_only=True))
 
 
 @pytest.mark.parametrize(

@@ -305,6 +305,7 @@ class OpenSessionRequest(google.protobuf.message.Message):
     TRAIN_ATTN_FIELD_NUMBER: builtins.int
     TRAIN_MLP_FIELD_NUMBER: builtins.int
     TRAIN_UNEMBED_FIELD_NUMBER: builtins.int
+    FORWARD_ONLY_FIELD_NUMBER: builtins.int
     session: builtins.str
     """`trainers/{trainer}/sessions/{session}`."""
     seed: builtins.int
@@ -319,6 +320,8 @@ class OpenSessionRequest(google.protobuf.message.Message):
     """Adapt the MLP projections."""
     train_unembed: builtins.bool
     """Adapt the output head."""
+    forward_only: builtins.bool
+    """Train nothing."""
     def __init__(
         self,
         *,
@@ -329,8 +332,9 @@ class OpenSessionRequest(google.protobuf.message.Message):
         train_attn: builtins.bool = ...,
         train_mlp: builtins.bool = ...,
         train_unembed: builtins.bool = ...,
+        forward_only: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["lora_alpha", b"lora_alpha", "lora_rank", b"lora_rank", "seed", b"seed", "session", b"session", "train_attn", b"train_attn", "train_mlp", b"train_mlp", "train_unembed", b"train_unembed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["forward_only", b"forward_only", "lora_alpha", b"lora_alpha", "lora_rank", b"lora_rank", "seed", b"seed", "session", b"session", "train_attn", b"train_attn", "train_mlp", b"train_mlp", "train_unembed", b"train_unembed"]) -> None: ...
 
 global___OpenSessionRequest = OpenSessionRequest
 
