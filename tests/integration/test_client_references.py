@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +319,16 @@ def test_what_a_reference_cannot_be_is_said(daemon: DaemonProcess) -> None:
     with pytest.raises(ValueError, match="lora_rank"):
         make_service(daemon, forward_only=True)
     refused(service.create_reference_client, RuntimeError, "FiretitanServiceClient is closed")
+
+
+def test_a_reference_outlives_its_worker(daemon: DaemonProcess) -> None:
+    with make_full(daemon) as service:
+        before = logprobs(service.create_training_client())
+        reference = service.create_reference_client()
+        name = f"trainers/{service.reference_trainer_job_id}"
+        found = service.stubs.trainers.GetTrainer(trainer_service_pb2.GetTrainerRequest(name=name))
+        os.kill(found.trainer.worker_pid, signal.SIGKILL)
+        assert logprobs(reference) == before
 
 
 def test_a_required_reference_that_fails_leaves_nothing_behind(daemon: DaemonProcess) -> None:
