@@ -25,6 +25,7 @@ from firetitan.v1 import (
     trainer_service_pb2,
 )
 
+from firetitan_client.accepted_settings import AcceptedSettings
 from firetitan_client.errors import NotFound, Unsupported, from_status
 from firetitan_client.transport import Transport
 
@@ -37,7 +38,7 @@ CLEANUP_DEPLOYMENT_ON_CLOSE_SCALE_TO_ZERO: DeploymentCleanupOnClose = "scale_to_
 
 
 @dataclass
-class FiretitanProvisioningConfig:
+class FiretitanProvisioningConfig(AcceptedSettings):
     """What a managed service works with. None: chosen, or taken from what exists."""
 
     base_model: str | None = None
@@ -85,7 +86,8 @@ class FiretitanProvisioningConfig:
     """The trainer runs the frozen model and trains nothing."""
     trainer_timeout_s: float = 3600.0
     deployment_timeout_s: float = 5400.0
-    hotload_timeout_s: float | None = None
+    hotload_timeout_s: float | None = 600.0
+    projection_head_dim: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_lora_rank is not None:
@@ -128,6 +130,12 @@ class FiretitanProvisioningConfig:
                 f"lora_rank: {self.lora_rank} with forward_only=True; a forward-only trainer runs "
                 "the base model and has no adapter, leave lora_rank out"
             )
+        if self.projection_head_dim is not None:
+            raise Unsupported(
+                "projection_head_dim is not supported; leave it out", field="projection_head_dim"
+            )
+        if self.hotload_timeout_s is None:
+            self.hotload_timeout_s = 600.0
 
 
 _ALIASES = {
@@ -138,15 +146,6 @@ _ALIASES = {
     "deployment_replica_count": "replica_count",
 }
 _DEPRECATED = ("accelerator_type", "accelerator_count", "node_count")
-_IRRELEVANT = frozenset(
-    """region gradient_accumulation_steps custom_image_tag extra_args
-    extra_values deployment_extra_args deployment_extra_values trainer_pending_timeout_s
-    reattach_settle_timeout_s reattach_poll_interval_s inactivity_timeout
-    disable_inactivity_cleanup display_name purpose preemptible managed_by skip_validations
-    disable_speculative_decoding use_reservation reservation_target
-    wait_for_trainer_before_deployment weight_sync_transport projection_head_dim
-    """.split()
-)
 
 
 def build_config(
@@ -156,8 +155,7 @@ def build_config(
 
     Args:
         managed_config: All at once.
-        given: Or one by one, aliases included. None means the default; what only a data centre
-            needs is accepted and ignored.
+        given: Or one by one, aliases included. None means the default.
 
     Raises:
         ValueError: Both, a value out of range, or a name and its alias.
@@ -176,19 +174,20 @@ def build_config(
     by_alias: dict[str, str] = {}
     for name, value in given.items():
         target = _ALIASES.get(name, name)
-        if name in _DEPRECATED:
-            if value is not None:
-                warnings.warn(f"{name} has no effect", DeprecationWarning, stacklevel=3)
-        elif target in known:
-            if name != target and target in given:
+        if name in _DEPRECATED and value is not None:
+            warnings.warn(f"{name} has no effect", DeprecationWarning, stacklevel=3)
+        if target in known:
+            if value is None:
+                continue
+            if name != target and given.get(target) is not None:
                 raise ValueError(f"Pass either '{target}' or alias '{name}', not both")
             if name != target and target in by_alias:
                 raise ValueError(f"Pass only one alias for '{target}'")
             if name != target:
                 by_alias[target] = name
-            if value is not None and not (value == "" and target.endswith("_id")):
+            if not (value == "" and target.endswith("_id")):
                 values[target] = value
-        elif name not in _IRRELEVANT and value is not None:
+        elif value is not None:
             raise TypeError(f"from_firetitan_config() got an unexpected keyword argument {name!r}")
     return FiretitanProvisioningConfig(**values)
 

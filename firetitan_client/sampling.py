@@ -230,7 +230,7 @@ class FiretitanSamplingClient(SelfFuture[Target]):
         self._unpin = weakref.finalize(self, release_pin, target, self._pin)
         self._unpin.atexit = False
 
-    def close(self, drain_timeout_s: float | None = None) -> None:
+    def close(self, drain_timeout_s: float | None = 3600) -> None:
         """Let the snapshot go; running samples still end."""
         self._closed = True
         if self._unpin is not None:

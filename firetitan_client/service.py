@@ -6,6 +6,7 @@ Knows: how a service is configured and ended. Must not know: how commands or sam
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -147,6 +148,42 @@ class FiretitanServiceClient(ReferenceClients, SamplingClients):
         """As `deployment_id`; None before the deployment exists."""
         deployment = self._provisioner.deployment
         return deployment.name.rpartition("/")[2] if deployment else None
+
+    @property
+    def managed_max_context_length(self) -> int | None:
+        """As `max_context_length`; None before the trainer exists."""
+        trainer = self._provisioner.trainer
+        return self.max_context_length if trainer else None
+
+    @property
+    def managed_deployment_shape(self) -> str | None:
+        """As `deployment_shape`; None before the deployment exists."""
+        return self.deployment_shape if self._provisioner.deployment else None
+
+    @property
+    def config(self) -> FiretitanProvisioningConfig:
+        """A copy of the settings in effect, those without effect here too."""
+        return copy.copy(self._config)
+
+    @property
+    def training_profile(self) -> None:
+        """None: no shape was scheduled."""
+
+    @property
+    def accelerator_type(self) -> None:
+        """None: nothing was scheduled."""
+
+    @property
+    def accelerator_count(self) -> None:
+        """None: nothing was scheduled."""
+
+    @property
+    def training_session_id(self) -> None:
+        """None: there are no serverless sessions."""
+
+    @property
+    def training_session_name(self) -> None:
+        """None: there are no serverless sessions."""
 
     @property
     def reference_client_job_id(self) -> str:

@@ -1,0 +1,201 @@
+"""Whether a call returns a future or a value, call by call, on a real daemon."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tinker
+from support import compatibility, surface
+from support.daemon import DaemonProcess
+
+from firetitan_client import (
+    APIFuture,
+    DeploymentSampler,
+    FiretitanSamplingClient,
+    FiretitanServiceClient,
+    FiretitanTrainingClient,
+    SaveSamplerResult,
+)
+
+pytestmark = pytest.mark.timeout(180)
+MakeService = Callable[..., FiretitanServiceClient]
+TOY = "firetitan/toy"
+ADAM = tinker.AdamParams(learning_rate=1e-3)
+
+
+def loss(_: Any, values: list[Any]) -> Any:
+    return sum(value.sum() for value in values), {}
+
+
+# Call to what it is called with and what it returns.
+TRAINING: dict[str, tuple[Callable[[Any, Any], Any], type[Any]]] = {
+    "forward": (lambda on, data: on.forward(data, "cross_entropy"), APIFuture),
+    "forward_backward": (lambda on, data: on.forward_backward(data, "cross_entropy"), APIFuture),
+    "forward_backward_custom": (
+        lambda on, data: on.forward_backward_custom(data, loss),
+        APIFuture,
+    ),
+    "optim_step": (lambda on, _: on.optim_step(ADAM), APIFuture),
+    "save_weights_for_sampler": (lambda on, _: on.save_weights_for_sampler("a"), APIFuture),
+    "save_weights_for_sampler_ext": (
+        lambda on, _: on.save_weights_for_sampler_ext("b"),
+        SaveSamplerResult,
+    ),
+    "save_weights_and_get_sampling_client": (
+        lambda on, _: on.save_weights_and_get_sampling_client(),
+        FiretitanSamplingClient,
+    ),
+    "save_state": (lambda on, _: on.save_state("s"), APIFuture),
+    "load_state": (lambda on, _: on.load_state("s"), APIFuture),
+    "load_state_with_optimizer": (lambda on, _: on.load_state_with_optimizer("s"), APIFuture),
+    "list_checkpoints": (lambda on, _: on.list_checkpoints(), list),
+    "resolve_checkpoint_path": (lambda on, _: on.resolve_checkpoint_path("s", "job"), str),
+    "create_sampling_client": (
+        lambda on, _: on.create_sampling_client(on.save_weights_for_sampler("c").result().path),
+        FiretitanSamplingClient,
+    ),
+    "create_base_training_client": (
+        lambda on, _: on.create_base_training_client(),
+        FiretitanTrainingClient,
+    ),
+    "get_tokenizer": (lambda on, _: on.get_tokenizer(), object),
+    "get_info": (lambda on, _: on.get_info(), tinker.types.GetInfoResponse),
+    "result": (lambda on, _: on.result(60), FiretitanTrainingClient),
+    "future": (lambda on, _: on.future(), APIFuture),
+}
+SAMPLING: dict[str, tuple[Callable[[Any, Any], Any], type[Any]]] = {
+    "create": (
+        lambda on, place: FiretitanSamplingClient.create(place.address, place.deployment),
+        FiretitanSamplingClient,
+    ),
+    "sample": (lambda on, _: on.sample([1, 2], 1), APIFuture),
+    "compute_logprobs": (lambda on, _: on.compute_logprobs([1, 2]), APIFuture),
+    "get_tokenizer": (lambda on, _: on.get_tokenizer(), object),
+    "get_base_model": (lambda on, _: on.get_base_model(), str),
+    "get_telemetry": (lambda on, _: on.get_telemetry(), type(None)),
+    "result": (lambda on, _: on.result(60), FiretitanSamplingClient),
+    "future": (lambda on, _: on.future(), APIFuture),
+    "close": (lambda on, _: on.close(), type(None)),
+}
+SERVICE: dict[str, tuple[Callable[[Any, Any], Any], type[Any]]] = {
+    "from_firetitan_config": (
+        lambda on, place: FiretitanServiceClient.from_firetitan_config(base_model=TOY),
+        FiretitanServiceClient,
+    ),
+    "create_training_client": (
+        lambda on, make: make().create_training_client(),
+        FiretitanTrainingClient,
+    ),
+    "create_lora_training_client": (
+        lambda on, make: make().create_lora_training_client(TOY, 4),
+        FiretitanTrainingClient,
+    ),
+    "create_training_client_from_state": (
+        lambda on, make: make().create_training_client_from_state("cross_job://returns/kept"),
+        FiretitanTrainingClient,
+    ),
+    "create_training_client_from_state_with_optimizer": (
+        lambda on, make: make().create_training_client_from_state_with_optimizer(
+            "cross_job://returns/kept"
+        ),
+        FiretitanTrainingClient,
+    ),
+    "create_base_training_client": (
+        lambda on, _: on.create_base_training_client(),
+        FiretitanTrainingClient,
+    ),
+    "create_sampling_client": (lambda on, _: on.create_sampling_client(), FiretitanSamplingClient),
+    "create_deployment_sampler": (lambda on, _: on.create_deployment_sampler(), DeploymentSampler),
+    "hotload_sampler_snapshot": (
+        lambda on, place: on.hotload_sampler_snapshot(place.snapshot),
+        type(None),
+    ),
+    "requires_initial_sampler_sync": (lambda on, _: on.requires_initial_sampler_sync(), bool),
+    "close": (lambda on, _: on.close(), type(None)),
+}
+
+
+@pytest.fixture
+def place(make_service: MakeService, toy_daemon: DaemonProcess, tiny_llama: Any) -> SimpleNamespace:
+    service = make_service(
+        trainer_job_id="returns", deployment_id="returns", tokenizer_model=str(tiny_llama)
+    )
+    policy = service.create_training_client()
+    policy.save_state("kept").result()
+    snapshot = policy.save_weights_for_sampler("kept").result().path
+    return SimpleNamespace(
+        service=service,
+        policy=policy,
+        snapshot=snapshot,
+        address=toy_daemon.address,
+        deployment="returns",
+    )
+
+
+def expected(kind: str, table: dict[str, Any]) -> list[str]:
+    """Calls of a class that are there, twins apart."""
+    done = {
+        name
+        for row in compatibility.rows()
+        if row.section == kind and row.status != compatibility.UNIMPLEMENTED
+        for name in row.names
+    }
+    calls = surface.calls(surface.CLASSES[kind])
+    return [name for name in calls if name in done and not name.endswith("_async") and name != kind]
+
+
+async def twin_of(client: Any, name: str, call: Callable[[Any, Any], Any], with_: Any) -> Any:
+    """What awaiting the twin gives."""
+
+    class Renamed:
+        def __getattr__(self, asked: str) -> Any:
+            return getattr(client, f"{asked}_async" if asked == name else asked)
+
+    answer = call(Renamed(), with_)
+    assert inspect.isawaitable(answer)
+    return await answer
+
+
+def test_what_each_call_returns(
+    place: SimpleNamespace, make_service: MakeService, data: list[Any]
+) -> None:
+    assert sorted(TRAINING) == sorted(expected("FiretitanTrainingClient", TRAINING))
+    assert sorted(SAMPLING) == sorted(expected("FiretitanSamplingClient", SAMPLING))
+    assert sorted(SERVICE) == sorted(expected("FiretitanServiceClient", SERVICE))
+    client = place.service.create_sampling_client()
+    for on, table, with_ in (
+        (place.policy, TRAINING, data),
+        (client, SAMPLING, place),
+        (place.service, SERVICE, place),
+    ):
+        for name, (call, kind) in table.items():
+            making = "make" in call.__code__.co_varnames
+            answer = call(on, make_service if making else with_)
+            assert isinstance(answer, kind), (name, answer)
+            assert isinstance(answer, APIFuture) == (kind is APIFuture), (name, answer)
+            if kind is APIFuture:
+                answer.result(60)
+
+
+async def test_what_each_twin_gives(place: SimpleNamespace, data: list[Any]) -> None:
+    """A training twin gives the future, a creating or sampling one what that would."""
+    policy = await place.policy
+    policy.forward_backward(data, "cross_entropy")
+    for name, (call, kind) in TRAINING.items():
+        if not hasattr(policy, f"{name}_async") or name == "create_sampling_client":
+            continue
+        answer = await twin_of(policy, name, call, data)
+        assert isinstance(answer, kind), (name, answer)
+        if kind is APIFuture:
+            await answer
+    sampler = await place.service.create_sampling_client_async()
+    assert isinstance(sampler, FiretitanSamplingClient)
+    assert isinstance(await sampler.sample_async([1, 2], 1), tinker.SampleResponse)
+    assert isinstance(await sampler.compute_logprobs_async([1, 2]), list)
+    native = await place.service.create_deployment_sampler_async()
+    assert isinstance(native, DeploymentSampler)
+    assert await place.service.hotload_sampler_snapshot_async(place.snapshot) is None

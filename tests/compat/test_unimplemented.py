@@ -1,0 +1,199 @@
+"""Every row of docs/compatibility.md that says UNIMPLEMENTED, called on a real daemon.
+
+What is implemented leaves this table and gets a test of its own; until then it must say so.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support import compatibility
+from support.daemon import DaemonProcess
+
+from firetitan_client import (
+    DeploymentConfig,
+    DeploymentManager,
+    FiretitanSamplingParams,
+    FiretitanServiceClient,
+    FireworksClient,
+    TrainerJobConfig,
+    TrainerJobManager,
+)
+
+pytestmark = pytest.mark.timeout(180)
+TOY = "firetitan/toy"
+
+
+def absent(*names: str) -> Callable[[SimpleNamespace], Any]:
+    """Not even there, on the kind of client it would belong to."""
+
+    def call(place: SimpleNamespace) -> None:
+        kinds = (place.service, place.policy, place.client, place.native)
+        assert [name for name in names if all(hasattr(kind, name) for kind in kinds)] == []
+        raise NotImplementedError
+
+    return call
+
+
+def loss(_: Any, values: list[Any]) -> Any:
+    return sum(value.sum() for value in values), {}
+
+
+def config(**settings: Any) -> Callable[[SimpleNamespace], Any]:
+    return lambda _: FiretitanServiceClient.from_firetitan_config(base_model=TOY, **settings)
+
+
+def sample(**options: Any) -> Callable[[SimpleNamespace], Any]:
+    return lambda place: place.client.sample([1, 2], 1, **options)
+
+
+def native(**options: Any) -> Callable[[SimpleNamespace], Any]:
+    return lambda place: place.native.sample_with_prompt_tokens([1, 2], **options)
+
+
+def deployment(transition: str) -> Callable[[SimpleNamespace], Any]:
+    config = DeploymentConfig("later", TOY, hot_load_transition_type=transition)
+    return lambda place: DeploymentManager(address=place.address).create_or_get(config)
+
+
+SERVICE = "FiretitanServiceClient"
+TRAINING = "FiretitanTrainingClient"
+SAMPLING = "FiretitanSamplingClient"
+CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
+    f"{SERVICE}: create_reference_client": [lambda on: on.service.create_reference_client(TOY, 4)],
+    f"{SERVICE}: create_deployment_sampler_for_model": [
+        absent("create_deployment_sampler_for_model")
+    ],
+    f"{SERVICE}: create_inference_deployment_sampler": [
+        absent("create_inference_deployment_sampler")
+    ],
+    f"{SERVICE}: list_checkpoints": [absent("list_checkpoints")],
+    f"{SERVICE}: promote_checkpoint": [absent("promote_checkpoint")],
+    f"{SERVICE}: release_references": [absent("release_references")],
+    f"{SERVICE}: create_rest_client": [absent("create_rest_client")],
+    f"{SERVICE}: get_server_capabilities, get_server_capabilities_async": [
+        absent("get_server_capabilities", "get_server_capabilities_async")
+    ],
+    f"{SERVICE}: get_telemetry": [absent("get_telemetry")],
+    "FiretitanProvisioningConfig: max_lora_rank": [config(max_lora_rank=8)],
+    "FiretitanProvisioningConfig: hot_load_transition_type": [
+        config(hot_load_transition_type="sync"),
+        config(hot_load_transition_type="ASYNC"),
+    ],
+    "FiretitanProvisioningConfig: forward_only": [config(forward_only=True)],
+    "FiretitanProvisioningConfig: projection_head_dim": [config(projection_head_dim=8)],
+    f"{TRAINING}: forward_backward_contrastive, forward_backward_contrastive_async": [
+        lambda on: on.policy.forward_backward_contrastive(on.data, num_queries=1, temperature=1.0)
+    ],
+    f"{TRAINING}: save_weights_and_get_sampling_client_submit": [
+        absent("save_weights_and_get_sampling_client_submit")
+    ],
+    f"{TRAINING}: load_adapter, load_adapter_async": [
+        lambda on: on.policy.load_adapter("gs://my-bucket/adapters/run-42")
+    ],
+    f"{TRAINING}: get_info_async, get_telemetry": [absent("get_info_async", "get_telemetry")],
+    f"{TRAINING}: unload_model, unload_model_async": [absent("unload_model")],
+    f"{TRAINING}: weight_sync, weight_sync_async": [absent("weight_sync")],
+    f"{TRAINING}: run_id, run_name": [absent("run_id", "run_name")],
+    f"{TRAINING}: holder": [absent("holder")],
+    'Custom losses: output="embedding", "cos_similarity_matrix"': [
+        lambda on: on.policy.forward_backward_custom(on.data, loss, output="embedding"),
+        lambda on: on.policy.forward_backward_custom(
+            on.data, loss, output="cos_similarity_matrix", pooling="last"
+        ),
+    ],
+    "Custom losses: precomputed_forward": [
+        lambda on: on.policy.forward_backward_custom(
+            on.data,
+            loss,
+            precomputed_forward=on.policy.forward(on.data, "cross_entropy").result(),
+        )
+    ],
+    "Checkpoints and snapshots: merged_base, export_precision": [
+        lambda on: on.policy.save_weights_for_sampler("m", checkpoint_type="merged_base"),
+        lambda on: on.policy.save_weights_for_sampler_ext(
+            "m", checkpoint_type="merged_base", export_precision="bf16"
+        ),
+    ],
+    "Checkpoints and snapshots: ttl_seconds": [
+        lambda on: on.policy.save_state("t", ttl_seconds=60),
+        lambda on: on.policy.save_weights_for_sampler("t", ttl_seconds=60),
+        lambda on: on.policy.save_weights_for_sampler_ext("t", ttl_seconds=60),
+    ],
+    f"{SAMPLING}: topk_prompt_logprobs, topk_sample_logprobs, target_prompt_logprobs, "
+    "prompt_alt_tokens_k": [
+        sample(include_prompt_logprobs=True, topk_prompt_logprobs=2),
+        sample(topk_sample_logprobs=2),
+        sample(target_prompt_logprobs=[[1], [2]]),
+        sample(prompt_alt_tokens_k=2),
+    ],
+    f"{SAMPLING}: images": [sample(images=["a"])],
+    f"{SAMPLING}: get_sampler_handle, from_sampler_handle": [absent("get_sampler_handle")],
+    "FiretitanSamplingParams: include_routing_matrix": [
+        sample(sampling_params=FiretitanSamplingParams(include_routing_matrix=True))
+    ],
+    "FiretitanSamplingParams: top_sampling_logprobs, sampling_mask, r3_ttl_seconds": [
+        sample(sampling_params=FiretitanSamplingParams(**{name: value}))
+        for name, value in (
+            ("top_sampling_logprobs", 2),
+            ("sampling_mask", [1]),
+            ("r3_ttl_seconds", 60),
+        )
+    ],
+    "DeploymentSampler: async_completions_stream": [absent("async_completions_stream")],
+    "DeploymentSampler: echo, echo_last, top_logprobs": [
+        native(echo=True),
+        native(echo_last=2),
+        native(top_logprobs=2),
+    ],
+    "DeploymentSampler: include_routing_matrix, images, raw_output": [
+        native(include_routing_matrix=True),
+        native(images=["a"]),
+        native(raw_output=True),
+    ],
+    "FireworksClient: promote_checkpoint": [
+        lambda on: FireworksClient(address=on.address).promote_checkpoint(
+            name="accounts/local/rlorTrainerJobs/t/checkpoints/c",
+            output_model_id="mine",
+            base_model=TOY,
+        )
+    ],
+    "TrainerJobConfig: forward_only": [
+        lambda on: TrainerJobManager(address=on.address).create(
+            TrainerJobConfig(TOY, forward_only=True)
+        )
+    ],
+    "DeploymentConfig: hot_load_transition_type": [deployment("SYNC"), deployment("ASYNC")],
+}
+
+
+def test_the_table_is_the_pages() -> None:
+    rows = compatibility.rows()
+    assert sorted(CASES) == sorted(
+        row.key for row in rows if row.status == compatibility.UNIMPLEMENTED
+    )
+
+
+@pytest.fixture
+def place(toy_daemon: DaemonProcess, service: FiretitanServiceClient, data: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        service=service,
+        policy=FiretitanServiceClient(base_url=service.base_url).create_training_client(),
+        client=service.create_sampling_client(),
+        native=service.create_deployment_sampler(),
+        address=toy_daemon.address,
+        data=data,
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_says_so(place: SimpleNamespace, name: str) -> None:
+    for call in CASES[name]:
+        with pytest.raises(NotImplementedError):
+            answer = call(place)
+            if inspect.isawaitable(answer):
+                await answer
