@@ -120,6 +120,16 @@ def test_bare_constructor_and_connecting_to_an_existing_trainer(
     assert training_client.trainer_job_id == service.trainer_job_id
 
 
+def test_create_base_training_client(base_model: str, datums: list[tinker.Datum]) -> None:
+    with make_service(base_model, 4) as service:
+        training_client = service.create_training_client(base_model=base_model, lora_rank=4)
+        untrained = training_client.forward(datums, "cross_entropy").result().metrics["loss:sum"]
+        train(training_client, datums)
+        reference_client = service.create_base_training_client(base_model=base_model)
+        ref = reference_client.forward(datums, "cross_entropy").result()
+        assert ref.metrics["loss:sum"] == untrained
+
+
 def test_create_sampling_client_serves_the_saved_weights(
     service: FiretitanServiceClient, training_client: Any, datums: list[tinker.Datum]
 ) -> None:
@@ -280,7 +290,6 @@ def test_blocks_of_later_calls_say_what_to_do(
         raise AssertionError("must not be called")
 
     for call, text in (
-        (lambda: service.create_base_training_client(base_model=base_model), "only forward"),
         (lambda: service.create_reference_client(base_model, lora_rank=0), "only forward"),
         (
             lambda: training_client.forward_backward_custom(

@@ -18,6 +18,7 @@ from firetitan_client import (
     FiretitanSamplingClient,
     FiretitanServiceClient,
     FiretitanTrainingClient,
+    SampleStream,
     SaveSamplerResult,
 )
 
@@ -73,6 +74,7 @@ SAMPLING: dict[str, tuple[Callable[[Any, Any], Any], type[Any]]] = {
         FiretitanSamplingClient,
     ),
     "sample": (lambda on, _: on.sample([1, 2], 1), APIFuture),
+    "sample_stream": (lambda on, _: on.sample_stream([1, 2]), SampleStream),
     "compute_logprobs": (lambda on, _: on.compute_logprobs([1, 2]), APIFuture),
     "get_tokenizer": (lambda on, _: on.get_tokenizer(), object),
     "get_base_model": (lambda on, _: on.get_base_model(), str),

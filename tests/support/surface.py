@@ -102,6 +102,7 @@ CLASSES = {
         sample(prompt, num_samples=1, sampling_params=None, include_prompt_logprobs=False,
             topk_prompt_logprobs=0, topk_sample_logprobs=0, target_prompt_logprobs=None,
             prompt_alt_tokens_k=0, prompt_logprobs_last_n=None, *, images=None) +async
+        sample_stream(prompt, num_samples=1, sampling_params=None)
         compute_logprobs(prompt, prompt_logprobs_last_n=None) +async
         get_tokenizer()
         get_base_model() +async
