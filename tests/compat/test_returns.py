@@ -110,6 +110,11 @@ SERVICE: dict[str, tuple[Callable[[Any, Any], Any], type[Any]]] = {
         lambda on, _: on.create_base_training_client(),
         FiretitanTrainingClient,
     ),
+    "create_reference_client": (
+        lambda on, _: on.create_reference_client(),
+        FiretitanTrainingClient,
+    ),
+    "release_references": (lambda on, _: on.release_references(), type(None)),
     "create_sampling_client": (lambda on, _: on.create_sampling_client(), FiretitanSamplingClient),
     "create_deployment_sampler": (lambda on, _: on.create_deployment_sampler(), DeploymentSampler),
     "hotload_sampler_snapshot": (

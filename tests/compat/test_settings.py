@@ -21,7 +21,6 @@ WITHOUT_USE: dict[str, Any] = {
     "training_shape_id": "accounts/fireworks/trainingShapes/qwen3-8b-128k-h200",
     "deployment_shape": "accounts/fireworks/deploymentShapes/qwen3-8b",
     "learning_rate": 3e-4,
-    "reference_required": True,
     "region": "US_VIRGINIA_1",
     "gradient_accumulation_steps": 1,
     "custom_image_tag": "1.2",
@@ -47,7 +46,6 @@ WITHOUT_USE: dict[str, Any] = {
     "reservation_target": "r",
     "wait_for_trainer_before_deployment": True,
     "weight_sync_transport": "RDMA",
-    "cleanup_reference_trainer_on_close": False,
 }
 
 

@@ -20,8 +20,6 @@ from firetitan_client import (
     FiretitanSamplingParams,
     FiretitanServiceClient,
     FireworksClient,
-    TrainerJobConfig,
-    TrainerJobManager,
 )
 
 pytestmark = pytest.mark.timeout(180)
@@ -64,7 +62,6 @@ SERVICE = "FiretitanServiceClient"
 TRAINING = "FiretitanTrainingClient"
 SAMPLING = "FiretitanSamplingClient"
 CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
-    f"{SERVICE}: create_reference_client": [lambda on: on.service.create_reference_client(TOY, 4)],
     f"{SERVICE}: create_deployment_sampler_for_model": [
         absent("create_deployment_sampler_for_model")
     ],
@@ -73,7 +70,6 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
     ],
     f"{SERVICE}: list_checkpoints": [absent("list_checkpoints")],
     f"{SERVICE}: promote_checkpoint": [absent("promote_checkpoint")],
-    f"{SERVICE}: release_references": [absent("release_references")],
     f"{SERVICE}: create_rest_client": [absent("create_rest_client")],
     f"{SERVICE}: get_server_capabilities, get_server_capabilities_async": [
         absent("get_server_capabilities", "get_server_capabilities_async")
@@ -84,7 +80,6 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
         config(hot_load_transition_type="sync"),
         config(hot_load_transition_type="ASYNC"),
     ],
-    "FiretitanProvisioningConfig: forward_only": [config(forward_only=True)],
     "FiretitanProvisioningConfig: projection_head_dim": [config(projection_head_dim=8)],
     f"{TRAINING}: forward_backward_contrastive, forward_backward_contrastive_async": [
         lambda on: on.policy.forward_backward_contrastive(on.data, num_queries=1, temperature=1.0)
@@ -118,11 +113,6 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
         lambda on: on.policy.save_weights_for_sampler_ext(
             "m", checkpoint_type="merged_base", export_precision="bf16"
         ),
-    ],
-    "Checkpoints and snapshots: ttl_seconds": [
-        lambda on: on.policy.save_state("t", ttl_seconds=60),
-        lambda on: on.policy.save_weights_for_sampler("t", ttl_seconds=60),
-        lambda on: on.policy.save_weights_for_sampler_ext("t", ttl_seconds=60),
     ],
     f"{SAMPLING}: topk_prompt_logprobs, topk_sample_logprobs, target_prompt_logprobs, "
     "prompt_alt_tokens_k": [
@@ -160,11 +150,6 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
             name="accounts/local/rlorTrainerJobs/t/checkpoints/c",
             output_model_id="mine",
             base_model=TOY,
-        )
-    ],
-    "TrainerJobConfig: forward_only": [
-        lambda on: TrainerJobManager(address=on.address).create(
-            TrainerJobConfig(TOY, forward_only=True)
         )
     ],
     "DeploymentConfig: hot_load_transition_type": [deployment("SYNC"), deployment("ASYNC")],

@@ -28,7 +28,7 @@ CLASSES = {
             weights_access_token=None, *, name=None) +async
         create_base_training_client(base_model=None, user_metadata=None) +async
         create_reference_client(base_model=None, lora_rank=None, user_metadata=None, *,
-            policy_client=None)
+            policy_client=None) +async
         create_sampling_client(model_path=None, base_model=None, retry_config=None,
             deployment_sampler=None, *, tokenizer=None, concurrency_controller=None,
             training_client=None, pinned=False) +async
@@ -150,6 +150,7 @@ CLASSES = {
     "FireworksClient": """
         FireworksClient(api_key=None, base_url=None, additional_headers=None, verify_ssl=None,
             *, address=None, autostart=None)
+        delete_checkpoint(name)
         list_checkpoints(job_id, *, page_size=200)
         promote_checkpoint(job_id=None, checkpoint_id=None, output_model_id=None,
             base_model=None, *, name=None, hot_load_deployment_id=None)
