@@ -29,6 +29,10 @@ _NORMALIZATIONS: dict[str, training_service_pb2.GradAccNormalization.ValueType] 
     "num_loss_tokens": training_service_pb2.GRAD_ACC_NORMALIZATION_NUM_LOSS_TOKENS,
     "num_sequences": training_service_pb2.GRAD_ACC_NORMALIZATION_NUM_SEQUENCES,
 }
+_POOLINGS: dict[str, training_service_pb2.Pooling.ValueType] = {
+    "mean": training_service_pb2.POOLING_MEAN,
+    "last": training_service_pb2.POOLING_LAST,
+}
 
 
 def invalid(field: str, problem: str) -> InvalidArgument:
@@ -130,6 +134,30 @@ def custom_data_to_proto(data: Any) -> list[tensor_pb2.Datum]:
         message.loss_fn_inputs["target_tokens"].CopyFrom(tensor_to_proto(targets))
         messages.append(message)
     return messages
+
+
+def sequences_to_proto(data: Any) -> list[tensor_pb2.Datum]:
+    """The tokens of each datum; its loss inputs, if any, stay here."""
+    return [
+        tensor_pb2.Datum(
+            model_input=model_input_to_proto(datum.model_input, f"data[{index}].model_input")
+        )
+        for index, datum in enumerate(checked_data(data))
+    ]
+
+
+def pooling_to_proto(pooling: Any) -> training_service_pb2.Pooling.ValueType:
+    """How sequences become vectors.
+
+    Raises:
+        InvalidArgument: Neither "mean" nor "last".
+    """
+    found = _POOLINGS.get(pooling) if isinstance(pooling, str) else None
+    if found is None:
+        raise InvalidArgument(
+            f"Unsupported pooling={pooling!r}; expected 'mean' or 'last'", field="pooling"
+        )
+    return found
 
 
 def model_input_to_proto(model_input: Any, field: str) -> tensor_pb2.ModelInput:
@@ -253,6 +281,11 @@ def tensor_to_proto(array: npt.NDArray[Any]) -> tensor_pb2.Tensor:
     """A dense float32 or int64 array."""
     kind = tensor_pb2.DATA_TYPE_INT64 if array.dtype.kind == "i" else tensor_pb2.DATA_TYPE_FLOAT32
     return tensor_pb2.Tensor(data_type=kind, shape=array.shape, data=array.tobytes())
+
+
+def float32(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """A contiguous float32 array; a copy where the given one is not."""
+    return np.ascontiguousarray(array, dtype="<f4")
 
 
 def tensor_from_proto(tensor: tensor_pb2.Tensor) -> npt.NDArray[Any]:

@@ -3,11 +3,11 @@
 Knows: torch (imported when called), the Forward / Backward commands, which failures allow another
 way. Must not know: queues, sequence numbers, threads other than its own.
 
-    Forward (graph kept) -> logprobs -> the user's loss, differentiated here -> Backward (dC/dlogp)
+    Forward (graph kept) -> outputs -> the user's loss, differentiated here -> Backward (dC/doutput)
 
 One forward a call. Where the worker let go of the graph and the weights are the same, the linear
-surrogate sum(-weights * logprobs) with weights = -dC/dlogprobs has the same gradient. Where another
-client moved the weights in between, forward and loss run once more, then WeightsChanged is raised.
+surrogate sum(dC/doutput * output) has the same gradient. Where another client moved the weights in
+between, forward and loss run once more, then WeightsChanged is raised.
 Source: the algorithm of tinker's `forward_backward_custom`, without its second forward.
 """
 
@@ -20,19 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from firetitan.v1 import operation_pb2, tensor_pb2, training_service_pb2
+from firetitan.v1 import operation_pb2, training_service_pb2
 
-from firetitan_client import convert
-from firetitan_client.errors import GraphExpired, PrecedingFailed, Unsupported, WeightsChanged
+from firetitan_client import convert, precomputed
+from firetitan_client.errors import GraphExpired, PrecedingFailed, WeightsChanged
 from firetitan_client.futures import APIFuture
+from firetitan_client.loss_space import Embeddings, Logprobs, choose_space, output_arrays
 
 if TYPE_CHECKING:
     from firetitan_client.lane import Hold, Lane
 
 LossFn = Callable[[Any, list[Any]], tuple[Any, dict[str, float]]]
-
-_OUTPUTS = ("logprobs", "embedding", "cos_similarity_matrix")
-_POOLINGS = ("mean", "last")
 
 
 @dataclass(frozen=True)
@@ -42,36 +40,9 @@ class Loss:
     value: float
     metrics: dict[str, float]
     grads: list[npt.NDArray[np.float32]]
-    """dC/dlogprobs, one array a datum."""
+    """dC/doutputs, one array a datum."""
     surrogate: float
-    """sum(logprobs * dC/dlogprobs): what tinker reports as the surrogate's loss."""
-
-
-def check_options(loss_type_input: str, output: str, pooling: str, precomputed: Any) -> None:
-    """Refuse what is wrong or not supported.
-
-    Raises:
-        ValueError: An unknown option.
-        NotImplementedError: A known one that is not supported here.
-    """
-    if loss_type_input not in (None, "logprobs"):
-        raise convert.invalid("loss_type_input", f"is {loss_type_input!r}; give 'logprobs'")
-    if output not in _OUTPUTS:
-        raise convert.invalid(
-            "output",
-            f"Unsupported output={output!r}; expected 'logprobs', 'embedding', or "
-            "'cos_similarity_matrix'",
-        )
-    if pooling not in _POOLINGS:
-        raise convert.invalid(
-            "pooling", f"Unsupported pooling={pooling!r}; expected 'mean' or 'last'"
-        )
-    if output != "logprobs":
-        raise Unsupported(f"output={output!r} is not supported yet; losses get 'logprobs'")
-    if precomputed is not None:
-        raise Unsupported(
-            "precomputed_forward is not supported; leave it out: a custom loss costs one forward"
-        )
+    """sum(outputs * dC/doutputs): what tinker reports as the surrogate's loss."""
 
 
 class CustomLossCall:
@@ -80,10 +51,27 @@ class CustomLossCall:
     Args:
         lane: Where its commands go; the calls behind it wait until it is through.
         data: The user's datums, handed to the loss as they are.
-        loss_fn: `(data, logprobs_list) -> (scalar loss, metrics)`, in torch.
+        loss_fn: `(data, outputs) -> (scalar loss, metrics)`, in torch.
+        loss_type_input: "logprobs".
+        output: What the loss is over.
+        pooling: Of embeddings.
+        precomputed_forward: What `forward` returned for this data, to spare the forward here.
+
+    Raises:
+        ValueError: An unknown option, or malformed data.
     """
 
-    def __init__(self, lane: Lane, data: Any, loss_fn: LossFn) -> None:
+    def __init__(
+        self,
+        lane: Lane,
+        data: Any,
+        loss_fn: LossFn,
+        *,
+        loss_type_input: str | None = "logprobs",
+        output: str = "logprobs",
+        pooling: str = "mean",
+        precomputed_forward: Any = None,
+    ) -> None:
         _torch()
         if not callable(loss_fn):
             raise convert.invalid(
@@ -92,10 +80,11 @@ class CustomLossCall:
         self._lane = lane
         self._data = data
         self._loss_fn = loss_fn
-        self._messages = convert.custom_data_to_proto(data)
-        self._body = training_service_pb2.ForwardRequest(
-            data=self._messages, loss_fn="cross_entropy", retain_graph=True
-        ).SerializeToString()
+        self._space = choose_space(data, loss_type_input, output, pooling)
+        self._body = self._space.forward().SerializeToString()
+        self._precomputed: _Forward | None = None
+        if precomputed_forward is not None:
+            self._precomputed = _precomputed(precomputed_forward, self._space)
         self._second_try = False
         self._last: APIFuture[Any] | None = None
         self.future: APIFuture[Any] = APIFuture("forward_backward_custom")
@@ -118,17 +107,21 @@ class CustomLossCall:
         return self.future
 
     def _forward_and_loss(self) -> None:
-        forward = self._submit("Forward", self._body, training_service_pb2.ForwardResponse)
-        result: operation_pb2.ForwardResult = forward.result()
+        forward, self._precomputed = self._precomputed or self._forward(), None
         try:
-            loss = self._run_loss(result)
+            loss = self._run_loss(forward.result)
         except BaseException:
-            self._drop(result.graph)
+            self._drop(forward.result.graph)
             raise
-        if result.graph:
-            self._backward(result, loss)
+        if forward.result.graph:
+            self._backward(forward, loss)
         else:
-            self._surrogate(result, loss)
+            self._surrogate(forward, loss)
+
+    def _forward(self) -> _Forward:
+        answer = self._submit("Forward", self._body, training_service_pb2.ForwardResponse)
+        result: operation_pb2.ForwardResult = answer.result()
+        return _Forward(result, result.weights_version)
 
     def _submit(self, method: str, body: bytes, response: type[Any]) -> APIFuture[Any]:
         self._last = self._hold.submit(
@@ -138,9 +131,9 @@ class CustomLossCall:
 
     def _run_loss(self, result: operation_pb2.ForwardResult) -> Loss:
         torch = _torch()
-        arrays = [convert.tensor_from_proto(one.tensors["logprobs"]) for one in result.outputs]
+        arrays = output_arrays(result, self._space)
         leaves = [torch.from_numpy(array.copy()).requires_grad_() for array in arrays]
-        returned = self._loss_fn(self._data, leaves)
+        returned = self._loss_fn(self._data, self._space.shown(leaves))
         if not isinstance(returned, tuple) or len(returned) != 2:
             raise TypeError(f"loss_fn: returned {type(returned).__name__}; return (loss, metrics)")
         value, metrics = returned
@@ -152,8 +145,8 @@ class CustomLossCall:
         for index, leaf in enumerate(leaves):
             if leaf.grad is None:
                 raise ValueError(
-                    f"No gradient computed for logprob tensor {index}: the loss must depend on "
-                    "the logprobs of every datum (times 0 where they should not count)"
+                    f"No gradient computed for {self._space.name} tensor {index}: the loss must "
+                    "depend on that of every datum (times 0 where it should not count)"
                 )
             grads.append(leaf.grad.numpy())
         surrogate = sum(
@@ -162,45 +155,34 @@ class CustomLossCall:
         )
         return Loss(float(value.detach()), dict(metrics or {}), grads, surrogate)
 
-    def _backward(self, result: operation_pb2.ForwardResult, loss: Loss) -> None:
+    def _backward(self, forward: _Forward, loss: Loss) -> None:
         body = training_service_pb2.BackwardRequest(
-            graph=result.graph,
-            output_grads=[convert.tensor_to_proto(_float32(grad)) for grad in loss.grads],
+            graph=forward.result.graph,
+            output_grads=[convert.tensor_to_proto(convert.float32(grad)) for grad in loss.grads],
         ).SerializeToString()
         backward = self._submit("Backward", body, training_service_pb2.BackwardResponse)
-        self._finish_with(backward, result, loss)
+        backward.add_done_callback(lambda done: self._done(backward, forward, loss))
 
-    def _surrogate(self, result: operation_pb2.ForwardResult, loss: Loss) -> None:
-        data = []
-        for message, grad in zip(self._messages, loss.grads, strict=True):
-            datum = tensor_pb2.Datum()
-            datum.CopyFrom(message)
-            datum.loss_fn_inputs["weights"].CopyFrom(convert.tensor_to_proto(_float32(-grad)))
-            data.append(datum)
-        body = training_service_pb2.ForwardBackwardRequest(
-            data=data, loss_fn="cross_entropy", expected_step=result.step
-        ).SerializeToString()
+    def _surrogate(self, forward: _Forward, loss: Loss) -> None:
+        request = self._space.surrogate(loss.grads)
+        if forward.weights_version is not None:
+            request.expected_weights_version = forward.weights_version
         backward = self._submit(
-            "ForwardBackward", body, training_service_pb2.ForwardBackwardResponse
+            "ForwardBackward",
+            request.SerializeToString(),
+            training_service_pb2.ForwardBackwardResponse,
         )
-        self._finish_with(backward, result, loss)
+        backward.add_done_callback(lambda done: self._done(backward, forward, loss))
 
-    def _finish_with(
-        self, backward: APIFuture[Any], result: operation_pb2.ForwardResult, loss: Loss
-    ) -> None:
-        backward.add_done_callback(lambda done: self._done(backward, result, loss))
-
-    def _done(
-        self, backward: APIFuture[Any], result: operation_pb2.ForwardResult, loss: Loss
-    ) -> None:
+    def _done(self, backward: APIFuture[Any], forward: _Forward, loss: Loss) -> None:
         error = backward.exception(0)
         self.future.operation = backward.operation
         if error is None:
             self._hold.release()
-            self.future.finish(self._output(result, loss))
+            self.future.finish(self._output(forward.result, loss))
         elif isinstance(error, GraphExpired):
             self._hold.forgive(backward)
-            self._apart(lambda: self._surrogate(result, loss))
+            self._apart(lambda: self._surrogate(forward, loss))
         elif isinstance(error, WeightsChanged) and not self._second_try:
             self._second_try = True
             self._hold.forgive(backward)
@@ -250,8 +232,19 @@ class CustomLossCall:
         return output
 
 
-def _float32(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    return np.ascontiguousarray(array, dtype="<f4")
+@dataclass(frozen=True)
+class _Forward:
+    """A forward pass, and the weights it was of; None: not known, and not compared."""
+
+    result: operation_pb2.ForwardResult
+    weights_version: int | None
+
+
+def _precomputed(output: Any, space: Logprobs | Embeddings) -> _Forward:
+    if not isinstance(space, Logprobs):
+        raise convert.invalid("precomputed_forward", "is only taken with output='logprobs'")
+    result = precomputed.as_forward_result(output, space.shapes)
+    return _Forward(result, precomputed.version_of(output))
 
 
 def _torch() -> Any:

@@ -292,6 +292,7 @@ BY_REASON: dict[str, type[FiretitanError]] = {
     "GRAPH_EXPIRED": GraphExpired,
     "PRECEDING_FAILED": PrecedingFailed,
     "NO_GRADIENTS": NoGradients,
+    "NO_LOSS_TOKENS": FailedPrecondition,
     "CHAIN_BROKEN": FailedPrecondition,
     "SNAPSHOT_IN_USE": FailedPrecondition,
     "SNAPSHOT_NOT_ACTIVE": SnapshotNotActive,

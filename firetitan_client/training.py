@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from firetitan.v1 import operation_pb2, training_service_pb2
 
-from firetitan_client import convert, custom_loss, types
-from firetitan_client.errors import Unsupported
+from firetitan_client import convert, custom_loss, precomputed, types
 from firetitan_client.futures import APIFuture
 from firetitan_client.weights import WeightsCalls
 
@@ -77,26 +76,43 @@ class FiretitanTrainingClient(WeightsCalls):
         Args:
             data: `tinker.Datum`s; unknown loss inputs are ignored.
             loss_fn: Name of a built-in loss, e.g. "cross_entropy".
-            loss_fn_config: Its settings.
+            loss_fn_config: Its settings. With `{"output": "embedding", "pooling": "mean"}` (or
+                "last") no loss is computed and embeddings come back.
 
         Returns:
             A future of `ForwardBackwardOutput`: `loss_fn_outputs[i]["logprobs"]` in the shape of
-            datum i's target_tokens, `metrics["loss:sum"]`.
+            datum i's target_tokens, `metrics["loss:sum"]`; or `loss_fn_outputs[i]["embedding"]`.
 
         Raises:
             ValueError: No data, or malformed data; names the field.
         """
-        request = training_service_pb2.ForwardRequest(
-            data=convert.data_to_proto(data),
-            loss_fn=_loss_name(loss_fn),
-            loss_fn_config=convert.loss_config_to_proto(loss_fn_config),
-            base_only=self._base_only,
-        )
+        config = dict(loss_fn_config or {})
+        output, pooling = config.pop("output", "logprobs"), config.pop("pooling", "mean")
+        if output == "logprobs":
+            request = training_service_pb2.ForwardRequest(
+                data=convert.data_to_proto(data),
+                loss_fn=_loss_name(loss_fn),
+                loss_fn_config=convert.loss_config_to_proto(config),
+                base_only=self._base_only,
+            )
+        elif output == "embedding":
+            request = training_service_pb2.ForwardRequest(
+                data=convert.sequences_to_proto(data),
+                pooling=convert.pooling_to_proto(pooling),
+                base_only=self._base_only,
+            )
+        else:
+            raise convert.invalid(
+                'loss_fn_config["output"]', f"is {output!r}; give 'logprobs' or 'embedding'"
+            )
+
+        def finish(operation: operation_pb2.Operation) -> Any:
+            result = convert.forward_output(operation.forward)
+            precomputed.remember(result, operation.forward.weights_version)
+            return result
+
         return self._submit(
-            "TrainingService/Forward",
-            request,
-            training_service_pb2.ForwardResponse,
-            lambda operation: convert.forward_output(operation.forward),
+            "TrainingService/Forward", request, training_service_pb2.ForwardResponse, finish
         )
 
     def forward_backward(
@@ -141,13 +157,15 @@ class FiretitanTrainingClient(WeightsCalls):
 
         Args:
             data: `tinker.Datum`s. Only the tokens and `target_tokens` leave this process; without
-                target_tokens each position's target is the next token.
-            loss_fn: `loss_fn(data, logprobs_list) -> (loss, metrics)`; `logprobs_list[i]` is a
-                float32 tensor in the shape of datum i's targets, the loss must use each.
+                target_tokens each position's target is the next token. Embeddings need no targets.
+            loss_fn: `loss_fn(data, outputs) -> (loss, metrics)`; `outputs[i]` is a float32 tensor
+                for datum i: logprobs in the shape of its targets, its embedding [H], or its row [B]
+                of the batch's cosine matrix. The loss must use each.
             loss_type_input: "logprobs".
-            output: "logprobs".
-            pooling: Of embeddings; "mean" or "last".
-            precomputed_forward: Not supported.
+            output: "logprobs", "embedding" or "cos_similarity_matrix".
+            pooling: Of the last hidden states into an embedding: "mean" or "last".
+            precomputed_forward: What `forward` returned for this data: spares the forward here. If
+                the weights have moved since, it is not used.
 
         Returns:
             A future of `ForwardBackwardOutput`; `metrics` hold yours, `loss:sum` (your loss) and
@@ -157,14 +175,69 @@ class FiretitanTrainingClient(WeightsCalls):
             Exception: Whatever your loss raised; nothing was accumulated.
             WeightsChanged: (from the future) another client stepped twice in between.
         """
-        custom_loss.check_options(loss_type_input, output, pooling, precomputed_forward)
-        return custom_loss.CustomLossCall(self._lane, data, loss_fn).begin()
+        return custom_loss.CustomLossCall(
+            self._lane,
+            data,
+            loss_fn,
+            loss_type_input=loss_type_input,
+            output=output,
+            pooling=pooling,
+            precomputed_forward=precomputed_forward,
+        ).begin()
 
-    def forward_backward_contrastive(self, data: Any, **_: Any) -> APIFuture[Any]:
-        """Not supported yet."""
-        raise Unsupported(
-            "forward_backward_contrastive is not supported yet; write the loss with "
-            "forward_backward_custom"
+    def forward_backward_contrastive(
+        self,
+        data: Any,
+        *,
+        num_queries: int,
+        temperature: float,
+        pooling: str = "last",
+        num_extra_negatives: int = 0,
+    ) -> APIFuture[Any]:
+        """Bidirectional InfoNCE over embeddings, and adds to the gradients.
+
+        Args:
+            data: The queries, then as many documents in the same order, then extra negatives. Loss
+                inputs are not read.
+            num_queries: How many queries.
+            temperature: Cosines are divided by it; above 0.
+            pooling: Of the last hidden states: "mean" or "last".
+            num_extra_negatives: Documents that belong to no query.
+
+        Returns:
+            A future of `ForwardBackwardOutput` with `metrics["loss"]`, the mean over the queries,
+            and `loss_fn_outputs[i]["embedding"]`.
+
+        Raises:
+            ValueError: A wrong number of datums, or another field, named.
+        """
+        messages = convert.sequences_to_proto(data)
+        queries = convert.whole_number(num_queries, "num_queries", 1, 2**31)
+        negatives = convert.whole_number(num_extra_negatives, "num_extra_negatives", 0, 2**31)
+        scale = convert.real_number(temperature, "temperature")
+        if not 0 < scale < float("inf"):
+            raise convert.invalid("temperature", f"is {temperature!r}; give a number above 0")
+        wanted = 2 * queries + negatives
+        if len(messages) != wanted:
+            raise convert.invalid(
+                "data",
+                f"has {len(messages)} datums; 2 * num_queries + num_extra_negatives = {wanted}",
+            )
+        settings = {
+            "num_queries": queries,
+            "temperature": scale,
+            "num_extra_negatives": negatives,
+        }
+        return self._submit(
+            "TrainingService/ForwardBackward",
+            training_service_pb2.ForwardBackwardRequest(
+                data=messages,
+                loss_fn="contrastive",
+                loss_fn_config=convert.loss_config_to_proto(settings),
+                pooling=convert.pooling_to_proto(pooling),
+            ),
+            training_service_pb2.ForwardBackwardResponse,
+            lambda operation: convert.forward_output(operation.forward),
         )
 
     def optim_step(
@@ -269,9 +342,20 @@ class FiretitanTrainingClient(WeightsCalls):
         precomputed_forward: Any = None,
     ) -> APIFuture[Any]:
         """As `forward_backward_custom`; the loss runs in another thread, the loop goes on."""
-        custom_loss.check_options(loss_type_input, output, pooling, precomputed_forward)
-        call = custom_loss.CustomLossCall(self._lane, data, loss_fn)
+        call = custom_loss.CustomLossCall(
+            self._lane,
+            data,
+            loss_fn,
+            loss_type_input=loss_type_input,
+            output=output,
+            pooling=pooling,
+            precomputed_forward=precomputed_forward,
+        )
         return await asyncio.to_thread(call.begin)
+
+    async def forward_backward_contrastive_async(self, *args: Any, **kwargs: Any) -> APIFuture[Any]:
+        """As `forward_backward_contrastive`."""
+        return self.forward_backward_contrastive(*args, **kwargs)
 
     async def optim_step_async(self, *args: Any, **kwargs: Any) -> APIFuture[Any]:
         """As `optim_step`."""

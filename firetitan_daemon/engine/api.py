@@ -71,7 +71,15 @@ class Datum:
 
     token_ids: Int32Array
     loss_inputs: Mapping[str, Array]
-    """By name, shape [N] or [N, K]: `target_tokens` int64, the rest float32."""
+    """By name, shape [N] or [N, K]: `target_tokens` int64, the rest float32. `embedding_grads` is
+    float32 [H]."""
+
+
+class Pooling(StrEnum):
+    """How a sequence's last hidden states [N, H] become one vector [H]."""
+
+    MEAN = "mean"
+    LAST = "last"
 
 
 @dataclass(frozen=True)
@@ -79,9 +87,10 @@ class ForwardOutput:
     """Per datum the arrays a loss returns, and metrics named `name:reduction`."""
 
     outputs: list[dict[str, Float32Array]]
-    """`outputs[i]["logprobs"]`: float32, shape of datum i's target_tokens, every position."""
+    """`outputs[i]["logprobs"]`: float32, shape of datum i's target_tokens, every position; or
+    `outputs[i]["embedding"]`: float32 [H]."""
     metrics: dict[str, float]
-    """Holds `loss:sum`."""
+    """Holds `loss:sum` where there is a loss."""
     graph: str | None = None
     """Handle for `backward` where the graph was asked for and could be kept."""
 
@@ -227,8 +236,32 @@ class TrainEngine(Protocol):
                 INVALID_ARGUMENT for `base_only` where every parameter is trained.
         """
 
+    def forward_embeddings(
+        self,
+        data: Sequence[Datum],
+        pooling: Pooling,
+        loss_fn: str,
+        config: LossConfig,
+        *,
+        retain_graph: bool = False,
+        base_only: bool = False,
+    ) -> ForwardOutput:
+        """Pooled last hidden states; loss inputs are not read, gradients stay as they are.
+
+        Args:
+            data: The sequences.
+            pooling: How.
+            loss_fn: A loss over embeddings to report; empty: none.
+            config: Its settings.
+            retain_graph: Keep what `backward` needs.
+            base_only: As of `forward`.
+
+        Raises:
+            FiretitanError: INVALID_DATUM, UNKNOWN_LOSS, INVALID_ARGUMENT, naming the field.
+        """
+
     def backward(self, graph: str, output_grads: Sequence[Float32Array]) -> ForwardOutput:
-        """Accumulate gradients from dC/dlogprobs (one array a datum, shape of its logprobs).
+        """Accumulate gradients from those of the kept outputs, one array a datum in its shape.
 
         Releases the graph. Raises:
             FiretitanError: GRAPH_EXPIRED where the graph is gone.
@@ -242,13 +275,26 @@ class TrainEngine(Protocol):
     ) -> ForwardOutput:
         """As forward, and accumulates gradients; unlike forward, rejects unknown loss inputs."""
 
+    def forward_backward_embeddings(
+        self, data: Sequence[Datum], pooling: Pooling, loss_fn: str, config: LossConfig
+    ) -> ForwardOutput:
+        """As `forward_embeddings`, and accumulates gradients.
+
+        Without a `loss_fn` the loss is sum(embedding * embedding_grads), a loss input of each
+        datum.
+
+        Raises:
+            FiretitanError: As `forward_embeddings`; LOSS_INPUT_MISSING, NON_FINITE.
+        """
+
     def optim_step(
         self, params: AdamParams, normalization: Normalization, expected_step: int | None = None
     ) -> dict[str, float]:
         """Normalise, clip, AdamW, zero gradients. Returns metrics with `step` and `grad_norm`.
 
         Raises:
-            FiretitanError: NO_GRADIENTS, STEP_MISMATCH, NON_FINITE, INVALID_ARGUMENT.
+            FiretitanError: NO_GRADIENTS, NO_LOSS_TOKENS, STEP_MISMATCH, NON_FINITE,
+                INVALID_ARGUMENT.
         """
 
     def save_state(self, staging: Path) -> SavedFiles:

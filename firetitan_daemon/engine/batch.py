@@ -30,22 +30,48 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Checked data. Datums with fewer candidates than others are padded; padding weighs 0."""
+class Sequences:
+    """Checked token ids."""
 
     sequences: list[torch.Tensor]
     """Token ids, int64 [N] each."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Positions of each datum."""
+        return tuple(len(tokens) for tokens in self.sequences)
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions of all datums, T."""
+        return sum(self.lengths)
+
+    def passes(self, max_tokens: int) -> Iterator[slice]:
+        """Runs of datums with at most `max_tokens` positions in all (a longer one runs alone)."""
+        start, used = 0, 0
+        for index, length in enumerate(self.lengths):
+            if index > start and used + length > max_tokens:
+                yield slice(start, index)
+                start, used = index, 0
+            used += length
+        yield slice(start, len(self.sequences))
+
+    def row_range(self, part: slice) -> slice:
+        """The rows that a run of datums covers."""
+        first = sum(self.lengths[: part.start])
+        return slice(first, first + sum(self.lengths[part]))
+
+
+@dataclass(frozen=True)
+class Batch(Sequences):
+    """Checked data. Datums with fewer candidates than others are padded; padding weighs 0."""
+
     targets: torch.Tensor
     """int64 [T, K]."""
     inputs: dict[str, torch.Tensor]
     """The loss's other inputs, float32 [T, K]."""
     shapes: list[tuple[int, ...]]
     """Of each datum's targets: [N] or [N, K]."""
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Positions of each datum."""
-        return tuple(len(tokens) for tokens in self.sequences)
 
     def outputs(self, values_TK: torch.Tensor) -> list[Float32Array]:
         """Cut rows back into one array a datum, in the shape of its targets."""
@@ -80,20 +106,18 @@ class Batch:
             _check_finite(f"{what}[{index}]", array)
         return _stack(list(arrays), self.targets.shape[1], 0.0)
 
-    def passes(self, max_tokens: int) -> Iterator[slice]:
-        """Runs of datums with at most `max_tokens` positions in all (a longer one runs alone)."""
-        start, used = 0, 0
-        for index, length in enumerate(self.lengths):
-            if index > start and used + length > max_tokens:
-                yield slice(start, index)
-                start, used = index, 0
-            used += length
-        yield slice(start, len(self.sequences))
 
-    def row_range(self, part: slice) -> slice:
-        """The rows that a run of datums covers."""
-        first = sum(self.lengths[: part.start])
-        return slice(first, first + sum(self.lengths[part]))
+def make_sequences(data: Sequence[Datum], limits: Limits) -> Sequences:
+    """Check the tokens; loss inputs are not looked at.
+
+    Raises:
+        FiretitanError: INVALID_DATUM naming the datum.
+    """
+    if not data:
+        raise _bad("data", "is empty; give at least one datum")
+    for index, datum in enumerate(data):
+        _check_tokens_of(f"data[{index}].model_input", datum, limits)
+    return Sequences([torch.from_numpy(datum.token_ids.astype(np.int64)) for datum in data])
 
 
 def make_batch(data: Sequence[Datum], loss: Loss, limits: Limits, *, strict: bool) -> Batch:
@@ -108,10 +132,9 @@ def make_batch(data: Sequence[Datum], loss: Loss, limits: Limits, *, strict: boo
     Raises:
         FiretitanError: INVALID_DATUM, LOSS_INPUT_MISSING or NON_FINITE naming the field.
     """
-    if not data:
-        raise _bad("data", "is empty; give at least one datum")
+    sequences = make_sequences(data, limits)
     for index, datum in enumerate(data):
-        _check_datum(f"data[{index}]", datum, loss, limits, strict)
+        _check_inputs(f"data[{index}]", datum, loss, limits, strict)
     targets = [datum.loss_inputs[TARGETS] for datum in data]
     candidates = max(1 if array.ndim == 1 else array.shape[1] for array in targets)
     inputs = {}
@@ -136,7 +159,7 @@ def make_batch(data: Sequence[Datum], loss: Loss, limits: Limits, *, strict: boo
             inputs[name] = _stack(arrays, candidates, 0.0)
     stacked = _stack([np.asarray(array, np.int64) for array in targets], candidates, 0)
     return Batch(
-        [torch.from_numpy(datum.token_ids.astype(np.int64)) for datum in data],
+        sequences.sequences,
         stacked,
         inputs,
         [array.shape for array in targets],
@@ -154,16 +177,19 @@ def _stack(arrays: Sequence[np.ndarray], candidates: int, fill: float) -> torch.
     return torch.from_numpy(rows)
 
 
-def _check_datum(at: str, datum: Datum, loss: Loss, limits: Limits, strict: bool) -> None:
-    tokens, inputs = datum.token_ids, datum.loss_inputs
+def _check_tokens_of(where: str, datum: Datum, limits: Limits) -> None:
+    tokens = datum.token_ids
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise _bad(f"{at}.model_input", "must be a flat list of integer tokens")
+        raise _bad(where, "must be a flat list of integer tokens")
     if not 1 <= len(tokens) <= limits.max_context_length:
         raise _bad(
-            f"{at}.model_input",
-            f"has {len(tokens)} tokens; 1 to {limits.max_context_length} are possible",
+            where, f"has {len(tokens)} tokens; 1 to {limits.max_context_length} are possible"
         )
-    _check_tokens(f"{at}.model_input", tokens, limits.vocab_size)
+    _check_tokens(where, tokens, limits.vocab_size)
+
+
+def _check_inputs(at: str, datum: Datum, loss: Loss, limits: Limits, strict: bool) -> None:
+    inputs = datum.loss_inputs
     for name in sorted(loss.required - inputs.keys()):
         raise FiretitanError(
             Reason.LOSS_INPUT_MISSING,
@@ -175,7 +201,7 @@ def _check_datum(at: str, datum: Datum, loss: Loss, limits: Limits, strict: bool
     for name in sorted(inputs.keys(), key=lambda name: (name != TARGETS, name)):
         where = f'{at}.loss_fn_inputs["{name}"]'
         if name in known:
-            _check_input(where, name, inputs[name], targets, len(tokens), limits, loss)
+            _check_input(where, name, inputs[name], targets, len(datum.token_ids), limits, loss)
         elif strict:
             raise _bad(where, f"is not read by {loss.name}; it reads {', '.join(sorted(known))}")
 

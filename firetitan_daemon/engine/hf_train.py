@@ -11,7 +11,6 @@ Shapes: T rows of a batch, K targets a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,32 +24,25 @@ from firetitan_daemon.engine.api import (
     Float32Array,
     ForwardOutput,
     LossConfig,
-    ModelInfo,
-    ModelSpec,
     Normalization,
     SavedFiles,
     SavedSnapshot,
-    SessionProgress,
     SessionSpec,
     SnapshotKind,
     WriteState,
-    check_base_only,
 )
-from firetitan_daemon.engine.batch import Batch, Limits, make_batch
+from firetitan_daemon.engine.batch import Batch, make_batch
+from firetitan_daemon.engine.embeddings import KeptEmbeddings
 from firetitan_daemon.engine.export import SnapshotWriter
-from firetitan_daemon.engine.graph_bytes import (
-    SavedBytes,
-    default_limits,
-    estimate_bytes_per_token,
-)
-from firetitan_daemon.engine.graphs import GraphLimits, GraphTable
+from firetitan_daemon.engine.graph_bytes import SavedBytes
 from firetitan_daemon.engine.head import Head
+from firetitan_daemon.engine.hf_core import KeptLogprobs, Session
+from firetitan_daemon.engine.hf_embeddings import HfEmbeddings
 from firetitan_daemon.engine.losses import choose_loss
 from firetitan_daemon.engine.models import load_model
 from firetitan_daemon.engine.optim import AdamW, check_params
 from firetitan_daemon.engine.passes import (
     Gradients,
-    Pass,
     add_gradient,
     built_in_gradient,
     check_gradients,
@@ -79,55 +71,8 @@ from firetitan_daemon.engine.trainables import (
 )
 
 
-@dataclass(frozen=True)
-class _KeptPasses:
-    batch: Batch
-    passes: list[Pass]
-
-
-@dataclass
-class _Session:
-    spec: SessionSpec
-    trainables: Trainables
-    optimizer: AdamW
-    writer: SnapshotWriter
-    gradients: Gradients
-    counters: Counters
-    forward_passes: int = 0
-
-
-class HfTrainEngine:
-    """One transformers model, one session (see `TrainEngine`).
-
-    Args:
-        spec: What to load; loading happens here.
-        graph_limits: What kept forward passes may take; None is a quarter of the memory.
-
-    Raises:
-        FiretitanError: As `load_model`.
-    """
-
-    def __init__(self, spec: ModelSpec, graph_limits: GraphLimits | None = None) -> None:
-        self._spec = spec
-        self._loaded = load_model(spec)
-        limits = graph_limits or default_limits(self._loaded.device)
-        self._graphs: GraphTable[_KeptPasses] = GraphTable(limits)
-        self._graph_bytes_per_token = estimate_bytes_per_token(self._loaded.model)
-        self._current: _Session | None = None
-
-    @property
-    def info(self) -> ModelInfo:
-        """The loaded model."""
-        return self._loaded.info
-
-    @property
-    def progress(self) -> SessionProgress:
-        """Where the session stands."""
-        session = self._current
-        if session is None:
-            return SessionProgress(0, 0, 0)
-        counters = session.counters
-        return SessionProgress(counters.step, counters.pending_backwards, session.forward_passes)
+class HfTrainEngine(HfEmbeddings):
+    """One transformers model, one session (see `TrainEngine`)."""
 
     def open_session(self, spec: SessionSpec) -> None:
         """Attach a fresh adapter, or make every parameter or none trainable; a fresh optimizer.
@@ -150,7 +95,7 @@ class HfTrainEngine:
                 trainables = FullTrainables(self._loaded)
             else:
                 trainables = LoraTrainables(self._loaded, spec.lora, spec.seed)
-        self._current = _Session(
+        self._current = Session(
             spec=spec,
             trainables=trainables,
             optimizer=AdamW(trainables.masters),
@@ -175,15 +120,12 @@ class HfTrainEngine:
                 INVALID_ARGUMENT, each naming the field.
         """
         session = self._session()
-        if base_only:
-            check_base_only(session.spec, retain_graph)
-            with session.trainables.left_out():
-                return self._forward(session, data, loss_fn, config, retain_graph=False)
-        return self._forward(session, data, loss_fn, config, retain_graph=retain_graph)
+        with self._weights(session, base_only=base_only, retain_graph=retain_graph):
+            return self._forward(session, data, loss_fn, config, retain_graph=retain_graph)
 
     def _forward(
         self,
-        session: _Session,
+        session: Session,
         data: Sequence[Datum],
         loss_fn: str,
         config: LossConfig,
@@ -192,8 +134,8 @@ class HfTrainEngine:
     ) -> ForwardOutput:
         loss, settings = choose_loss(loss_fn, config)
         batch = make_batch(data, loss, self._limits(), strict=False)
-        tokens = len(batch.targets)
-        keep = retain_graph and self._graphs.make_room(tokens * self._graph_bytes_per_token)
+        tokens = batch.num_tokens
+        keep = retain_graph and self._room_for_graph(tokens)
         head = session.trainables.head()
         passes, logprobs, terms = [], [], []
         with memory_errors(), SavedBytes(self._loaded.model) as saved:
@@ -206,17 +148,14 @@ class HfTrainEngine:
                 check_terms(batch, part.rows, terms[-1])
                 if keep:
                     passes.append(part)
-        graph = None
-        if keep:
-            graph = self._graphs.put(_KeptPasses(batch, passes), saved.num_bytes)
-            self._graph_bytes_per_token = max(1, -(-saved.num_bytes // tokens))
+        graph = self._keep(KeptLogprobs(batch, passes), saved, tokens) if keep else None
         session.forward_passes += 1
         return _output(batch, logprobs, terms, graph)
 
     def backward(self, graph: str, output_grads: Sequence[Float32Array]) -> ForwardOutput:
-        """Accumulate gradients from dC/dlogprobs and release the graph.
+        """Accumulate gradients from dC/dlogprobs or dC/dembedding and release the graph.
 
-        `loss:sum` is that of the surrogate, sum of dC/dlogprob * logprob.
+        `loss:sum` is that of the surrogate, sum of dC/doutput * output.
 
         Raises:
             FiretitanError: GRAPH_EXPIRED where the graph is gone; INVALID_ARGUMENT or NON_FINITE
@@ -224,6 +163,8 @@ class HfTrainEngine:
         """
         session = self._session()
         kept = self._graphs.get(graph)
+        if isinstance(kept, KeptEmbeddings):
+            return self._backward_embeddings(graph, kept, output_grads)
         batch = kept.batch
         slopes = batch.rows(output_grads, "output_grads").to(self._loaded.device)
         self._graphs.release(graph)
@@ -239,7 +180,8 @@ class HfTrainEngine:
                 for name, grad in gradients.items():
                     add_gradient(total, name, grad)
         check_gradients(total)
-        self._accumulate(session, total, count_loss(batch, slopes))
+        tokens, sequences = count_loss(batch, slopes)
+        session.accumulate(total, session.counters.add(tokens=tokens, sequences=sequences))
         output = _output(batch, logprobs, [slopes * torch.cat(logprobs)], None)
         output.metrics["response_tokens"] = _response_tokens(slopes)
         return output
@@ -274,7 +216,8 @@ class HfTrainEngine:
                 for name, grad in gradients.items():
                     add_gradient(total, name, grad)
         check_gradients(total)
-        self._accumulate(session, total, count_loss(batch, torch.cat(slopes)))
+        tokens, sequences = count_loss(batch, torch.cat(slopes))
+        session.accumulate(total, session.counters.add(tokens=tokens, sequences=sequences))
         session.forward_passes += 1
         output = _output(batch, logprobs, terms, None)
         if loss.name == "cross_entropy":
@@ -290,7 +233,8 @@ class HfTrainEngine:
             `step` after it, and `grad_norm`: normalised, before clipping.
 
         Raises:
-            FiretitanError: NO_GRADIENTS, STEP_MISMATCH, NON_FINITE, INVALID_ARGUMENT.
+            FiretitanError: NO_GRADIENTS, NO_LOSS_TOKENS, STEP_MISMATCH, NON_FINITE,
+                INVALID_ARGUMENT.
         """
         session = self._session()
         counters = session.counters
@@ -301,16 +245,7 @@ class HfTrainEngine:
                 f"expected_step={expected_step}: the session is at step {counters.step}",
                 field="expected_step",
             )
-        if counters.pending_backwards == 0:
-            raise FiretitanError(
-                Reason.NO_GRADIENTS,
-                "no gradients accumulated since the last step; call forward_backward first",
-            )
-        denominator = {
-            Normalization.NONE: 1,
-            Normalization.NUM_LOSS_TOKENS: max(counters.loss_tokens, 1),
-            Normalization.NUM_SEQUENCES: max(counters.loss_sequences, 1),
-        }[normalization]
+        denominator = counters.denominator(normalization)
         masters = session.trainables.masters
         with memory_errors():
             gradients = {
@@ -342,7 +277,7 @@ class HfTrainEngine:
         return state_writer(self._state(session), self._origin(session), copy=copy)
 
     @staticmethod
-    def _state(session: _Session) -> TrainingState:
+    def _state(session: Session) -> TrainingState:
         return TrainingState(
             to_raw(session.trainables.masters),
             to_raw(session.optimizer.first),
@@ -421,37 +356,13 @@ class HfTrainEngine:
         self._current = None
         self._loaded.model = None
 
-    def _session(self) -> _Session:
-        if self._current is None:
-            raise FiretitanError(Reason.CLOSED, "no session is open on this engine")
-        return self._current
-
-    def _limits(self) -> Limits:
-        return Limits(
-            self.info.vocab_size,
-            self._loaded.head_parts[0].shape[0],
-            self.info.max_context_length,
-        )
-
-    def _origin(self, session: _Session) -> StateOrigin:
+    def _origin(self, session: Session) -> StateOrigin:
         return StateOrigin(
             base_fingerprint=self.info.fingerprint,
             lora=session.spec.lora,
             base_model=self._spec.base_model,
             seed=session.spec.seed,
             versions=self.info.versions,
-        )
-
-    def _accumulate(self, session: _Session, total: Gradients, counts: tuple[int, int]) -> None:
-        """Add a call's gradients to the session's; the only place that does."""
-        for name, grad in total.items():
-            add_gradient(session.gradients, name, grad)
-        counters = session.counters
-        session.counters = replace(
-            counters,
-            pending_backwards=counters.pending_backwards + 1,
-            loss_tokens=counters.loss_tokens + counts[0],
-            loss_sequences=counters.loss_sequences + counts[1],
         )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.batch import Batch
+from firetitan_daemon.engine.batch import Batch, Sequences
 from firetitan_daemon.engine.head import Head, RowGradient
 from firetitan_daemon.engine.losses.base import Loss, Settings
 from firetitan_daemon.engine.models import LoadedModel
@@ -40,7 +40,7 @@ class Pass:
     """[T, H]; carries the autograd graph where one was asked for."""
 
 
-def run_passes(loaded: LoadedModel, batch: Batch, *, graph: bool) -> Iterator[Pass]:
+def run_passes(loaded: LoadedModel, batch: Sequences, *, graph: bool) -> Iterator[Pass]:
     """Hidden states of a batch, pass by pass."""
     for part in batch.passes(MAX_PASS_TOKENS):
         with torch.set_grad_enabled(graph):
@@ -120,15 +120,21 @@ def parameter_gradients(
     targets = batch.targets[part.rows].to(part.hidden.device)
     logprobs, of_head = head.gradients(part.hidden.detach(), targets, gradient)
     total = trainables.head_gradients(of_head)
-    if not part.hidden.requires_grad:
-        return logprobs, total
-    below = torch.autograd.grad(
-        part.hidden, list(trainables.leaves.values()), of_head.hidden, allow_unused=True
-    )
-    for name, grad in zip(trainables.leaves, below, strict=True):
-        if grad is not None:
-            add_gradient(total, name, grad)
+    for name, grad in hidden_gradients(trainables, part, of_head.hidden).items():
+        add_gradient(total, name, grad)
     return logprobs, total
+
+
+def hidden_gradients(trainables: Trainables, part: Pass, grad_hidden: torch.Tensor) -> Gradients:
+    """dL/dparameter by master name (absent: zero) of dL/dhidden [T, H]; frees the pass's graph."""
+    if not part.hidden.requires_grad:
+        return {}
+    below = torch.autograd.grad(
+        part.hidden, list(trainables.leaves.values()), grad_hidden, allow_unused=True
+    )
+    return {
+        name: grad for name, grad in zip(trainables.leaves, below, strict=True) if grad is not None
+    }
 
 
 def add_gradient(total: Gradients, name: str, grad: torch.Tensor) -> None:

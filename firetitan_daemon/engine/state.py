@@ -11,7 +11,7 @@ A state folder holds `weights.safetensors` (float32 masters of what is trained),
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import psutil
 
 from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import LoraSpec, SavedFiles, WriteState
+from firetitan_daemon.engine.api import LoraSpec, Normalization, SavedFiles, WriteState
 from firetitan_daemon.engine.raw import (
     RawTensor,
     RawTensors,
@@ -39,7 +39,7 @@ _SECOND = "second_moment."
 
 @dataclass(frozen=True)
 class Counters:
-    """Where the session stands; the last three belong to the pending gradients."""
+    """Where the session stands; all but the first belong to the pending gradients."""
 
     step: int = 0
     """Optimizer steps taken; also the exponent of Adam's bias correction."""
@@ -47,7 +47,52 @@ class Counters:
     loss_tokens: int = 0
     """Positions with a non-zero loss gradient since the last step."""
     loss_sequences: int = 0
-    """Sequences with at least one of them."""
+    """Sequences with a non-zero loss gradient."""
+    embedding_backwards: int = 0
+    """Of the backwards, those of a loss over embeddings: they have no tokens."""
+
+    def add(self, *, tokens: int, sequences: int, embeddings: bool = False) -> Counters:
+        """Count one backward.
+
+        Args:
+            tokens: Positions with a non-zero loss gradient.
+            sequences: Sequences with one.
+            embeddings: Whether its loss was over embeddings.
+        """
+        return replace(
+            self,
+            pending_backwards=self.pending_backwards + 1,
+            loss_tokens=self.loss_tokens + tokens,
+            loss_sequences=self.loss_sequences + sequences,
+            embedding_backwards=self.embedding_backwards + embeddings,
+        )
+
+    def denominator(self, normalization: Normalization) -> int:
+        """What the accumulated gradient is divided by, at least 1.
+
+        Raises:
+            FiretitanError: NO_GRADIENTS where there was no backward; NO_LOSS_TOKENS where tokens
+                are asked for and a loss over embeddings had none.
+        """
+        if self.pending_backwards == 0:
+            raise FiretitanError(
+                Reason.NO_GRADIENTS,
+                "no gradients accumulated since the last step; call forward_backward first",
+            )
+        if normalization is Normalization.NUM_LOSS_TOKENS and self.embedding_backwards:
+            raise FiretitanError(
+                Reason.NO_LOSS_TOKENS,
+                "grad_accumulation_normalization=num_loss_tokens: the accumulated gradients hold "
+                f"{self.embedding_backwards} of a loss over embeddings, which has no loss tokens; "
+                "use num_sequences or none. Nothing was changed",
+                field="grad_acc_normalization",
+            )
+        counts = {
+            Normalization.NONE: 1,
+            Normalization.NUM_LOSS_TOKENS: self.loss_tokens,
+            Normalization.NUM_SEQUENCES: self.loss_sequences,
+        }
+        return max(counts[normalization], 1)
 
 
 @dataclass(frozen=True)

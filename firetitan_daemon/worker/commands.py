@@ -106,6 +106,7 @@ class CommandRunner:
         self._engine = engine
         self._forward_only = forward_only
         self._weights_version = 0
+        """commit_seq of the command that last wrote weights: the same after a replay."""
         self._graphs: OrderedDict[str, tuple[str, int]] = OrderedDict()
         """By our handle, which a replay gives again: the engine's, and the weights' version."""
         self._last_snapshot = ""
@@ -164,13 +165,16 @@ class CommandRunner:
     def _forward(self, command: Parsed) -> worker_pb2.ExecuteResponse:
         request = command.message
         assert isinstance(request, training_service_pb2.ForwardRequest)
-        output = self._engine.forward(
-            convert.data_from_proto(request.data),
-            request.loss_fn,
-            convert.loss_config_from_proto(request.loss_fn_config),
-            retain_graph=request.retain_graph,
-            base_only=request.base_only,
-        )
+        data = convert.data_from_proto(request.data)
+        config = convert.loss_config_from_proto(request.loss_fn_config)
+        pooling = convert.pooling_from_proto(request.pooling)
+        options = {"retain_graph": request.retain_graph, "base_only": request.base_only}
+        if pooling is None:
+            output = self._engine.forward(data, request.loss_fn, config, **options)
+        else:
+            output = self._engine.forward_embeddings(
+                data, pooling, request.loss_fn, config, **options
+            )
         if output.graph is None:
             return self._forwarded(convert.forward_result_to_proto(output, self._step))
         handle = f"graph-{command.execute.commit_seq}"
@@ -204,19 +208,17 @@ class CommandRunner:
     def _forward_backward(self, command: Parsed) -> worker_pb2.ExecuteResponse:
         request = command.message
         assert isinstance(request, training_service_pb2.ForwardBackwardRequest)
-        if request.HasField("expected_step") and request.expected_step != self._step:
-            raise FiretitanError(
-                Reason.WEIGHTS_CHANGED,
-                f"expected_step: the session is at step {self._step}, not at "
-                f"{request.expected_step}; nothing was accumulated",
-                field="expected_step",
-                step=str(self._step),
+        self._check_weights(request, "expected_step", self._step)
+        self._check_weights(request, "expected_weights_version", self._weights_version)
+        data = convert.data_from_proto(request.data)
+        config = convert.loss_config_from_proto(request.loss_fn_config)
+        pooling = convert.pooling_from_proto(request.pooling)
+        if pooling is None:
+            output = self._engine.forward_backward(data, request.loss_fn, config)
+        else:
+            output = self._engine.forward_backward_embeddings(
+                data, pooling, request.loss_fn, config
             )
-        output = self._engine.forward_backward(
-            convert.data_from_proto(request.data),
-            request.loss_fn,
-            convert.loss_config_from_proto(request.loss_fn_config),
-        )
         response = self._forwarded(convert.forward_result_to_proto(output, self._step))
         return _checked(response, output.metrics["loss:sum"])
 
@@ -228,7 +230,7 @@ class CommandRunner:
             convert.normalization_from_proto(request.grad_acc_normalization),
             request.expected_step if request.HasField("expected_step") else None,
         )
-        self._weights_version += 1
+        self._weights_version = command.execute.commit_seq
         result = operation_pb2.Operation(optim_step=operation_pb2.OptimStepResult(metrics=metrics))
         response = worker_pb2.ExecuteResponse(result=_serialized(result))
         return _checked(response, metrics["grad_norm"])
@@ -248,7 +250,7 @@ class CommandRunner:
         source = command.execute.load
         folder = Path(source.folder)
         check_manifest(folder, source.digest)
-        self._load(folder, with_optimizer=request.with_optimizer)
+        self._load(folder, command.execute.commit_seq, with_optimizer=request.with_optimizer)
         result = operation_pb2.Operation(load=operation_pb2.LoadResult(step=self._step))
         return _checked(worker_pb2.ExecuteResponse(result=_serialized(result)), 0.0)
 
@@ -262,11 +264,11 @@ class CommandRunner:
         found = json.loads((folder / MANIFEST).read_bytes()).get(APPLIED)
         if found != commit_seq:
             raise _damaged(folder / MANIFEST, f"{APPLIED} {commit_seq}", str(found))
-        self._load(folder, with_optimizer=True)
+        self._load(folder, commit_seq, with_optimizer=True)
 
-    def _load(self, folder: Path, *, with_optimizer: bool) -> None:
+    def _load(self, folder: Path, commit_seq: int, *, with_optimizer: bool) -> None:
         self._engine.load_state(folder, with_optimizer=with_optimizer)
-        self._weights_version += 1
+        self._weights_version = commit_seq
         self._last_snapshot = ""
 
     def _save_snapshot(self, command: Parsed) -> worker_pb2.ExecuteResponse:
@@ -295,6 +297,19 @@ class CommandRunner:
     def _step(self) -> int:
         return self._engine.progress.step
 
+    def _check_weights(
+        self, request: training_service_pb2.ForwardBackwardRequest, field: str, found: int
+    ) -> None:
+        """Refuse a backward that its sender meant for other weights."""
+        wanted = getattr(request, field)
+        if request.HasField(field) and wanted != found:  # type: ignore[arg-type]
+            raise FiretitanError(
+                Reason.WEIGHTS_CHANGED,
+                f"{field}: the session is at {found}, not at {wanted}; nothing was accumulated",
+                field=field,
+                step=str(self._step),
+            )
+
     @staticmethod
     def _target(command: Parsed) -> worker_pb2.SaveTarget:
         if not command.execute.HasField("save"):
@@ -304,10 +319,10 @@ class CommandRunner:
             )
         return command.execute.save
 
-    @staticmethod
     def _forwarded(
-        result: operation_pb2.ForwardResult, graph: str = ""
+        self, result: operation_pb2.ForwardResult, graph: str = ""
     ) -> worker_pb2.ExecuteResponse:
+        result.weights_version = self._weights_version
         operation = operation_pb2.Operation(forward=result)
         return worker_pb2.ExecuteResponse(result=_serialized(operation), graph=graph)
 

@@ -31,6 +31,7 @@ from firetitan_daemon.engine.api import (
     Int32Array,
     ModelInfo,
     Normalization,
+    Pooling,
 )
 
 TOKEN_BYTES = 4
@@ -47,6 +48,11 @@ _NORMALIZATIONS = {
     training_service_pb2.GRAD_ACC_NORMALIZATION_NONE: Normalization.NONE,
     training_service_pb2.GRAD_ACC_NORMALIZATION_NUM_LOSS_TOKENS: Normalization.NUM_LOSS_TOKENS,
     training_service_pb2.GRAD_ACC_NORMALIZATION_NUM_SEQUENCES: Normalization.NUM_SEQUENCES,
+}
+_POOLINGS: dict[int, Pooling | None] = {
+    training_service_pb2.POOLING_UNSPECIFIED: None,
+    training_service_pb2.POOLING_MEAN: Pooling.MEAN,
+    training_service_pb2.POOLING_LAST: Pooling.LAST,
 }
 
 
@@ -125,7 +131,7 @@ def float_tensor_to_proto(array: Float32Array) -> tensor_pb2.Tensor:
 
 
 def output_grads_from_proto(tensors: Sequence[tensor_pb2.Tensor]) -> list[Float32Array]:
-    """dC/dlogprobs, one float32 array a datum.
+    """dC/dlogprobs or dC/dembedding, one float32 array a datum.
 
     Raises:
         FiretitanError: INVALID_DATUM naming `output_grads[i]`.
@@ -162,6 +168,22 @@ def loss_config_from_proto(config: struct_pb2.Struct) -> dict[str, float | str]:
                 field=field,
             )
     return settings
+
+
+def pooling_from_proto(value: int) -> Pooling | None:
+    """How sequences become vectors; None: they do not.
+
+    Raises:
+        FiretitanError: INVALID_ARGUMENT for a number this version does not know.
+    """
+    if value not in _POOLINGS:
+        known = ", ".join(training_service_pb2.Pooling.keys())
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"pooling: {value} is unknown; give one of {known}",
+            field="pooling",
+        )
+    return _POOLINGS[value]
 
 
 def adam_params_from_proto(request: training_service_pb2.OptimStepRequest) -> AdamParams:

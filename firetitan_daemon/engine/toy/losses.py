@@ -64,18 +64,29 @@ def check(
                 field=f'loss_fn_config["{name}"]',
             )
         settings[name] = float(value)
-    if not data:
-        raise _bad("data", "is empty; give at least one datum")
+    check_tokens(data, vocab, context)
     for index, datum in enumerate(data):
-        _check_datum(f"data[{index}]", datum, loss, vocab, context, strict)
+        _check_datum(f"data[{index}]", datum, loss, vocab, strict)
     return loss, settings
 
 
-def _check_datum(at: str, datum: Datum, loss: Loss, vocab: int, context: int, strict: bool) -> None:
+def check_tokens(data: Sequence[Datum], vocab: int, context: int) -> None:
+    """Refuse sequences the model cannot read.
+
+    Raises:
+        FiretitanError: INVALID_DATUM.
+    """
+    if not data:
+        raise _bad("data", "is empty; give at least one datum")
+    for index, datum in enumerate(data):
+        where, length = f"data[{index}].model_input", datum.token_ids.shape[0]
+        if not 1 <= length <= context:
+            raise _bad(where, f"has {length} tokens; 1 to {context} are possible")
+        _check_tokens(where, datum.token_ids, vocab)
+
+
+def _check_datum(at: str, datum: Datum, loss: Loss, vocab: int, strict: bool) -> None:
     length = datum.token_ids.shape[0]
-    if not 1 <= length <= context:
-        raise _bad(f"{at}.model_input", f"has {length} tokens; 1 to {context} are possible")
-    _check_tokens(f"{at}.model_input", datum.token_ids, vocab)
     for name in sorted(loss.required - datum.loss_inputs.keys()):
         raise FiretitanError(
             Reason.LOSS_INPUT_MISSING,

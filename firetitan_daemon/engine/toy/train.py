@@ -9,7 +9,7 @@ Shape legend: `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from firetitan_daemon.engine.api import (
     ModelInfo,
     ModelSpec,
     Normalization,
+    Pooling,
     SavedFiles,
     SavedSnapshot,
     SessionProgress,
@@ -32,6 +33,12 @@ from firetitan_daemon.engine.api import (
     SnapshotKind,
     WriteState,
     check_base_only,
+)
+from firetitan_daemon.engine.embedding_loss import (
+    choose_embedding_loss,
+    count_sequences,
+    given_gradients,
+    output_gradients,
 )
 from firetitan_daemon.engine.raw import (
     RawTensor,
@@ -50,14 +57,21 @@ from firetitan_daemon.engine.state import (
     state_writer,
 )
 from firetitan_daemon.engine.toy import model
-from firetitan_daemon.engine.toy.losses import Loss, check
+from firetitan_daemon.engine.toy.gradients import PendingGradients, pooling_weights
+from firetitan_daemon.engine.toy.losses import Loss, check, check_tokens
 from firetitan_daemon.engine.toy.model import Float64Array, Weights
 from firetitan_daemon.engine.toy.optim import adamw, check_adam
 
 BASE_FILE = "model.safetensors"
 MAX_GRAPHS = 64
-_GRADIENTS = "logits"
-"""Pending gradients are kept by logit, [V, V]: linear in the parameters' until the next write."""
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """Data of a kept forward pass; with a pooling it gave embeddings."""
+
+    data: list[Datum]
+    pooling: Pooling | None = None
 
 
 class ToyTrainEngine:
@@ -74,10 +88,10 @@ class ToyTrainEngine:
         self._weights: Weights = {}
         self._first: dict[str, Float32Array] = {}
         self._second: dict[str, Float32Array] = {}
-        self._gradient_VV: Float64Array = np.zeros((model.VOCAB, model.VOCAB))
+        self._pending = PendingGradients()
         self._counters = Counters()
         self._forwards = 0
-        self._graphs: dict[str, list[Datum]] = {}
+        self._graphs: dict[str, _Graph] = {}
         self._next_graph = 0
         self._writer = ChainWriter(write_base)
         self._logprobs_VV: Float64Array | None = None
@@ -129,29 +143,67 @@ class ToyTrainEngine:
             output, _ = self._evaluate(data, loss, settings, table)
             return output
         output, _ = self._evaluate(data, loss, settings)
-        if not retain_graph:
-            return output
-        graph = f"graph-{self._next_graph}"
-        self._next_graph += 1
-        self._graphs[graph] = list(data)
-        while len(self._graphs) > MAX_GRAPHS:
-            del self._graphs[next(iter(self._graphs))]
-        return replace(output, graph=graph)
+        return replace(output, graph=self._keep(_Graph(list(data)))) if retain_graph else output
+
+    def forward_embeddings(
+        self,
+        data: Sequence[Datum],
+        pooling: Pooling,
+        loss_fn: str,
+        config: LossConfig,
+        *,
+        retain_graph: bool = False,
+        base_only: bool = False,
+    ) -> ForwardOutput:
+        """Pooled rows of the embedding matrix, which no adapter changes."""
+        if base_only:
+            check_base_only(self._session().lora, retain_graph)
+        vectors = self._embed(data, pooling)
+        metrics = {}
+        if loss_fn:
+            value, _ = choose_embedding_loss(loss_fn, config, len(data))(vectors)
+            metrics = {"loss": value, "loss:sum": value}
+        self._forwards += 1
+        graph = self._keep(_Graph(list(data), pooling)) if retain_graph else None
+        return ForwardOutput([{"embedding": vector} for vector in vectors], metrics, graph)
+
+    def forward_backward_embeddings(
+        self, data: Sequence[Datum], pooling: Pooling, loss_fn: str, config: LossConfig
+    ) -> ForwardOutput:
+        """As forward_embeddings, and accumulates gradients."""
+        vectors = self._embed(data, pooling)
+        if loss_fn:
+            value, slopes = choose_embedding_loss(loss_fn, config, len(data))(vectors)
+            metrics = {"loss": value, "loss:sum": value}
+        else:
+            slopes = given_gradients(data, model.HIDDEN)
+            metrics = {"loss:sum": float((vectors * slopes).sum())}
+        self._forwards += 1
+        self._accumulate_embeddings(data, pooling, slopes)
+        return ForwardOutput([{"embedding": vector} for vector in vectors], metrics)
 
     def backward(self, graph: str, output_grads: Sequence[Float32Array]) -> ForwardOutput:
-        """Accumulate gradients from dC/dlogprobs and release the graph.
+        """Accumulate gradients from dC/dlogprobs or dC/dembedding and release the graph.
 
         Raises:
             FiretitanError: GRAPH_EXPIRED, INVALID_ARGUMENT, NON_FINITE.
         """
-        data = self._graphs.get(graph)
-        if data is None:
+        kept = self._graphs.get(graph)
+        if kept is None:
             raise FiretitanError(
                 Reason.GRAPH_EXPIRED,
                 f'graph "{graph}" is gone: weights changed, or newer graphs took its place; '
                 "run forward again",
                 field="graph",
             )
+        data = kept.data
+        if kept.pooling is not None:
+            slopes = output_gradients(output_grads, len(data), model.HIDDEN)
+            self._accumulate_embeddings(data, kept.pooling, slopes)
+            del self._graphs[graph]
+            vectors = self._embed(data, kept.pooling)
+            loss = float((vectors * slopes).sum())
+            return ForwardOutput([{"embedding": one} for one in vectors], {"loss:sum": loss})
         if len(output_grads) != len(data):
             raise FiretitanError(
                 Reason.INVALID_ARGUMENT,
@@ -198,7 +250,8 @@ class ToyTrainEngine:
         """Normalise, clip, AdamW with decoupled decay, zero gradients.
 
         Raises:
-            FiretitanError: NO_GRADIENTS, STEP_MISMATCH, NON_FINITE, INVALID_ARGUMENT.
+            FiretitanError: NO_GRADIENTS, NO_LOSS_TOKENS, STEP_MISMATCH, NON_FINITE,
+                INVALID_ARGUMENT.
         """
         counters = self._counters
         check_adam(params)
@@ -208,17 +261,10 @@ class ToyTrainEngine:
                 f"expected_step={expected_step}: the session is at step {counters.step}",
                 field="expected_step",
             )
-        if counters.pending_backwards == 0:
-            raise FiretitanError(
-                Reason.NO_GRADIENTS,
-                "no gradients accumulated since the last step; call forward_backward first",
-            )
-        denominator = {
-            Normalization.NONE: 1,
-            Normalization.NUM_LOSS_TOKENS: max(counters.loss_tokens, 1),
-            Normalization.NUM_SEQUENCES: max(counters.loss_sequences, 1),
-        }[normalization]
-        gradients = self._parameter_gradients(self._gradient_VV / denominator)
+        denominator = counters.denominator(normalization)
+        gradients = self._pending.of_parameters(
+            self._base, self._weights, self._session().lora, denominator
+        )
         norm = float(np.sqrt(sum(float((g**2).sum()) for g in gradients.values())))
         if not np.isfinite(norm):
             raise FiretitanError(Reason.NON_FINITE, f"gradient norm is {norm}; nothing was changed")
@@ -240,12 +286,11 @@ class ToyTrainEngine:
         return state_writer(self._state(), self._origin(), copy=copy)
 
     def _state(self) -> TrainingState:
-        gradients = {_GRADIENTS: RawTensor.of_array(self._gradient_VV)}
         return TrainingState(
             model.raw(self._weights),
             model.raw(self._first),
             model.raw(self._second),
-            gradients if self._counters.pending_backwards else {},
+            self._pending.raw() if self._counters.pending_backwards else {},
             self._counters,
         )
 
@@ -305,7 +350,7 @@ class ToyTrainEngine:
 
     def _moved(self) -> None:
         """After any write to the weights: nothing computed before holds any longer."""
-        self._gradient_VV = np.zeros((model.VOCAB, model.VOCAB))
+        self._pending = PendingGradients()
         self._graphs.clear()
         self._logprobs_VV = None
 
@@ -344,48 +389,31 @@ class ToyTrainEngine:
         return ForwardOutput(outputs, {"loss:sum": total}), gradients
 
     def _accumulate(self, data: Sequence[Datum], gradients: Sequence[Float64Array]) -> None:
-        """Add dL/dlogits, datum by datum: the sum does not depend on the split into batches."""
-        for index, gradient in enumerate(gradients):
-            if not np.isfinite(gradient).all():
-                raise FiretitanError(
-                    Reason.NON_FINITE,
-                    f"data[{index}]: the gradient of the loss is not finite; nothing was changed",
-                    field=f"data[{index}]",
-                )
-        probabilities = np.exp(self._table())
-        tokens = sequences = 0
-        for datum, gradient in zip(data, gradients, strict=True):
-            grads_NK = gradient.reshape(gradient.shape[0], -1)
-            targets = datum.loss_inputs["target_tokens"].astype(np.int64)
-            targets_NK = targets.reshape(grads_NK.shape)
-            inputs_N = datum.token_ids
-            own_VV = np.zeros_like(self._gradient_VV)
-            np.add.at(own_VV, (inputs_N[:, None], targets_NK), grads_NK)
-            row_V = np.zeros(model.VOCAB)
-            np.add.at(row_V, inputs_N, grads_NK.sum(axis=1))
-            self._gradient_VV += own_VV - row_V[:, None] * probabilities
-            counted = int((grads_NK != 0).any(axis=1).sum())
-            tokens += counted
-            sequences += counted > 0
-        self._counters = replace(
-            self._counters,
-            pending_backwards=self._counters.pending_backwards + 1,
-            loss_tokens=self._counters.loss_tokens + tokens,
-            loss_sequences=self._counters.loss_sequences + sequences,
-        )
+        tokens, sequences = self._pending.add_logprobs(data, gradients, self._table())
+        self._counters = self._counters.add(tokens=tokens, sequences=sequences)
 
-    def _parameter_gradients(self, logits_VV: Float64Array) -> dict[str, Float64Array]:
-        """From dL/dlogits [V, V] to the trained matrices."""
-        lora = self._session().lora
-        whole = model.merged(self._base, self._weights, lora)
-        unembed = logits_VV.T @ whole[model.EMBED]
-        if lora is None:
-            return {model.EMBED: logits_VV @ whole[model.UNEMBED], model.UNEMBED: unembed}
-        scaled = unembed * (lora.alpha / lora.rank)
-        return {
-            model.LORA_A: self._weights[model.LORA_B].T @ scaled,
-            model.LORA_B: scaled @ self._weights[model.LORA_A].T,
-        }
+    def _keep(self, graph: _Graph) -> str:
+        handle = f"graph-{self._next_graph}"
+        self._next_graph += 1
+        self._graphs[handle] = graph
+        while len(self._graphs) > MAX_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        return handle
+
+    def _embed(self, data: Sequence[Datum], pooling: Pooling) -> Float32Array:
+        """Embeddings [S, H]."""
+        self._session()
+        check_tokens(data, model.VOCAB, self._info.max_context_length)
+        table_VH = model.merged(self._base, self._weights, self._session().lora)[model.EMBED]
+        return np.stack([pooling_weights(datum, pooling) @ table_VH for datum in data])
+
+    def _accumulate_embeddings(
+        self, data: Sequence[Datum], pooling: Pooling, slopes_SH: Float32Array
+    ) -> None:
+        self._pending.add_embeddings(data, pooling, slopes_SH)
+        self._counters = self._counters.add(
+            tokens=0, sequences=count_sequences(slopes_SH), embeddings=True
+        )
 
 
 def write_base(staging: Path, name: str, tensors: RawTensors) -> SavedSnapshot:

@@ -117,6 +117,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """INTERNAL. The command ended the worker's process twice; it was given up, the session goes on."""
     ERROR_REASON_CHECKPOINT_IN_USE: _ErrorReason.ValueType  # 45
     """FAILED_PRECONDITION. The checkpoint is being loaded."""
+    ERROR_REASON_NO_LOSS_TOKENS: _ErrorReason.ValueType  # 46
+    """FAILED_PRECONDITION. Gradients of embeddings, which have no tokens to divide by."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reason in `google.rpc.ErrorInfo` (domain "firetitan.v1"); decide on this, never on text."""
@@ -213,6 +215,8 @@ ERROR_REASON_POISON_COMMAND: ErrorReason.ValueType  # 44
 """INTERNAL. The command ended the worker's process twice; it was given up, the session goes on."""
 ERROR_REASON_CHECKPOINT_IN_USE: ErrorReason.ValueType  # 45
 """FAILED_PRECONDITION. The checkpoint is being loaded."""
+ERROR_REASON_NO_LOSS_TOKENS: ErrorReason.ValueType  # 46
+"""FAILED_PRECONDITION. Gradients of embeddings, which have no tokens to divide by."""
 global___ErrorReason = ErrorReason
 
 @typing.final

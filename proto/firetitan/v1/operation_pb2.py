@@ -30,7 +30,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66iretitan/v1/operation.proto\x12\x0c\x66iretitan.v1\x1a\x1d\x66iretitan/v1/checkpoint.proto\x1a\x1d\x66iretitan/v1/deployment.proto\x1a\x19\x66iretitan/v1/tensor.proto\x1a\x1a\x66iretitan/v1/trainer.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\x8e\x01\n\x0cLossFnOutput\x12\x38\n\x07tensors\x18\x01 \x03(\x0b\x32\'.firetitan.v1.LossFnOutput.TensorsEntry\x1a\x44\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.firetitan.v1.Tensor:\x02\x38\x01\"\xfb\x01\n\rForwardResult\x12+\n\x07outputs\x18\x01 \x03(\x0b\x32\x1a.firetitan.v1.LossFnOutput\x12\x39\n\x07metrics\x18\x02 \x03(\x0b\x32(.firetitan.v1.ForwardResult.MetricsEntry\x12\r\n\x05graph\x18\x03 \x01(\t\x12\x35\n\x11graph_expire_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04step\x18\x05 \x01(\x03\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"~\n\x0fOptimStepResult\x12;\n\x07metrics\x18\x01 \x03(\x0b\x32*.firetitan.v1.OptimStepResult.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"H\n\nLoadResult\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.firetitan.v1.Checkpoint\x12\x0c\n\x04step\x18\x02 \x01(\x03\"\xe9\x04\n\tOperation\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x08\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x0e\n\x06target\x18\x04 \x01(\t\x12\x11\n\tclient_id\x18\x05 \x01(\t\x12\x0b\n\x03seq\x18\x06 \x01(\x04\x12\x12\n\ncommit_seq\x18\x07 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inish_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0eresult_omitted\x18\n \x01(\x08\x12#\n\x05\x65rror\x18\x0b \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12.\n\x07\x66orward\x18\x0c \x01(\x0b\x32\x1b.firetitan.v1.ForwardResultH\x00\x12\x33\n\noptim_step\x18\r \x01(\x0b\x32\x1d.firetitan.v1.OptimStepResultH\x00\x12.\n\ncheckpoint\x18\x0e \x01(\x0b\x32\x18.firetitan.v1.CheckpointH\x00\x12*\n\x08snapshot\x18\x0f \x01(\x0b\x32\x16.firetitan.v1.SnapshotH\x00\x12(\n\x04load\x18\x10 \x01(\x0b\x32\x18.firetitan.v1.LoadResultH\x00\x12(\n\x07trainer\x18\x11 \x01(\x0b\x32\x15.firetitan.v1.TrainerH\x00\x12.\n\ndeployment\x18\x12 \x01(\x0b\x32\x18.firetitan.v1.DeploymentH\x00\x42\x08\n\x06resultb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66iretitan/v1/operation.proto\x12\x0c\x66iretitan.v1\x1a\x1d\x66iretitan/v1/checkpoint.proto\x1a\x1d\x66iretitan/v1/deployment.proto\x1a\x19\x66iretitan/v1/tensor.proto\x1a\x1a\x66iretitan/v1/trainer.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\x8e\x01\n\x0cLossFnOutput\x12\x38\n\x07tensors\x18\x01 \x03(\x0b\x32\'.firetitan.v1.LossFnOutput.TensorsEntry\x1a\x44\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.firetitan.v1.Tensor:\x02\x38\x01\"\x94\x02\n\rForwardResult\x12+\n\x07outputs\x18\x01 \x03(\x0b\x32\x1a.firetitan.v1.LossFnOutput\x12\x39\n\x07metrics\x18\x02 \x03(\x0b\x32(.firetitan.v1.ForwardResult.MetricsEntry\x12\r\n\x05graph\x18\x03 \x01(\t\x12\x35\n\x11graph_expire_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04step\x18\x05 \x01(\x03\x12\x17\n\x0fweights_version\x18\x06 \x01(\x04\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"~\n\x0fOptimStepResult\x12;\n\x07metrics\x18\x01 \x03(\x0b\x32*.firetitan.v1.OptimStepResult.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"H\n\nLoadResult\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.firetitan.v1.Checkpoint\x12\x0c\n\x04step\x18\x02 \x01(\x03\"\xe9\x04\n\tOperation\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x08\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x0e\n\x06target\x18\x04 \x01(\t\x12\x11\n\tclient_id\x18\x05 \x01(\t\x12\x0b\n\x03seq\x18\x06 \x01(\x04\x12\x12\n\ncommit_seq\x18\x07 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inish_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0eresult_omitted\x18\n \x01(\x08\x12#\n\x05\x65rror\x18\x0b \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12.\n\x07\x66orward\x18\x0c \x01(\x0b\x32\x1b.firetitan.v1.ForwardResultH\x00\x12\x33\n\noptim_step\x18\r \x01(\x0b\x32\x1d.firetitan.v1.OptimStepResultH\x00\x12.\n\ncheckpoint\x18\x0e \x01(\x0b\x32\x18.firetitan.v1.CheckpointH\x00\x12*\n\x08snapshot\x18\x0f \x01(\x0b\x32\x16.firetitan.v1.SnapshotH\x00\x12(\n\x04load\x18\x10 \x01(\x0b\x32\x18.firetitan.v1.LoadResultH\x00\x12(\n\x07trainer\x18\x11 \x01(\x0b\x32\x15.firetitan.v1.TrainerH\x00\x12.\n\ndeployment\x18\x12 \x01(\x0b\x32\x18.firetitan.v1.DeploymentH\x00\x42\x08\n\x06resultb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,15 +48,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOSSFNOUTPUT_TENSORSENTRY']._serialized_start=296
   _globals['_LOSSFNOUTPUT_TENSORSENTRY']._serialized_end=364
   _globals['_FORWARDRESULT']._serialized_start=367
-  _globals['_FORWARDRESULT']._serialized_end=618
-  _globals['_FORWARDRESULT_METRICSENTRY']._serialized_start=572
-  _globals['_FORWARDRESULT_METRICSENTRY']._serialized_end=618
-  _globals['_OPTIMSTEPRESULT']._serialized_start=620
-  _globals['_OPTIMSTEPRESULT']._serialized_end=746
-  _globals['_OPTIMSTEPRESULT_METRICSENTRY']._serialized_start=572
-  _globals['_OPTIMSTEPRESULT_METRICSENTRY']._serialized_end=618
-  _globals['_LOADRESULT']._serialized_start=748
-  _globals['_LOADRESULT']._serialized_end=820
-  _globals['_OPERATION']._serialized_start=823
-  _globals['_OPERATION']._serialized_end=1440
+  _globals['_FORWARDRESULT']._serialized_end=643
+  _globals['_FORWARDRESULT_METRICSENTRY']._serialized_start=597
+  _globals['_FORWARDRESULT_METRICSENTRY']._serialized_end=643
+  _globals['_OPTIMSTEPRESULT']._serialized_start=645
+  _globals['_OPTIMSTEPRESULT']._serialized_end=771
+  _globals['_OPTIMSTEPRESULT_METRICSENTRY']._serialized_start=597
+  _globals['_OPTIMSTEPRESULT_METRICSENTRY']._serialized_end=643
+  _globals['_LOADRESULT']._serialized_start=773
+  _globals['_LOADRESULT']._serialized_end=845
+  _globals['_OPERATION']._serialized_start=848
+  _globals['_OPERATION']._serialized_end=1465
 # @@protoc_insertion_point(module_scope)

@@ -45,7 +45,9 @@ class LossFnOutput(google.protobuf.message.Message):
     TENSORS_FIELD_NUMBER: builtins.int
     @property
     def tensors(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, firetitan.v1.tensor_pb2.Tensor]:
-        """By name; `logprobs` is float32 in the shape of the datum's target_tokens."""
+        """By name: `logprobs`, float32 in the shape of the datum's target_tokens, or `embedding`,
+        float32 [H].
+        """
 
     def __init__(
         self,
@@ -83,10 +85,15 @@ class ForwardResult(google.protobuf.message.Message):
     GRAPH_FIELD_NUMBER: builtins.int
     GRAPH_EXPIRE_TIME_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
+    WEIGHTS_VERSION_FIELD_NUMBER: builtins.int
     graph: builtins.str
     """Handle for Backward where the graph was asked for and kept."""
     step: builtins.int
     """Optimizer steps the weights had taken; a later command can insist on it by `expected_step`."""
+    weights_version: builtins.int
+    """Names the weights: every OptimStep and every load changes it, also a load that ends on the same
+    step. Opaque; equal within a session where the weights are equal.
+    """
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LossFnOutput]:
         """One entry a datum, in order."""
@@ -107,9 +114,10 @@ class ForwardResult(google.protobuf.message.Message):
         graph: builtins.str = ...,
         graph_expire_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         step: builtins.int = ...,
+        weights_version: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["graph_expire_time", b"graph_expire_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["graph", b"graph", "graph_expire_time", b"graph_expire_time", "metrics", b"metrics", "outputs", b"outputs", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["graph", b"graph", "graph_expire_time", b"graph_expire_time", "metrics", b"metrics", "outputs", b"outputs", "step", b"step", "weights_version", b"weights_version"]) -> None: ...
 
 global___ForwardResult = ForwardResult
 

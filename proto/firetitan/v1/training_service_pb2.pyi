@@ -52,6 +52,30 @@ GRAD_ACC_NORMALIZATION_NUM_SEQUENCES: GradAccNormalization.ValueType  # 3
 """Divided by the sequences with at least one such token."""
 global___GradAccNormalization = GradAccNormalization
 
+class _Pooling:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PoolingEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Pooling.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    POOLING_UNSPECIFIED: _Pooling.ValueType  # 0
+    """Not set: no vectors; logprobs."""
+    POOLING_MEAN: _Pooling.ValueType  # 1
+    """The mean over all positions."""
+    POOLING_LAST: _Pooling.ValueType  # 2
+    """The last position's."""
+
+class Pooling(_Pooling, metaclass=_PoolingEnumTypeWrapper):
+    """How a sequence becomes one vector: of its last hidden states, in float32."""
+
+POOLING_UNSPECIFIED: Pooling.ValueType  # 0
+"""Not set: no vectors; logprobs."""
+POOLING_MEAN: Pooling.ValueType  # 1
+"""The mean over all positions."""
+POOLING_LAST: Pooling.ValueType  # 2
+"""The last position's."""
+global___Pooling = Pooling
+
 @typing.final
 class AdamParams(google.protobuf.message.Message):
     """AdamW with decoupled weight decay."""
@@ -339,6 +363,7 @@ class ForwardRequest(google.protobuf.message.Message):
     LOSS_FN_CONFIG_FIELD_NUMBER: builtins.int
     RETAIN_GRAPH_FIELD_NUMBER: builtins.int
     BASE_ONLY_FIELD_NUMBER: builtins.int
+    POOLING_FIELD_NUMBER: builtins.int
     loss_fn: builtins.str
     """Name of a built-in loss."""
     retain_graph: builtins.bool
@@ -346,6 +371,10 @@ class ForwardRequest(google.protobuf.message.Message):
     base_only: builtins.bool
     """Run the base model, the session's adapter left out; a session that trains every parameter has
     none to leave out.
+    """
+    pooling: global___Pooling.ValueType
+    """Set: each sequence's `embedding`, pooled so, comes back in the place of logprobs. Loss inputs are
+    not read; `loss_fn` is empty or a loss over embeddings.
     """
     @property
     def header(self) -> firetitan.v1.command_pb2.CommandHeader:
@@ -368,9 +397,10 @@ class ForwardRequest(google.protobuf.message.Message):
         loss_fn_config: google.protobuf.struct_pb2.Struct | None = ...,
         retain_graph: builtins.bool = ...,
         base_only: builtins.bool = ...,
+        pooling: global___Pooling.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["header", b"header", "loss_fn_config", b"loss_fn_config"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["base_only", b"base_only", "data", b"data", "header", b"header", "loss_fn", b"loss_fn", "loss_fn_config", b"loss_fn_config", "retain_graph", b"retain_graph"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_only", b"base_only", "data", b"data", "header", b"header", "loss_fn", b"loss_fn", "loss_fn_config", b"loss_fn_config", "pooling", b"pooling", "retain_graph", b"retain_graph"]) -> None: ...
 
 global___ForwardRequest = ForwardRequest
 
@@ -412,8 +442,8 @@ class BackwardRequest(google.protobuf.message.Message):
 
     @property
     def output_grads(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[firetitan.v1.tensor_pb2.Tensor]:
-        """One float32 tensor a datum: the gradient of the loss by each logprob. None at all drops the
-        graph and accumulates nothing.
+        """One float32 tensor a datum: the gradient of the loss by each logprob, or by the embedding [H].
+        None at all drops the graph and accumulates nothing.
         """
 
     def __init__(
@@ -460,10 +490,20 @@ class ForwardBackwardRequest(google.protobuf.message.Message):
     LOSS_FN_FIELD_NUMBER: builtins.int
     LOSS_FN_CONFIG_FIELD_NUMBER: builtins.int
     EXPECTED_STEP_FIELD_NUMBER: builtins.int
+    EXPECTED_WEIGHTS_VERSION_FIELD_NUMBER: builtins.int
+    POOLING_FIELD_NUMBER: builtins.int
     loss_fn: builtins.str
     """Name of a built-in loss."""
     expected_step: builtins.int
     """Refused with WEIGHTS_CHANGED unless the session is at this step; absent: not compared."""
+    expected_weights_version: builtins.int
+    """Refused with WEIGHTS_CHANGED unless the weights are those of a ForwardResult's
+    `weights_version`; absent: not compared.
+    """
+    pooling: global___Pooling.ValueType
+    """Set: the loss is over the sequences' embeddings, pooled so. Without a `loss_fn` it is the sum of
+    embedding * `embedding_grads` [H], a loss input of each datum.
+    """
     @property
     def header(self) -> firetitan.v1.command_pb2.CommandHeader:
         """Who and which."""
@@ -484,10 +524,15 @@ class ForwardBackwardRequest(google.protobuf.message.Message):
         loss_fn: builtins.str = ...,
         loss_fn_config: google.protobuf.struct_pb2.Struct | None = ...,
         expected_step: builtins.int | None = ...,
+        expected_weights_version: builtins.int | None = ...,
+        pooling: global___Pooling.ValueType = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_expected_step", b"_expected_step", "expected_step", b"expected_step", "header", b"header", "loss_fn_config", b"loss_fn_config"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_expected_step", b"_expected_step", "data", b"data", "expected_step", b"expected_step", "header", b"header", "loss_fn", b"loss_fn", "loss_fn_config", b"loss_fn_config"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_step", b"_expected_step", "_expected_weights_version", b"_expected_weights_version", "expected_step", b"expected_step", "expected_weights_version", b"expected_weights_version", "header", b"header", "loss_fn_config", b"loss_fn_config"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_step", b"_expected_step", "_expected_weights_version", b"_expected_weights_version", "data", b"data", "expected_step", b"expected_step", "expected_weights_version", b"expected_weights_version", "header", b"header", "loss_fn", b"loss_fn", "loss_fn_config", b"loss_fn_config", "pooling", b"pooling"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_expected_step", b"_expected_step"]) -> typing.Literal["expected_step"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_expected_weights_version", b"_expected_weights_version"]) -> typing.Literal["expected_weights_version"] | None: ...
 
 global___ForwardBackwardRequest = ForwardBackwardRequest
 
