@@ -133,7 +133,7 @@ class CustomLossCall:
         torch = _torch()
         arrays = output_arrays(result, self._space)
         leaves = [torch.from_numpy(array.copy()).requires_grad_() for array in arrays]
-        returned = self._loss_fn(self._data, self._space.shown(leaves))
+        returned = self._loss_fn(self._data, self._space.shown(torch, leaves))
         if not isinstance(returned, tuple) or len(returned) != 2:
             raise TypeError(f"loss_fn: returned {type(returned).__name__}; return (loss, metrics)")
         value, metrics = returned

@@ -30,8 +30,13 @@ class LossSpace(Protocol):
     def forward(self) -> training_service_pb2.ForwardRequest:
         """Asks for the outputs, their graph kept."""
 
-    def shown(self, leaves: list[Any]) -> list[Any]:
-        """What the user's loss is given for the outputs, torch tensors that require gradients."""
+    def shown(self, torch: Any, leaves: list[Any]) -> list[Any]:
+        """What the user's loss is given.
+
+        Args:
+            torch: The module.
+            leaves: The outputs, float32 tensors that require gradients.
+        """
 
     def surrogate(self, grads: Grads) -> training_service_pb2.ForwardBackwardRequest:
         """A command whose loss is linear in the outputs and has these gradients."""
@@ -60,7 +65,7 @@ class Logprobs:
             data=self._messages, loss_fn="cross_entropy", retain_graph=True
         )
 
-    def shown(self, leaves: list[Any]) -> list[Any]:
+    def shown(self, torch: Any, leaves: list[Any]) -> list[Any]:
         """The logprobs themselves."""
         return leaves
 
@@ -92,12 +97,10 @@ class Embeddings:
             data=self._messages, pooling=self._pooling, retain_graph=True
         )
 
-    def shown(self, leaves: list[Any]) -> list[Any]:
+    def shown(self, torch: Any, leaves: list[Any]) -> list[Any]:
         """The embeddings [H], or rows [B] of the cosine matrix [B, B]."""
         if not self._cosines:
             return leaves
-        import torch
-
         unit = torch.nn.functional.normalize(torch.stack(leaves), dim=1)
         return list((unit @ unit.T).unbind())
 

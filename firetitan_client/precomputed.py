@@ -16,20 +16,30 @@ from firetitan.v1 import operation_pb2
 
 from firetitan_client import convert
 
-_versions: dict[int, tuple[weakref.ref[Any], int]] = {}
-"""By the result's id."""
+_versions: dict[int, tuple[weakref.ref[Any], int | None]] = {}
+"""By the result's id; None: of the base model, without the adapter."""
 
 
-def remember(output: Any, weights_version: int) -> None:
-    """Note which weights a result is of, for as long as it lives."""
+def remember(output: Any, weights_version: int | None) -> None:
+    """Note which weights a result is of, for as long as it lives; None: the base model's."""
     key = id(output)
     _versions[key] = (weakref.ref(output, lambda _: _versions.pop(key, None)), weights_version)
 
 
 def version_of(output: Any) -> int | None:
-    """The weights' version of a result; None where it is not known."""
-    found = _versions.get(id(output))
-    return None if found is None else found[1]
+    """The weights' version of a result; None where it is not known.
+
+    Raises:
+        ValueError: It is a reference's.
+    """
+    if id(output) not in _versions:
+        return None
+    version = _versions[id(output)][1]
+    if version is None:
+        raise convert.invalid(
+            "precomputed_forward", "is of the base model; give what this client's forward returned"
+        )
+    return version
 
 
 def as_forward_result(

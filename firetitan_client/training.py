@@ -108,7 +108,8 @@ class FiretitanTrainingClient(WeightsCalls):
 
         def finish(operation: operation_pb2.Operation) -> Any:
             result = convert.forward_output(operation.forward)
-            precomputed.remember(result, operation.forward.weights_version)
+            version = None if self._base_only else operation.forward.weights_version
+            precomputed.remember(result, version)
             return result
 
         return self._submit(

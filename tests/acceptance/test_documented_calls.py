@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import tinker
+import torch
 from support.daemon import DaemonProcess
 from support.data import ragged_data
 
@@ -202,6 +203,23 @@ def test_forward_backward_custom(training_client: Any, datums: list[tinker.Datum
     assert training_client.optim_step(tinker.AdamParams()).result().metrics["grad_norm"] > 0
 
 
+def test_forward_backward_custom_over_embeddings(
+    training_client: Any, datums: list[tinker.Datum]
+) -> None:
+    def embedding_loss(data: Any, embeddings: Any) -> Any:
+        loss = -torch.nn.functional.cosine_similarity(embeddings[0], embeddings[-1], dim=0)
+        return loss + 0 * sum(row.sum() for row in embeddings), {"loss": float(loss.item())}
+
+    result = training_client.forward_backward_custom(
+        datums,
+        embedding_loss,
+        output="embedding",
+        pooling="mean",
+    ).result()
+    assert -1.001 <= result.metrics["loss"] <= 1.001
+    training_client.optim_step(tinker.AdamParams(learning_rate=0.0)).result()
+
+
 def test_optim_step(training_client: Any, datums: list[tinker.Datum]) -> None:
     training_client.forward_backward(datums, "cross_entropy").result()
     training_client.optim_step(
@@ -281,22 +299,10 @@ def test_list_checkpoints_and_resolve_checkpoint_path(base_model: str) -> None:
 
 
 def test_blocks_of_later_calls_say_what_to_do(
-    service: FiretitanServiceClient,
-    training_client: Any,
-    base_model: str,
-    datums: list[tinker.Datum],
+    service: FiretitanServiceClient, training_client: Any, base_model: str
 ) -> None:
-    def embedding_loss(data: Any, embeddings: Any) -> Any:
-        raise AssertionError("must not be called")
-
     for call, text in (
         (lambda: service.create_reference_client(base_model, lora_rank=0), "only forward"),
-        (
-            lambda: training_client.forward_backward_custom(
-                datums, embedding_loss, output="embedding", pooling="mean"
-            ),
-            "losses get 'logprobs'",
-        ),
         (
             lambda: training_client.load_adapter("gs://my-bucket/adapters/run-42"),
             "save_state and load_state",

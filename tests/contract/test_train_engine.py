@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,40 +18,18 @@ from firetitan_daemon.engine.api import (
     Datum,
     Float32Array,
     LoraSpec,
-    ModelSpec,
     Normalization,
     SessionSpec,
     SnapshotKind,
     TrainEngine,
 )
-from firetitan_daemon.engine.factory import TOY_MODEL, make_train_engine
 
-KINDS = ["toy"]
-if importlib.util.find_spec("firetitan_daemon.engine.hf_train") is not None:
-    KINDS.append("hf")
 ADAM = AdamParams(learning_rate=1e-2, weight_decay=0.1, grad_clip_norm=5.0)
 FULL = SessionSpec(seed=1, lora=None)
 LORA = SessionSpec(seed=1, lora=LoraSpec(4))
 SESSIONS = pytest.mark.parametrize("session", [FULL, LORA], ids=["full", "lora"])
 
 MakeEngine = Callable[[], TrainEngine]
-
-
-@pytest.fixture(params=KINDS)
-def make(request: pytest.FixtureRequest) -> Iterator[MakeEngine]:
-    """Make engines of one kind, closed afterwards."""
-    base = TOY_MODEL
-    if request.param == "hf":
-        base = str(request.getfixturevalue("tiny_llama"))
-    engines: list[TrainEngine] = []
-
-    def new() -> TrainEngine:
-        engines.append(make_train_engine(ModelSpec(base, device="cpu")))
-        return engines[-1]
-
-    yield new
-    for engine in engines:
-        engine.close()
 
 
 @pytest.fixture

@@ -483,7 +483,6 @@ def test_what_comes_later_says_so(policy: FiretitanTrainingClient) -> None:
     service = policy.service
     for later in (
         lambda: policy.load_adapter("folder"),
-        lambda: policy.forward_backward_custom(toy_data(), max, output="embedding"),
         lambda: service.create_base_training_client(TOY),
         lambda: service.create_reference_client(TOY),
     ):

@@ -157,7 +157,7 @@ class ToyTrainEngine:
     ) -> ForwardOutput:
         """Pooled rows of the embedding matrix, which no adapter changes."""
         if base_only:
-            check_base_only(self._session().lora, retain_graph)
+            check_base_only(self._session(), retain_graph)
         vectors = self._embed(data, pooling)
         metrics = {}
         if loss_fn:
