@@ -298,19 +298,9 @@ def test_list_checkpoints_and_resolve_checkpoint_path(base_model: str) -> None:
     later.close()
 
 
-def test_blocks_of_later_calls_say_what_to_do(
-    service: FiretitanServiceClient, training_client: Any, base_model: str
-) -> None:
-    for call, text in (
-        (lambda: service.create_reference_client(base_model, lora_rank=0), "only forward"),
-        (
-            lambda: training_client.load_adapter("gs://my-bucket/adapters/run-42"),
-            "save_state and load_state",
-        ),
-    ):
-        with pytest.raises(NotImplementedError, match=text):
-            call()
-    assert "s" not in training_client.list_checkpoints()
+def test_blocks_of_later_calls_say_what_to_do(training_client: Any) -> None:
+    with pytest.raises(NotImplementedError, match="save_state and load_state"):
+        training_client.load_adapter("gs://my-bucket/adapters/run-42")
 
 
 def test_the_same_blocks_in_a_running_loop(base_model: str, datums: list[tinker.Datum]) -> None:

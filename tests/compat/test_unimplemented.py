@@ -37,10 +37,6 @@ def absent(*names: str) -> Callable[[SimpleNamespace], Any]:
     return call
 
 
-def loss(_: Any, values: list[Any]) -> Any:
-    return sum(value.sum() for value in values), {}
-
-
 def config(**settings: Any) -> Callable[[SimpleNamespace], Any]:
     return lambda _: FiretitanServiceClient.from_firetitan_config(base_model=TOY, **settings)
 
@@ -81,9 +77,6 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
         config(hot_load_transition_type="ASYNC"),
     ],
     "FiretitanProvisioningConfig: projection_head_dim": [config(projection_head_dim=8)],
-    f"{TRAINING}: forward_backward_contrastive, forward_backward_contrastive_async": [
-        lambda on: on.policy.forward_backward_contrastive(on.data, num_queries=1, temperature=1.0)
-    ],
     f"{TRAINING}: save_weights_and_get_sampling_client_submit": [
         absent("save_weights_and_get_sampling_client_submit")
     ],
@@ -95,19 +88,6 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
     f"{TRAINING}: weight_sync, weight_sync_async": [absent("weight_sync")],
     f"{TRAINING}: run_id, run_name": [absent("run_id", "run_name")],
     f"{TRAINING}: holder": [absent("holder")],
-    'Custom losses: output="embedding", "cos_similarity_matrix"': [
-        lambda on: on.policy.forward_backward_custom(on.data, loss, output="embedding"),
-        lambda on: on.policy.forward_backward_custom(
-            on.data, loss, output="cos_similarity_matrix", pooling="last"
-        ),
-    ],
-    "Custom losses: precomputed_forward": [
-        lambda on: on.policy.forward_backward_custom(
-            on.data,
-            loss,
-            precomputed_forward=on.policy.forward(on.data, "cross_entropy").result(),
-        )
-    ],
     "Checkpoints and snapshots: merged_base, export_precision": [
         lambda on: on.policy.save_weights_for_sampler("m", checkpoint_type="merged_base"),
         lambda on: on.policy.save_weights_for_sampler_ext(
