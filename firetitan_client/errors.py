@@ -311,6 +311,7 @@ BY_REASON: dict[str, type[FiretitanError]] = {
     "INTERNAL": InternalError,
     "POISON_COMMAND": InternalError,
     "CHECKPOINT_IN_USE": FailedPrecondition,
+    "MODEL_IN_USE": FailedPrecondition,
 }
 """Class of each reason, by its name without the enum's prefix."""
 

@@ -9,7 +9,13 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from firetitan.v1 import checkpoint_pb2, checkpoint_service_pb2, trainer_service_pb2
+from firetitan.v1 import (
+    checkpoint_pb2,
+    checkpoint_service_pb2,
+    model_pb2,
+    model_service_pb2,
+    trainer_service_pb2,
+)
 
 from firetitan_client.control_client import (
     ControlClient,
@@ -124,11 +130,29 @@ class FireworksClient(ControlClient):
         name: str | None = None,
         hot_load_deployment_id: str | None = None,
     ) -> dict[str, Any]:
-        """Not supported: the daemon has no registry of models.
+        """Make a model of what `save_weights_for_sampler` saved.
+
+        From then on `accounts/local/models/<output_model_id>` is a base model of trainers and
+        deployments or, promoted from a LoRA snapshot, an adapter for `load_adapter`. Its folder
+        (`location`) is a plain Hugging Face or PEFT folder.
+
+        Args:
+            job_id: Deprecated: trainer that saved it.
+            checkpoint_id: Deprecated: last segment of its name.
+            output_model_id: 1 to 63 of a-z, 0-9 and hyphen, or `accounts/<a>/models/` and that.
+            base_model: Must be what it was trained on; None: not compared.
+            name: `name` of a `list_checkpoints` row.
+            hot_load_deployment_id: Ignored.
+
+        Returns:
+            The model: `name`, `state` "READY", `kind` ("HF_BASE_MODEL" or "HF_PEFT_ADDON"),
+            `baseModel`, `createTime`; and of ours `location`, `loraRank`, `digest`, `sizeBytes`.
+            The same promotion again gives the same model.
 
         Raises:
-            ValueError: The arguments name no checkpoint, or no valid model id.
-            Unsupported: Otherwise; says where the files of a snapshot are.
+            ValueError: The arguments name no checkpoint or no valid model id; the checkpoint is a
+                delta or one to resume from; another base model; the id is another model's.
+            NotFound: No such checkpoint.
         """
         if name is not None and checkpoint_id is not None:
             raise ValueError("pass either name= or checkpoint_id, not both")
@@ -143,21 +167,65 @@ class FireworksClient(ControlClient):
                 DeprecationWarning,
                 stacklevel=2,
             )
-        problems = validate_output_model_id((output_model_id or "").rpartition("/")[2])
+            name = f"{job_name_of(job_id_of(job_id or ''))}/checkpoints/{checkpoint_id}"
+        problems = validate_output_model_id(output_model_id)
         if problems:
             raise ValueError("\n".join(problems))
-        snapshot = (name or checkpoint_id or "").rpartition("/")[2]
-        raise Unsupported(
-            f"promote_checkpoint: there is no registry of models yet; the files of {snapshot!r} "
-            "are a PEFT or Hugging Face folder already: service.stubs.checkpoints.GetSnapshot(...)"
-            ".snapshot.path"
+        checkpoint_name_of(name)
+        request = model_service_pb2.PromoteCheckpointRequest(
+            checkpoint=name, model_id=output_model_id or "", base_model=base_model or ""
         )
+        return _model_row(self._run("promote_checkpoint", self._promote(request)))
+
+    async def _promote(
+        self, request: model_service_pb2.PromoteCheckpointRequest
+    ) -> model_pb2.Model:
+        answer = await self._transport.call(
+            "ModelService/PromoteCheckpoint",
+            request,
+            model_service_pb2.PromoteCheckpointResponse,
+            timeout_s=None,  # every byte is verified first
+        )
+        model: model_pb2.Model = answer.model
+        return model
+
+    def list_models(self) -> list[dict[str, Any]]:
+        """Promoted models, as `promote_checkpoint` returns them."""
+        return [_model_row(one) for one in self._run("list_models", self._models()) if one.snapshot]
+
+    async def _models(self) -> list[model_pb2.Model]:
+        request, found = model_service_pb2.ListModelsRequest(), []
+        while True:
+            answer = await self._transport.call(
+                "ModelService/ListModels", request, model_service_pb2.ListModelsResponse
+            )
+            found += answer.models
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                return found
+
+    def delete_model(self, name: str) -> None:
+        """Remove a promoted model; one that is gone already is fine.
+
+        Args:
+            name: `accounts/<a>/models/<id>` or the id.
+
+        Raises:
+            FailedPrecondition: A trainer, a deployment or an adapter needs it.
+        """
+        work = self._transport.call(
+            "ModelService/DeleteModel",
+            model_service_pb2.DeleteModelRequest(name=name),
+            model_service_pb2.DeleteModelResponse,
+        )
+        self._run("delete_model", work)
 
     def model_is_moe(self, model: str) -> bool:
         """Whether a model is a mixture of experts, as its config.json says.
 
         Args:
-            model: Folder, Hugging Face id that is on this machine, or the base model of a trainer.
+            model: Name of a model, folder, Hugging Face id that is on this machine, or the base
+                model of a trainer.
 
         Raises:
             NotFound: There is no such model on this machine yet.
@@ -167,7 +235,7 @@ class FireworksClient(ControlClient):
         return is_moe(self._run("model_is_moe", self._config(model)))
 
     async def _config(self, model: str) -> dict[str, Any]:
-        config = read_config(model)
+        config = read_config(model) or await self._named_config(model)
         token = ""
         while config is None:
             answer = await self._transport.call(
@@ -188,6 +256,18 @@ class FireworksClient(ControlClient):
                 field="model",
             )
         return config
+
+    async def _named_config(self, name: str) -> dict[str, Any] | None:
+        """The config.json of what a model's name stands for; of an adapter, its base model's."""
+        answer = await self._transport.call(
+            "ModelService/GetModel",
+            model_service_pb2.GetModelRequest(name=name),
+            model_service_pb2.GetModelResponse,
+        )
+        model = answer.model
+        if model.kind == model_pb2.Model.KIND_ADAPTER:
+            return read_config(model.base_model) or await self._named_config(model.base_model)
+        return read_config(model.location)
 
     def resolve_training_profile(
         self, training_shape_id: str, *, base_model: str | None = None, **_: Any
@@ -242,6 +322,21 @@ def _row(trainer_id: str, saved: Any, kind: str, promotable: bool) -> dict[str, 
     if saved.HasField("expire_time"):
         row["expireTime"] = rfc3339(saved.expire_time)
     return row
+
+
+def _model_row(model: model_pb2.Model) -> dict[str, Any]:
+    adapter = model.kind == model_pb2.Model.KIND_ADAPTER
+    return {
+        "name": model.name,
+        "state": "READY",
+        "kind": "HF_PEFT_ADDON" if adapter else "HF_BASE_MODEL",
+        "baseModel": model.base_model,
+        "createTime": rfc3339(model.create_time),
+        "location": model.location,
+        "loraRank": model.lora_rank,
+        "digest": model.digest,
+        "sizeBytes": model.size_bytes,
+    }
 
 
 def _checkpoint_row(trainer_id: str, saved: checkpoint_pb2.Checkpoint) -> dict[str, Any]:

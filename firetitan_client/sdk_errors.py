@@ -32,6 +32,7 @@ _FOREIGN_RETRYABLE = (
     ("requests", "Timeout"),
 )
 _MODEL_ID = re.compile(r"[a-z0-9-]+")
+_MODEL_NAME = re.compile(r"accounts/[A-Za-z0-9._-]+/models/([^/]+)")
 _MODEL_ID_LENGTH = 63
 
 
@@ -201,11 +202,13 @@ def validate_output_model_id(output_model_id: str | None) -> list[str]:
     """What is wrong with the id a promoted checkpoint shall have; empty where nothing is.
 
     Args:
-        output_model_id: At most 63 of a-z, 0-9 and hyphen.
+        output_model_id: At most 63 of a-z, 0-9 and hyphen, or `accounts/<a>/models/` and that.
     """
     if not output_model_id:
         return ["output_model_id is required"]
     errors = []
+    match = _MODEL_NAME.fullmatch(output_model_id)
+    output_model_id = match[1] if match else output_model_id
     if _MODEL_ID.fullmatch(output_model_id) is None:
         errors.append(
             f"output_model_id '{output_model_id}' contains invalid characters. "

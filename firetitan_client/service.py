@@ -17,6 +17,7 @@ from firetitan_client.errors import FiretitanError
 from firetitan_client.futures import APIFuture
 from firetitan_client.managed import FiretitanProvisioningConfig, build_config
 from firetitan_client.sample_requests import follow, load_tokenizer
+from firetitan_client.service_control import ControlCalls
 from firetitan_client.service_core import SILENCE_S
 from firetitan_client.service_references import ReferenceClients
 from firetitan_client.service_sampling import SamplingClients
@@ -25,7 +26,7 @@ from firetitan_client.sessions import checkpoint_names
 logger = logging.getLogger("firetitan")
 
 
-class FiretitanServiceClient(ReferenceClients, SamplingClients):
+class FiretitanServiceClient(ReferenceClients, SamplingClients, ControlCalls):
     """One trainer and one deployment on the local daemon, and the clients that use them.
 
     Made lazily: nothing is asked of the daemon before the first client is created. Prefer

@@ -10,6 +10,7 @@ from functools import cached_property
 from firetitan.v1 import (
     checkpoint_service_pb2_grpc,
     deployment_service_pb2_grpc,
+    model_service_pb2_grpc,
     operation_service_pb2_grpc,
     sampling_service_pb2_grpc,
     system_service_pb2_grpc,
@@ -50,6 +51,11 @@ class Stubs:
     def trainers(self) -> trainer_service_pb2_grpc.TrainerServiceStub:
         """Managing trainers."""
         return trainer_service_pb2_grpc.TrainerServiceStub(self._transport.channel)
+
+    @cached_property
+    def models(self) -> model_service_pb2_grpc.ModelServiceStub:
+        """The registry of models."""
+        return model_service_pb2_grpc.ModelServiceStub(self._transport.channel)
 
     @cached_property
     def operations(self) -> operation_service_pb2_grpc.OperationServiceStub:

@@ -21,6 +21,7 @@ from firetitan_daemon import durable, handshake
 from firetitan_daemon.config import DaemonConfig
 from firetitan_daemon.control.checkpoints import CheckpointManager
 from firetitan_daemon.control.deployments import DeploymentManager
+from firetitan_daemon.control.models import ModelRegistry
 from firetitan_daemon.control.operations import OperationRegistry
 from firetitan_daemon.control.removal import SavedRemover
 from firetitan_daemon.control.sampling import SamplingRouter
@@ -30,12 +31,14 @@ from firetitan_daemon.control.supervisor import Supervisor
 from firetitan_daemon.control.trainers import TrainerManager
 from firetitan_daemon.control.weight_sync import WeightSyncer
 from firetitan_daemon.control.workers import WorkerPool
+from firetitan_daemon.core.model_names import ModelNames
 from firetitan_daemon.core.ports import Clock, WorkerLauncher
 from firetitan_daemon.launch.local import LocalLauncher
 from firetitan_daemon.places import Places
 from firetitan_daemon.rpc.checkpoints import CheckpointServicer
 from firetitan_daemon.rpc.codec import ProtobufCodec
 from firetitan_daemon.rpc.deployments import DeploymentServicer
+from firetitan_daemon.rpc.models import ModelServicer
 from firetitan_daemon.rpc.operations import OperationMessages, OperationServicer
 from firetitan_daemon.rpc.sampling import SamplingServicer
 from firetitan_daemon.rpc.server import RpcServer
@@ -114,6 +117,7 @@ class Daemon:
             limits=config.limits,
             operations=OperationRegistry(self._store, self._spool, config.limits),
             recovery=config.recovery,
+            models=ModelNames(config.models),
             num_threads=config.workers.num_threads,
             adopt_timeout_s=config.workers.adopt_timeout_s,
         )
@@ -139,8 +143,9 @@ class Daemon:
         syncer = WeightSyncer(services, deployments)
         deployments.connect(syncer.restore)
         remover = SavedRemover(services, checkpoints, sessions, deployments)
+        models = ModelRegistry(services, trainers, deployments)
         self._supervisor = supervisor = Supervisor(
-            services, pool, sessions, trainers, deployments, syncer, checkpoints, remover
+            services, pool, sessions, trainers, deployments, syncer, checkpoints, remover, models
         )
         messages = OperationMessages(services.spool, trainers, deployments, sessions)
         self._identity = Identity(
@@ -153,6 +158,7 @@ class Daemon:
         servicers = (
             TrainingServicer(sessions, trainers, supervisor),
             CheckpointServicer(checkpoints, remover),
+            ModelServicer(models, supervisor),
             OperationServicer(services.operations, sessions, messages),
             SamplingServicer(SamplingRouter(deployments), supervisor),
             DeploymentServicer(deployments, syncer, messages, supervisor),

@@ -1,4 +1,4 @@
-"""`firetitand`: serve, status, stop, drain, config.
+"""`firetitand`: serve, status, stop, drain, config, models.
 
 Knows: the command line, exit codes, how a running daemon is found. Must not know: how it works.
 Exit codes: 0 done, 1 failed, 2 wrong usage or setting, 3 another daemon owns the state, 4 no daemon
@@ -149,6 +149,43 @@ def config(home: Path | None, origin: bool) -> None:
         value = str(setting.value) if isinstance(setting.value, Path) else setting.value
         line = f"{setting.key} = {json.dumps(value)}"
         click.echo(f"{line:56} # {setting.origin}" if origin else line)
+
+
+@main.command()
+@_home_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def models(home: Path | None, as_json: bool) -> None:
+    """List promoted and configured models."""
+    running = _running(_places(home))
+    from google.protobuf.json_format import MessageToDict
+
+    found = _models(running["address"])
+    if as_json:
+        fields = [MessageToDict(one, preserving_proto_field_name=True) for one in found]
+        click.echo(json.dumps({"models": fields}))
+        return
+    for one in found:
+        made = f"from {one.snapshot} on {one.base_model}" if one.snapshot else one.location
+        click.echo(f"{one.name:48} {made}")
+
+
+def _models(address: str) -> list[Any]:
+    import grpc
+    from firetitan.v1 import model_service_pb2, model_service_pb2_grpc
+
+    found: list[Any] = []
+    request = model_service_pb2.ListModelsRequest()
+    with grpc.insecure_channel(address) as channel:
+        stub = model_service_pb2_grpc.ModelServiceStub(channel)
+        try:
+            while True:
+                answer = stub.ListModels(request, timeout=10)
+                found += answer.models
+                request.page_token = answer.next_page_token
+                if not request.page_token:
+                    return found
+        except grpc.RpcError as error:
+            _fail(f"the daemon does not answer: {error}", EXIT_FAILED)
 
 
 def _config(home: Path | None, flags: dict[str, object]) -> DaemonConfig:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from firetitan_daemon.core.model_names import NamedModel
 from firetitan_daemon.core.ports import Limits
 from firetitan_daemon.core.recovery import RecoveryLimits
 
@@ -63,9 +64,12 @@ class DaemonConfig:
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     recovery: RecoveryLimits = field(default_factory=RecoveryLimits)
     log: LogConfig = field(default_factory=LogConfig)
+    models: Mapping[str, NamedModel] = field(default_factory=dict)
+    """What a name of a model stands for, beside the built-in ones."""
 
 
 _SECTIONS = ("server", "limits", "workers", "recovery", "log")
+_MODELS = "models."
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -131,13 +135,35 @@ def load_config(
             else:
                 settings.append(Setting(key, entry.default, "default"))
         sections[section] = cls(**values)
+    models = {}
+    for key in [key for key in given if key.startswith(_MODELS)]:
+        name = key.removeprefix(_MODELS)
+        models[name] = _named_model(given[key])
+        settings.append(given.pop(key))
     if given:
         unknown = next(iter(given.values()))
         raise ConfigError(
             f"{unknown.key}: no such setting (from {unknown.origin}); "
             "`firetitand config` lists all of them"
         )
-    return DaemonConfig(home=root, **sections), sorted(settings, key=lambda one: one.key)  # type: ignore[arg-type]
+    config = DaemonConfig(home=root, models=models, **sections)  # type: ignore[arg-type]
+    return config, sorted(settings, key=lambda one: one.key)
+
+
+def _named_model(setting: Setting) -> NamedModel:
+    value = {"location": setting.value} if isinstance(setting.value, str) else setting.value
+    allowed = {entry.name for entry in dataclasses.fields(NamedModel)}
+    if (
+        not isinstance(value, dict)
+        or not value.get("location")
+        or value.keys() - allowed
+        or not all(isinstance(one, str) for one in value.values())
+    ):
+        raise ConfigError(
+            f"{setting.key} = {setting.value!r} (from {setting.origin}): must be a folder or a "
+            'Hugging Face id, or { location = "...", revision = "..." }'
+        )
+    return NamedModel(**value)
 
 
 def _section_classes() -> dict[str, type]:

@@ -15,6 +15,7 @@ from typing import TypeVar
 from firetitan_daemon.control.codec import Codec
 from firetitan_daemon.control.operations import OperationRegistry
 from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.model_names import ModelNames
 from firetitan_daemon.core.ports import Clock, Folders, Limits, Spool, Store, WorkerLauncher
 from firetitan_daemon.core.records import ErrorRecord
 from firetitan_daemon.core.recovery import RecoveryLimits
@@ -39,6 +40,7 @@ class Services:
     recovery: RecoveryLimits = field(default_factory=RecoveryLimits)
     num_threads: int = 0
     """Threads a worker computes with; 0: as many as there are cores."""
+    models: ModelNames = field(default_factory=ModelNames)
     adopt_timeout_s: float = 5.0
     """How long one attempt to reach a worker of a former daemon may take."""
 

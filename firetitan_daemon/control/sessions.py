@@ -22,6 +22,7 @@ from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Change, Ledger, Worker
 from firetitan_daemon.core.records import (
+    BaseFacts,
     Lane,
     LoraSettings,
     Operation,
@@ -306,9 +307,18 @@ class SessionManager:
             state=SessionState.ACTIVE,
             create_time=self._services.clock.now(),
             user_metadata=wanted.user_metadata,
-            base=trainer.base,
             forward_only=trainer.forward_only,
+            base=self._base_facts(trainer),
         )
+
+    def _base_facts(self, trainer: Trainer) -> BaseFacts:
+        model = trainer.model
+        if model is None:
+            return BaseFacts()
+        tokenizer = model.path
+        if model.source == "hub":
+            tokenizer = self._services.models.reference(trainer.base_model).partition("@")[0]
+        return BaseFacts(model.fingerprint, model.revision, tokenizer)
 
     @staticmethod
     def _check_trainer(trainer: Trainer, wanted: Wanted) -> None:

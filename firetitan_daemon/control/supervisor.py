@@ -12,6 +12,7 @@ from collections.abc import Awaitable
 
 from firetitan_daemon.control.checkpoints import CheckpointManager
 from firetitan_daemon.control.deployments import DeploymentManager
+from firetitan_daemon.control.models import ModelRegistry
 from firetitan_daemon.control.removal import SavedRemover
 from firetitan_daemon.control.services import Services, internal_error, logger
 from firetitan_daemon.control.sessions import SessionManager
@@ -37,6 +38,7 @@ class Supervisor:
         syncer: WeightSyncer,
         checkpoints: CheckpointManager,
         remover: SavedRemover,
+        models: ModelRegistry,
     ) -> None:
         self._services = services
         self._pool = pool
@@ -46,6 +48,7 @@ class Supervisor:
         self._syncer = syncer
         self._checkpoints = checkpoints
         self._remover = remover
+        self._models = models
         self._tasks: set[asyncio.Task[None]] = set()
         self.draining = False
 
@@ -56,6 +59,7 @@ class Supervisor:
         swept = await services.spool.sweep(ledger.spool)
         folders = await services.folders.sweep(ledger.folders)
         services.operations.restore(ledger)
+        self._models.restore(ledger)
         await self._checkpoints.restore(ledger)
         self._pool.restore(ledger)
         await self._sessions.restore(ledger)

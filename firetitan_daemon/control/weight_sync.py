@@ -231,7 +231,10 @@ class WeightSyncer:
 
 
 def _check_base(deployment: Deployment, snapshot: Snapshot) -> None:
-    if snapshot.base_model != deployment.base_model:
+    # One model may have several names.
+    loaded = deployment.model.fingerprint if deployment.model is not None else ""
+    same = loaded and loaded == snapshot.base.fingerprint
+    if not same and snapshot.base_model != deployment.base_model:
         raise FiretitanError(
             Reason.INVALID_ARGUMENT,
             f"snapshot: {snapshot.name} is of base model {snapshot.base_model!r}, but "

@@ -64,13 +64,19 @@ class WorkerPool:
             worker_id=f"{kind}-{uuid.uuid4().hex[:12]}",
             kind=kind,
             target=target,
-            base_model=base_model,
+            base_model=self._reference(base_model),
             dtype=dtype,
             max_context_length=max_context_length,
             num_threads=self._services.num_threads,
         )
         self._specs[spec.worker_id] = spec
         return spec
+
+    def _reference(self, base_model: str) -> str:
+        try:
+            return self._services.models.reference(base_model)
+        except FiretitanError:
+            return base_model  # the worker says that there is no such model
 
     async def start(self, spec: WorkerSpec) -> tuple[Worker, ModelInfo]:
         """Launch a worker, or find the one that runs already, and load its model.

@@ -58,6 +58,7 @@ class Reason(StrEnum):
     INTERNAL = "INTERNAL"
     POISON_COMMAND = "POISON_COMMAND"
     CHECKPOINT_IN_USE = "CHECKPOINT_IN_USE"
+    MODEL_IN_USE = "MODEL_IN_USE"
 
 
 CODES: dict[Reason, str] = {
@@ -107,6 +108,7 @@ CODES: dict[Reason, str] = {
     Reason.INTERNAL: "INTERNAL",
     Reason.POISON_COMMAND: "INTERNAL",
     Reason.CHECKPOINT_IN_USE: "FAILED_PRECONDITION",
+    Reason.MODEL_IN_USE: "FAILED_PRECONDITION",
 }
 """The gRPC status code of each reason, by name."""
 

@@ -179,6 +179,27 @@ def parse_snapshot(reference: str, field: str = "snapshot") -> str:
     return _parse_one(reference, "snapshots", "snapshot", field, True)
 
 
+@dataclass(frozen=True)
+class SavedReference:
+    """Something saved, as rows name it or by a snapshot's name."""
+
+    id: str
+    trainer: str | None = None
+    """None: whichever saved it."""
+
+
+def parse_saved(reference: str, field: str = "checkpoint") -> SavedReference:
+    """Take apart `accounts/{a}/rlorTrainerJobs/{trainer}/checkpoints/{id}`, or a snapshot's name.
+
+    Raises:
+        FiretitanError: NAME_INVALID.
+    """
+    parts = reference.split("/")
+    if len(parts) == 6 and parts[::2] == ["accounts", "rlorTrainerJobs", "checkpoints"]:
+        return SavedReference(check_id(parts[5], field), check_id(parts[3], field))
+    return SavedReference(parse_snapshot(reference, field))
+
+
 def choose_snapshot_id(wanted: str, suffix: str, taken: Callable[[str], bool]) -> str:
     """A snapshot id never used before: `{wanted}-{suffix}`, else `{wanted}.2-{suffix}` and so on.
 

@@ -15,6 +15,7 @@ from firetitan_daemon.core.records import (
     Deployment,
     ErrorRecord,
     Lane,
+    Model,
     ModelInfo,
     Operation,
     RecoveryPoint,
@@ -53,6 +54,7 @@ class Ledger:
     workers: Sequence[WorkerSpec] = ()
     pins: Sequence[tuple[str, str, str]] = ()
     """(deployment id, snapshot id, holder)."""
+    models: Sequence[Model] = ()
     recovery_points: Sequence[RecoveryPoint] = ()
     """By (session, commit_seq)."""
     kept_operations: Sequence[Operation] = ()
@@ -61,8 +63,8 @@ class Ledger:
     """Every spool file that a row refers to: payloads of open operations and of those
     a replay needs, results not taken yet."""
     folders: Sequence[str] = ()
-    """Every folder that a checkpoint, a snapshot, a recovery point or an open operation's
-    `staging` refers to."""
+    """Every folder that a checkpoint, a snapshot, a recovery point or a model is in, that an open
+    operation writes to, or that one reads which is open or may be replayed."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Change:
     deployments: Sequence[Deployment] = ()
     workers: Sequence[WorkerSpec] = ()
     pins: Sequence[tuple[str, str, str]] = ()
+    models: Sequence[Model] = ()
     recovery_points: Sequence[RecoveryPoint] = ()
     released_payloads: Sequence[tuple[str, int]] = ()
     """(session, commit_seq): payloads of its done operations up to there are needed no more."""
@@ -87,6 +90,8 @@ class Change:
     """(name, folder) of each; one that was saved anew since has another folder and stays."""
     deleted_snapshots: Sequence[str] = ()
     """Ids; they are never used again."""
+    deleted_models: Sequence[str] = ()
+    """Ids."""
     deleted_trainers: Sequence[str] = ()
     deleted_deployments: Sequence[str] = ()
     deleted_workers: Sequence[str] = ()
@@ -184,8 +189,21 @@ class Folders(Protocol):
 
         Args:
             staging: Made by `staging()`, sealed by a worker.
-            kind: `checkpoints`, `snapshots` or `points`.
+            kind: `checkpoints`, `snapshots`, `points` or `models`.
             name: Readable part of the final name.
+        """
+
+    async def copy(self, folder: Path, digest: str, kind: str, name: str) -> Path:
+        """Publish a published folder's files once more; returns the new folder.
+
+        Args:
+            folder: Sealed; verified before a file of it is taken over.
+            digest: What its manifest must hash to.
+            kind: As in `publish`.
+            name: As in `publish`.
+
+        Raises:
+            FiretitanError: CHECKSUM_MISMATCH, STATE_DISK_FULL; nothing was published.
         """
 
     async def discard(self, folder: Path) -> None:

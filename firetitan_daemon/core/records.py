@@ -122,15 +122,6 @@ class Trainer:
         """`trainers/{trainer}`."""
         return f"trainers/{self.id}"
 
-    @property
-    def base(self) -> BaseFacts:
-        """What was loaded, in what a checkpoint records of it."""
-        model = self.model
-        if model is None:
-            return BaseFacts()
-        tokenizer = self.base_model if model.revision else model.path
-        return BaseFacts(model.fingerprint, model.revision, tokenizer)
-
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -322,6 +313,37 @@ class Snapshot:
     def name(self) -> str:
         """`snapshots/{snapshot}`."""
         return f"snapshots/{self.id}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A promoted snapshot: a model that is loaded by name."""
+
+    id: str
+    account: str
+    kind: str
+    """`hf_full`, a whole model, or `peft_adapter`."""
+    snapshot: str
+    """Name of the snapshot it was made from, which may be gone."""
+    base_model: str
+    """What it was trained on, as asked for then."""
+    lora_rank: int
+    folder: str
+    digest: str
+    result_digest: str
+    size_bytes: int
+    create_time: float
+    base: BaseFacts = field(default_factory=BaseFacts)
+
+    @property
+    def name(self) -> str:
+        """`models/{model}`."""
+        return f"models/{self.id}"
+
+    @property
+    def full_name(self) -> str:
+        """`accounts/{account}/models/{model}`, the documented name."""
+        return f"accounts/{self.account}/models/{self.id}"
 
 
 @dataclass(frozen=True)

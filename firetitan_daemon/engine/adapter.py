@@ -63,7 +63,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 def base_reference(base_model: str, info: ModelInfo) -> tuple[str, str | None]:
     """Name and revision under which others find the base: the hub's id, else the local folder."""
     if info.source == "hub":
-        return base_model, Path(info.path).name
+        return base_model.partition("@")[0], Path(info.path).name
     return info.path, None
 
 

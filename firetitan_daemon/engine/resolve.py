@@ -41,7 +41,7 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 _UNWANTED = ["*/*", "consolidated*"]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?")
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,8 @@ def resolve_model(base_model: str) -> ResolvedModel:
     """Find a base model, fetching or converting it where it is not on this machine yet.
 
     Args:
-        base_model: A folder, or a Hugging Face id such as `Qwen/Qwen3-0.6B`.
+        base_model: A folder, or a Hugging Face id such as `Qwen/Qwen3-0.6B`, with `@` and a
+            commit, tag or branch behind it where it is not to be the main branch.
 
     Raises:
         FiretitanError: MODEL_NOT_FOUND, naming what is missing and what to do.
@@ -76,10 +77,11 @@ def resolve_model(base_model: str) -> ResolvedModel:
         if missing:
             raise _not_found(base_model, f"the folder {folder} has {missing}")
         return ResolvedModel(folder, "folder", fingerprint(folder), None)
-    if not _HUB_ID.fullmatch(base_model):
+    match = _HUB_ID.fullmatch(base_model)
+    if match is None:
         raise _not_found(base_model, "no such folder, and not the form of a Hugging Face id")
     try:
-        path = _from_hub(base_model)
+        path = _from_hub(match["id"], match["revision"])
     except FiretitanError:
         if base_model != SMOLLM or _gguf_file() is None:
             raise
@@ -131,10 +133,16 @@ def cache_folder() -> Path:
 
 
 def _not_found(base_model: str, what: str) -> FiretitanError:
+    way_out = (
+        "give a folder with config.json and safetensors files, or the Hugging Face id of a model"
+    )
+    if base_model.startswith("accounts/"):
+        way_out = (
+            "promote a checkpoint to that name, or say under [models] in config.toml what it is"
+        )
     return FiretitanError(
         Reason.MODEL_NOT_FOUND,
-        f'base_model="{base_model}": {what}; give a folder with config.json and safetensors files, '
-        "or the Hugging Face id of a model",
+        f'base_model="{base_model}": {what}; {way_out}',
         field="base_model",
         base_model=base_model,
     )
@@ -169,19 +177,21 @@ def _remembered_hash(path: Path) -> str:
     return found
 
 
-def _from_hub(base_model: str) -> Path:
+def _from_hub(base_model: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     def download(*, cached: bool) -> Path:
         return Path(
             snapshot_download(
                 base_model,
+                revision=revision,
                 allow_patterns=_WANTED,
                 ignore_patterns=_UNWANTED,
                 local_files_only=cached,
@@ -200,9 +210,12 @@ def _from_hub(base_model: str) -> Path:
     fetch_errors = _fetch_errors()
     try:
         # Asked first because it takes a timeout: the download waits for ever for a silent hub.
-        HfApi().model_info(base_model, timeout=HUB_TIMEOUT_S)
+        HfApi().model_info(base_model, revision=revision, timeout=HUB_TIMEOUT_S)
     except GatedRepoError as error:
         raise _not_found(base_model, "the hub asks for a login to this model") from error
+    except RevisionNotFoundError as error:
+        reason = f"the hub's repository has no revision {revision!r}"
+        raise _not_found(base_model, reason) from error
     except RepositoryNotFoundError as error:
         raise _not_found(base_model, "the hub has no such model, or a private one") from error
     except fetch_errors as error:

@@ -11,6 +11,7 @@ from firetitan.v1 import (
     checkpoint_pb2,
     command_pb2,
     deployment_pb2,
+    model_pb2,
     operation_pb2,
     session_pb2,
     trainer_pb2,
@@ -24,6 +25,7 @@ from firetitan_daemon.core.expiry import expire_time
 from firetitan_daemon.core.records import (
     Checkpoint,
     Deployment,
+    Model,
     ModelInfo,
     Operation,
     ResourceState,
@@ -61,6 +63,10 @@ _KINDS = {
     "delta": checkpoint_pb2.Snapshot.KIND_DELTA,
 }
 KIND_NAMES = {value: name for name, value in _KINDS.items()}
+_MODEL_KINDS = {
+    "hf_full": model_pb2.Model.KIND_FULL,
+    "peft_adapter": model_pb2.Model.KIND_ADAPTER,
+}
 _FORMATS = {
     "peft_adapter": checkpoint_pb2.Snapshot.FORMAT_PEFT_ADAPTER,
     "hf_full": checkpoint_pb2.Snapshot.FORMAT_HF_FULL,
@@ -249,6 +255,24 @@ def _with_expiry(message: _Saved, record: Checkpoint | Snapshot) -> _Saved:
     if at is not None:
         message.expire_time.CopyFrom(timestamp(at))
     return message
+
+
+def model(record: Model) -> model_pb2.Model:
+    """A promoted model."""
+    return model_pb2.Model(
+        name=record.full_name,
+        kind=_MODEL_KINDS.get(record.kind, model_pb2.Model.KIND_UNSPECIFIED),
+        location=record.folder,
+        snapshot=record.snapshot,
+        base_model=record.base_model,
+        lora_rank=record.lora_rank,
+        tokenizer=record.base.tokenizer,
+        base_revision=record.base.revision,
+        base_fingerprint=record.base.fingerprint,
+        digest=record.digest,
+        size_bytes=record.size_bytes,
+        create_time=timestamp(record.create_time),
+    )
 
 
 def operation(record: Operation) -> operation_pb2.Operation:

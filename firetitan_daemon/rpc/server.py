@@ -15,6 +15,7 @@ import grpc.aio
 from firetitan.v1 import (
     checkpoint_service_pb2,
     deployment_service_pb2,
+    model_service_pb2,
     operation_service_pb2,
     sampling_service_pb2,
     system_service_pb2,
@@ -28,6 +29,7 @@ from grpc_reflection.v1alpha import reflection
 from firetitan_daemon.rpc.binding import CommandCall, bind
 from firetitan_daemon.rpc.checkpoints import CheckpointServicer
 from firetitan_daemon.rpc.deployments import DeploymentServicer
+from firetitan_daemon.rpc.models import ModelServicer
 from firetitan_daemon.rpc.operations import OperationServicer
 from firetitan_daemon.rpc.sampling import SamplingServicer
 from firetitan_daemon.rpc.system import SystemServicer
@@ -44,6 +46,7 @@ _FILES = (
     (sampling_service_pb2, "SamplingService", SamplingServicer),
     (deployment_service_pb2, "DeploymentService", DeploymentServicer),
     (trainer_service_pb2, "TrainerService", TrainerServicer),
+    (model_service_pb2, "ModelService", ModelServicer),
     (system_service_pb2, "SystemService", SystemServicer),
 )
 
@@ -54,6 +57,7 @@ Servicer = (
     | SamplingServicer
     | DeploymentServicer
     | TrainerServicer
+    | ModelServicer
     | SystemServicer
 )
 

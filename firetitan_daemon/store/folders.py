@@ -6,6 +6,7 @@ Knows: folders below one root. Must not know: what is in them.
     checkpoints/{name}-{id}      published; the id of its staging folder makes the name unique
     snapshots/{name}-{id}
     points/{name}-{id}           recovery points
+    models/{name}-{id}           promoted models; their files are links to the snapshots'
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from firetitan_daemon.store.disk import disk_full, is_full
 
 logger = logging.getLogger("firetitan.folders")
 STAGING = "staging"
-KINDS = ("checkpoints", "snapshots", "points")
+KINDS = ("checkpoints", "snapshots", "points", "models")
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -59,6 +60,18 @@ class FileFolders(Folders):
         """Give a sealed staging folder its final name; again is fine."""
         return await self._run(self._publish, staging, kind, name)
 
+    async def copy(self, folder: Path, digest: str, kind: str, name: str) -> Path:
+        """Publish a published folder's files once more; no byte of them is copied."""
+        # Hashing takes its time: not in the thread that publishes.
+        await asyncio.to_thread(durable.verify_folder, folder, digest)
+        staging = self.staging()
+        try:
+            await self._run(self._link, folder, staging)
+            return await self.publish(staging, kind, name)
+        except FiretitanError:
+            await self.discard(staging)
+            raise
+
     async def discard(self, folder: Path) -> None:
         """Remove a staging or a published folder; one that is gone is fine."""
         await self._run(self._discard, folder)
@@ -75,6 +88,14 @@ class FileFolders(Folders):
         # A publish that was begun is finished even if the one who asked stops waiting.
         future = self._thread.submit(call, *args, **kwargs)
         return await asyncio.shield(asyncio.wrap_future(future))
+
+    def _link(self, folder: Path, staging: Path) -> None:
+        try:
+            for file in folder.iterdir():
+                (staging / file.name).hardlink_to(file)
+            durable.fsync_path(staging)
+        except OSError as error:
+            raise self._failure(error) from error
 
     def _publish(self, staging: Path, kind: str, name: str) -> Path:
         assert kind in KINDS and "/" not in name, f"{kind}/{name} is no place for a folder"

@@ -13,6 +13,7 @@ from firetitan_daemon.core.records import (
     Checkpoint,
     Deployment,
     Lane,
+    Model,
     Operation,
     RecoveryPoint,
     Session,
@@ -40,6 +41,7 @@ class MemoryStore(Store):
         self._deployments: dict[str, Deployment] = {}
         self._workers: dict[str, WorkerSpec] = {}
         self._pins: dict[_Pin, None] = {}
+        self._models: dict[str, Model] = {}
         self._points: dict[tuple[str, int], RecoveryPoint] = {}
 
     async def load(self) -> Ledger:
@@ -51,6 +53,7 @@ class MemoryStore(Store):
         )
         folders = [one.folder for one in self._checkpoints.values()]
         folders += [one.folder for one in self._snapshots.values()]
+        folders += [one.folder for one in self._models.values()]
         folders += [one.folder for one in self._points.values()]
         kept = [one for one in operations if one.done and one.payload]
         return Ledger(
@@ -61,6 +64,7 @@ class MemoryStore(Store):
             deployments=[self._deployments[key] for key in sorted(self._deployments)],
             workers=[self._workers[key] for key in sorted(self._workers)],
             pins=list(self._pins),
+            models=[self._models[key] for key in sorted(self._models)],
             recovery_points=[self._points[key] for key in sorted(self._points)],
             kept_operations=sorted(kept, key=lambda one: (one.target, one.commit_seq)),
             spool=[
@@ -88,6 +92,7 @@ class MemoryStore(Store):
         self._deployments.update((one.id, one) for one in change.deployments)
         self._workers.update((one.worker_id, one) for one in change.workers)
         self._pins.update((pin, None) for pin in change.pins)
+        self._models.update((one.id, one) for one in change.models)
         self._points.update(((one.session, one.commit_seq), one) for one in change.recovery_points)
         for session, through in change.released_payloads:
             for one in list(self._operations.values()):
@@ -214,6 +219,8 @@ class MemoryStore(Store):
             self._deployments.pop(deployment, None)
             for pin in [pin for pin in self._pins if pin[0] == deployment]:
                 del self._pins[pin]
+        for model in change.deleted_models:
+            self._models.pop(model, None)
         for worker in change.deleted_workers:
             self._workers.pop(worker, None)
         for point in change.deleted_recovery_points:

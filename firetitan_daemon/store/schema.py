@@ -11,6 +11,7 @@ Knows: SQLite's schema. Must not know: records beyond the columns below.
     snapshots     number | id | trainer  folder | body
     deleted_snapshots id | trainer
     recovery_points session, commit_seq | folder | body
+    models        id | folder | body
     deployments   id | body
       pins        deployment, snapshot, holder
     workers       id | body
@@ -96,10 +97,18 @@ def _remember_deleted_snapshots(connection: sqlite3.Connection) -> None:
         connection.execute(statement)
 
 
+def _add_models(connection: sqlite3.Connection) -> None:
+    connection.execute(
+        "CREATE TABLE models (id TEXT PRIMARY KEY, folder TEXT NOT NULL, body TEXT NOT NULL)"
+        " WITHOUT ROWID"
+    )
+
+
 MIGRATIONS: tuple[Migration, ...] = (
     _create,
     _add_recovery_points,
     _remember_deleted_snapshots,
+    _add_models,
 )
 """Each takes a file one version up."""
 

@@ -25,6 +25,7 @@ from firetitan_daemon.core.records import (
     Checkpoint,
     Deployment,
     Lane,
+    Model,
     Operation,
     OperationState,
     RecoveryPoint,
@@ -204,7 +205,7 @@ class SqliteStore(Store):
         results = self._all(Operation, "operations WHERE has_result = 1")
         folders = self._db.execute(
             "SELECT folder FROM checkpoints UNION SELECT folder FROM snapshots"
-            " UNION SELECT folder FROM recovery_points"
+            " UNION SELECT folder FROM recovery_points UNION SELECT folder FROM models"
         ).fetchall()
         kept = [one for one in payloads if one.done]
         return Ledger(
@@ -215,6 +216,7 @@ class SqliteStore(Store):
             deployments=self._all(Deployment, "deployments ORDER BY id"),
             workers=self._all(WorkerSpec, "workers ORDER BY id"),
             pins=self._db.execute("SELECT deployment, snapshot, holder FROM pins").fetchall(),
+            models=self._all(Model, "models ORDER BY id"),
             recovery_points=self._all(
                 RecoveryPoint, "recovery_points ORDER BY session, commit_seq"
             ),
@@ -261,6 +263,8 @@ class SqliteStore(Store):
         for deployment in change.deleted_deployments:
             db.execute("DELETE FROM pins WHERE deployment = ?", (deployment,))
             db.execute("DELETE FROM deployments WHERE id = ?", (deployment,))
+        for model in change.deleted_models:
+            db.execute("DELETE FROM models WHERE id = ?", (model,))
         for worker in change.deleted_workers:
             db.execute("DELETE FROM workers WHERE id = ?", (worker,))
         for point in change.deleted_recovery_points:
@@ -323,6 +327,9 @@ class SqliteStore(Store):
             db.execute("REPLACE INTO deployments VALUES (?, ?)", row2)
         for worker in change.workers:
             db.execute("REPLACE INTO workers VALUES (?, ?)", (worker.worker_id, encode(worker)))
+        for model in change.models:
+            row3 = (model.id, model.folder, encode(model))
+            db.execute("REPLACE INTO models VALUES (?, ?, ?)", row3)
         for pin in change.pins:
             db.execute("REPLACE INTO pins VALUES (?, ?, ?)", pin)
         for point in change.recovery_points:

@@ -15,6 +15,7 @@ from firetitan.v1 import (
     checkpoint_service_pb2_grpc,
     deployment_service_pb2,
     deployment_service_pb2_grpc,
+    model_service_pb2_grpc,
     operation_pb2,
     operation_service_pb2,
     operation_service_pb2_grpc,
@@ -72,6 +73,7 @@ class Stubs:
         self.trainers = trainer_service_pb2_grpc.TrainerServiceStub(self.channel)
         self.deployments = deployment_service_pb2_grpc.DeploymentServiceStub(self.channel)
         self.sampling = sampling_service_pb2_grpc.SamplingServiceStub(self.channel)
+        self.models = model_service_pb2_grpc.ModelServiceStub(self.channel)
         self.system = system_service_pb2_grpc.SystemServiceStub(self.channel)
 
     def retry(self, call: Any, request: Any, timeout_s: float = 30.0) -> Any:

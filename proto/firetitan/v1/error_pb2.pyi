@@ -119,6 +119,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """FAILED_PRECONDITION. The checkpoint is being loaded."""
     ERROR_REASON_NO_LOSS_TOKENS: _ErrorReason.ValueType  # 46
     """FAILED_PRECONDITION. Gradients of embeddings, which have no tokens to divide by."""
+    ERROR_REASON_MODEL_IN_USE: _ErrorReason.ValueType  # 47
+    """FAILED_PRECONDITION. A trainer, a deployment or an adapter needs the model."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reason in `google.rpc.ErrorInfo` (domain "firetitan.v1"); decide on this, never on text."""
@@ -217,6 +219,8 @@ ERROR_REASON_CHECKPOINT_IN_USE: ErrorReason.ValueType  # 45
 """FAILED_PRECONDITION. The checkpoint is being loaded."""
 ERROR_REASON_NO_LOSS_TOKENS: ErrorReason.ValueType  # 46
 """FAILED_PRECONDITION. Gradients of embeddings, which have no tokens to divide by."""
+ERROR_REASON_MODEL_IN_USE: ErrorReason.ValueType  # 47
+"""FAILED_PRECONDITION. A trainer, a deployment or an adapter needs the model."""
 global___ErrorReason = ErrorReason
 
 @typing.final

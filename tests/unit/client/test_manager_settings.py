@@ -20,7 +20,6 @@ from firetitan_client import (
     TrainerJobConfig,
     TrainerJobManager,
     TrainingAPIError,
-    Unsupported,
     WeightSyncer,
 )
 from firetitan_client.control_client import deployment_id_of, job_id_of
@@ -173,7 +172,7 @@ def test_a_model_of_the_hugging_face_cache(
     assert not client.model_is_moe("firetitan/toy")
 
 
-def test_promoting_is_refused_after_its_arguments_are_checked(client: FireworksClient) -> None:
+def test_what_is_promoted_to_what_is_checked_in_the_call(client: FireworksClient) -> None:
     name = "accounts/a/rlorTrainerJobs/j/checkpoints/c"
     with pytest.raises(ValueError, match="Must be lowercase"):
         client.promote_checkpoint(name=name, output_model_id="A", base_model="m")
@@ -181,10 +180,13 @@ def test_promoting_is_refused_after_its_arguments_are_checked(client: FireworksC
         client.promote_checkpoint(output_model_id="a", base_model="m")
     with pytest.raises(ValueError, match="not both"):
         client.promote_checkpoint("j", "c", "a", "m", name=name)
-    with pytest.raises(NotImplementedError, match="GetSnapshot"):
-        client.promote_checkpoint(name=name, output_model_id="a", base_model="m")
-    with pytest.warns(DeprecationWarning, match="name="), pytest.raises(Unsupported):
-        client.promote_checkpoint("j", "c", "a", "m")
+    with pytest.raises(ValueError, match="list_checkpoints row"):
+        client.promote_checkpoint(name="c", output_model_id="a", base_model="m")
+    with (
+        pytest.warns(DeprecationWarning, match="name="),
+        pytest.raises(ValueError, match="output_model_id is required"),
+    ):
+        client.promote_checkpoint("j", "c")
 
 
 def test_an_api_error_carries_its_numbers() -> None:

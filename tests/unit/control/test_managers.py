@@ -15,6 +15,7 @@ from firetitan_daemon.app import SystemClock
 from firetitan_daemon.control.checkpoints import CheckpointManager
 from firetitan_daemon.control.codec import HotloadArguments
 from firetitan_daemon.control.deployments import DeploymentManager, DeploymentRequest
+from firetitan_daemon.control.models import ModelRegistry
 from firetitan_daemon.control.operations import OperationRegistry
 from firetitan_daemon.control.removal import SavedRemover
 from firetitan_daemon.control.services import Services
@@ -79,6 +80,7 @@ class Managers:
             self.syncer,
             self.checkpoints,
             self.remover,
+            ModelRegistry(services, self.trainers, self.deployments),
         )
 
     async def done(self, operation: Operation) -> Operation:

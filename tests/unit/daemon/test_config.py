@@ -57,3 +57,22 @@ def test_an_unknown_variable_of_a_section_is_named(tmp_path: Path) -> None:
 def test_home_comes_from_the_environment() -> None:
     assert default_home({"FIRETITAN_HOME": "/a/b"}) == Path("/a/b")
     assert default_home({}) == Path.home() / ".firetitan"
+
+
+def test_names_of_models_are_read_from_their_table(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(
+        "[models]\n"
+        '"accounts/me/models/a" = "/models/a"\n'
+        '"b" = { location = "org/b", revision = "v1" }\n'
+    )
+    config, settings = load_config(home=tmp_path, environment={})
+    assert {name: one.reference for name, one in config.models.items()} == {
+        "accounts/me/models/a": "/models/a",
+        "b": "org/b@v1",
+    }
+    origins = {one.key: one.origin for one in settings if one.key.startswith("models.")}
+    assert set(origins.values()) == {str(tmp_path / "config.toml")}
+    for wrong in ("1", '""', "{ revision = 'v' }", "{ location = 'a', more = 'b' }"):
+        (tmp_path / "config.toml").write_text(f"[models]\na = {wrong}\n")
+        with pytest.raises(ConfigError, match=r"models\.a"):
+            load_config(home=tmp_path, environment={})

@@ -1,0 +1,39 @@
+"""A service's part of the control plane: what was saved, and what becomes a model.
+
+Knows: FireworksClient. Must not know: sessions, samples.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from firetitan_client.fireworks_client import FireworksClient
+from firetitan_client.service_core import ServiceCore
+
+
+class ControlCalls(ServiceCore):
+    """The part of a service that looks after what trainers saved."""
+
+    def list_checkpoints(self, job_id: str, *, page_size: int = 200) -> list[dict[str, Any]]:
+        """See `FireworksClient.list_checkpoints`.
+
+        Raises:
+            RuntimeError: Nothing was provisioned yet.
+        """
+        return self._control("list_checkpoints").list_checkpoints(job_id, page_size=page_size)
+
+    def promote_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """See `FireworksClient.promote_checkpoint`.
+
+        Raises:
+            RuntimeError: Nothing was provisioned yet.
+        """
+        return self._control("promote_checkpoint").promote_checkpoint(*args, **kwargs)
+
+    def _control(self, call: str) -> FireworksClient:
+        if self._managed and self._provisioner.trainer is None:
+            raise RuntimeError(
+                f"{call}: nothing is provisioned yet; create a client first, or use "
+                f"FireworksClient().{call}"
+            )
+        return FireworksClient(address=self._transport.address)
