@@ -22,13 +22,29 @@ class ControlCalls(ServiceCore):
         """
         return self._control("list_checkpoints").list_checkpoints(job_id, page_size=page_size)
 
-    def promote_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def promote_checkpoint(
+        self,
+        job_id: str | None = None,
+        checkpoint_id: str | None = None,
+        output_model_id: str | None = None,
+        base_model: str | None = None,
+        *,
+        name: str | None = None,
+        hot_load_deployment_id: str | None = None,
+    ) -> dict[str, Any]:
         """See `FireworksClient.promote_checkpoint`.
 
         Raises:
             RuntimeError: Nothing was provisioned yet.
         """
-        return self._control("promote_checkpoint").promote_checkpoint(*args, **kwargs)
+        return self._control("promote_checkpoint").promote_checkpoint(
+            job_id,
+            checkpoint_id,
+            output_model_id,
+            base_model,
+            name=name,
+            hot_load_deployment_id=hot_load_deployment_id,
+        )
 
     def _control(self, call: str) -> FireworksClient:
         if self._managed and self._provisioner.trainer is None:

@@ -19,7 +19,6 @@ from firetitan_client import (
     DeploymentManager,
     FiretitanSamplingParams,
     FiretitanServiceClient,
-    FireworksClient,
 )
 
 pytestmark = pytest.mark.timeout(180)
@@ -64,8 +63,6 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
     f"{SERVICE}: create_inference_deployment_sampler": [
         absent("create_inference_deployment_sampler")
     ],
-    f"{SERVICE}: list_checkpoints": [absent("list_checkpoints")],
-    f"{SERVICE}: promote_checkpoint": [absent("promote_checkpoint")],
     f"{SERVICE}: create_rest_client": [absent("create_rest_client")],
     f"{SERVICE}: get_server_capabilities, get_server_capabilities_async": [
         absent("get_server_capabilities", "get_server_capabilities_async")
@@ -124,13 +121,6 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
         native(include_routing_matrix=True),
         native(images=["a"]),
         native(raw_output=True),
-    ],
-    "FireworksClient: promote_checkpoint": [
-        lambda on: FireworksClient(address=on.address).promote_checkpoint(
-            name="accounts/local/rlorTrainerJobs/t/checkpoints/c",
-            output_model_id="mine",
-            base_model=TOY,
-        )
     ],
     "DeploymentConfig: hot_load_transition_type": [deployment("SYNC"), deployment("ASYNC")],
 }

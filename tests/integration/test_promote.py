@@ -121,7 +121,7 @@ def test_an_adapter_becomes_a_folder_that_peft_loads(
     policy = client_of(daemon, str(tiny_llama), "lora", 4)
     step(policy)
     saved = policy.save_weights_for_sampler("end").result().path
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="name="):
         model = control.promote_checkpoint("lora", saved, "tuned", str(tiny_llama))
     assert (model["kind"], model["loraRank"]) == ("HF_PEFT_ADDON", 4)
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
