@@ -15,7 +15,7 @@ import numpy.typing as npt
 from firetitan.v1 import operation_pb2, tensor_pb2, training_service_pb2
 from google.protobuf import struct_pb2
 
-from firetitan_client import types
+from firetitan_client import routing, types
 from firetitan_client.errors import InvalidArgument, Unsupported
 
 _INTEGER_KEYS = frozenset({"target_tokens"})
@@ -130,7 +130,9 @@ def custom_data_to_proto(data: Any) -> list[tensor_pb2.Datum]:
                     f"{where}.model_input", "has fewer than 2 tokens and no target_tokens"
                 )
             targets = tokens[1:].astype(np.int64)
-            message.model_input.CopyFrom(_encoded(tokens[:-1]))
+            message.model_input.CopyFrom(
+                _encoded(tokens[:-1], message.model_input.routing_matrices[:-1])
+            )
         message.loss_fn_inputs["target_tokens"].CopyFrom(tensor_to_proto(targets))
         messages.append(message)
     return messages
@@ -162,12 +164,17 @@ def pooling_to_proto(pooling: Any) -> training_service_pb2.Pooling.ValueType:
 
 def model_input_to_proto(model_input: Any, field: str) -> tensor_pb2.ModelInput:
     """A `tinker.ModelInput`, or a plain list of token ids."""
-    return _encoded(tokens_of(model_input, field))
+    tokens = tokens_of(model_input, field)
+    return _encoded(tokens, routing.matrices_of(model_input, len(tokens), field))
 
 
-def _encoded(tokens: npt.NDArray[np.int32]) -> tensor_pb2.ModelInput:
+def _encoded(
+    tokens: npt.NDArray[np.int32], routing_matrices: Sequence[bytes]
+) -> tensor_pb2.ModelInput:
     text = tensor_pb2.EncodedText(token_ids=tokens.astype("<i4", copy=False).tobytes())
-    return tensor_pb2.ModelInput(chunks=[tensor_pb2.InputChunk(encoded_text=text)])
+    return tensor_pb2.ModelInput(
+        chunks=[tensor_pb2.InputChunk(encoded_text=text)], routing_matrices=routing_matrices
+    )
 
 
 def tokens_of(model_input: Any, field: str) -> npt.NDArray[np.int32]:

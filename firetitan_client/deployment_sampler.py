@@ -15,7 +15,7 @@ import numpy as np
 from firetitan.v1 import sampling_service_pb2
 
 from firetitan_client import address as addresses
-from firetitan_client import types
+from firetitan_client import routing, types
 from firetitan_client.concurrency import (
     AdaptiveConcurrencyController,
     FixedConcurrencyController,
@@ -58,6 +58,8 @@ class SampledCompletion:
     """Of the distribution sampled from; what importance ratios need."""
     logprobs_echoed: bool = False
     routing_matrices: list[str] | None = None
+    """Where asked for: entry j tells the experts of position `prompt_len - 1 + j`, which drew
+    completion token j. None for a dense model."""
     snapshot: str = ""
     """What made it; empty: the base model."""
 
@@ -185,6 +187,7 @@ class DeploymentSampler(SelfFuture[Target]):
         seed: int | None = None,
         http_timeout: float | None = 600,
         logprobs: Any = None,
+        include_routing_matrix: bool = False,
         **options: Any,
     ) -> list[SampledCompletion]:
         """Continue a prompt, tokens in, tokens out.
@@ -202,8 +205,9 @@ class DeploymentSampler(SelfFuture[Target]):
             seed: Completion j draws from stream (seed, j).
             http_timeout: Seconds for one try.
             logprobs: Ignored: both kinds are always there.
-            options: `echo`, `top_logprobs`, `images`, `include_routing_matrix` and their kin are
-                refused where they ask for something.
+            include_routing_matrix: Also return which experts each token went to.
+            options: `echo`, `top_logprobs`, `images` and their kin are refused where they ask for
+                something.
 
         Raises:
             DeploymentSamplerTimeoutError: No try ended within `http_timeout`; a TimeoutError.
@@ -216,8 +220,14 @@ class DeploymentSampler(SelfFuture[Target]):
         prompt = [int(token) for token in prompt_token_ids]
         if max_seq_len is not None and len(prompt) >= max_seq_len:
             return []
-        params = types.SamplingParams(
-            max_tokens, seed, stop, temperature, top_k if top_k else -1, top_p
+        params = types.FiretitanSamplingParams(
+            max_tokens,
+            seed,
+            stop,
+            temperature,
+            top_k if top_k else -1,
+            top_p,
+            include_routing_matrix=include_routing_matrix,
         )
         request = build_request(prompt, n, params)
         target = await self._ready
@@ -286,6 +296,7 @@ class DeploymentSampler(SelfFuture[Target]):
             completion_len=len(tokens),
             inference_logprobs=np.frombuffer(sequence.inference_logprobs, "<f4").tolist(),
             sampling_logprobs=np.frombuffer(sequence.sampling_logprobs, "<f4").tolist(),
+            routing_matrices=routing.texts_of(sequence.routing_matrices),
             snapshot=snapshot.rpartition("/")[2],
         )
 
@@ -327,7 +338,7 @@ def _metrics(response: sampling_service_pb2.SampleResponse, prompt_tokens: int) 
     )
 
 
-_LATER = ("echo", "echo_last", "top_logprobs", "images", "include_routing_matrix", "raw_output")
+_LATER = ("echo", "echo_last", "top_logprobs", "images", "raw_output")
 _IGNORED = ("sampling_context", "timeout_diagnostic_context")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from firetitan.v1 import deployment_service_pb2, sampling_service_pb2
 
 from firetitan_client import address as addresses
-from firetitan_client import convert, transport, types
+from firetitan_client import convert, routing, transport, types
 from firetitan_client.errors import Unsupported
 from firetitan_client.futures import APIFuture
 from firetitan_client.transport import Transport
@@ -84,17 +84,16 @@ def build_request(
         num_samples=num_samples,
         params=message,
         prompt_logprobs=prompt_logprobs,
+        routing_matrices=bool(getattr(params, "include_routing_matrix", False)),
     )
 
 
 def _refuse_extras(params: Any) -> None:
     """Refuse what FiretitanSamplingParams may ask for and no daemon here does."""
-    for name in ("include_routing_matrix", "top_sampling_logprobs", "sampling_mask"):
+    for name in ("top_sampling_logprobs", "sampling_mask"):
         value = getattr(params, name, None)
         if value is not None and not (isinstance(value, int) and value == 0):
             raise Unsupported(f"{name} is not supported yet; leave it out", field=name)
-    if getattr(params, "r3_ttl_seconds", None) is not None:
-        raise Unsupported("r3_ttl_seconds is not supported; leave it out", field="r3_ttl_seconds")
 
 
 def _set_stop(message: sampling_service_pb2.SamplingParams, stop: Any) -> None:
@@ -153,6 +152,7 @@ def _sequence(sequence: sampling_service_pb2.SampledSequence) -> Any:
         "stop_reason": stop_reason(sequence),
         "sampling_logprobs": sampling.tolist(),
         "inference_logprobs": np.frombuffer(sequence.inference_logprobs, "<f4").tolist(),
+        "routing_matrices": routing.texts_of(sequence.routing_matrices),
     }
     if "tokens_np" in accepted:
         facts |= {"tokens_np": tokens.copy(), "logprobs_np": sampling.copy()}

@@ -15,6 +15,7 @@ import grpc
 import numpy as np
 from firetitan.v1 import sampling_service_pb2
 
+from firetitan_client import routing
 from firetitan_client.futures import APIFuture
 from firetitan_client.sample_requests import Target, follow, stop_reason
 from firetitan_client.transport import Patience, iterate, run
@@ -37,6 +38,8 @@ class SampleChunk:
     """`stop` or `length` with the sequence's last token, None before."""
     snapshot: str
     """What made these tokens; empty: the base model."""
+    routing_matrices: list[str] | None = None
+    """As in `FiretitanSampledSequence`, one a token, where asked for."""
 
 
 class SampleStream:
@@ -149,4 +152,5 @@ def _chunk(tokens: sampling_service_pb2.SampledTokens) -> SampleChunk:
         inference_logprobs=np.frombuffer(tokens.inference_logprobs, "<f4").tolist(),
         stop_reason=stop_reason(tokens) if ended else None,
         snapshot=tokens.snapshot.rpartition("/")[2],
+        routing_matrices=routing.texts_of(tokens.routing_matrices),
     )

@@ -67,13 +67,13 @@ class FiretitanSamplingParams(SamplingParams):
     """
 
     include_routing_matrix: bool = False
-    """Not supported: no experts are recorded."""
+    """Also return `routing_matrices`: which experts each token went to; None for dense models."""
     top_sampling_logprobs: int = 0
     """Not supported."""
     sampling_mask: Any = None
     """Not supported."""
     r3_ttl_seconds: int | None = None
-    """Not supported."""
+    """Ignored: routing matrices come with the answer, nothing is kept that could expire."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +227,8 @@ def sampled_sequence_type() -> type[Any]:
     return _extended(
         base,
         "FiretitanSampledSequence",
-        "A sampled sequence; `logprobs` are `sampling_logprobs`.",
+        "A sampled sequence; `logprobs` are `sampling_logprobs`. `routing_matrices[i]` tells the "
+        "experts of the position that token i was drawn at, base64.",
         {
             "sampling_logprobs": (list[float] | None, None),
             "inference_logprobs": (list[float] | None, None),

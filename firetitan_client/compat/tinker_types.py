@@ -10,19 +10,17 @@ one of these keeps its own.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import GenericAlias, ModuleType
 from typing import Annotated, Any, Literal, get_args
 
-logger = logging.getLogger("firetitan")
+from firetitan_client import routing
 
 _LOSSES = ("dapo", "gspo")
 _undo: list[Callable[[], None]] = []
 """What takes each change back, in the order of the changes."""
 _applied = False
-_told_of_lengths = False
 
 
 def apply() -> None:
@@ -77,23 +75,12 @@ def _replace_from_ints(model: Any) -> None:
     ) -> Any:
         """A model input of tokens and, per token, a text of expert indices ("": no replay)."""
         if routing_matrices is not None and len(routing_matrices) != len(tokens):
-            _tell_of_lengths(len(routing_matrices), len(tokens))
+            routing.tell_of_lengths(len(routing_matrices), len(tokens))
         extra = {} if routing_matrices is None else {"routing_matrices": routing_matrices}
         return cls(chunks=[chunk(tokens=tokens)], **extra)
 
     model.from_ints = classmethod(from_ints)
     _undo.append(lambda: setattr(model, "from_ints", before))
-
-
-def _tell_of_lengths(matrices: int, tokens: int) -> None:
-    global _told_of_lengths
-    if not _told_of_lengths:
-        _told_of_lengths = True
-        logger.error(
-            "routing_matrices: has %d values, the model input %d tokens; give one per token",
-            matrices,
-            tokens,
-        )
 
 
 def _discriminate_chunks(model: Any) -> None:

@@ -12,6 +12,26 @@ from enum import StrEnum
 
 
 @dataclass(frozen=True)
+class RoutingShape:
+    """The expert choices of a mixture of experts: layers x experts_per_token indices a token."""
+
+    layers: int
+    """Layers that choose among experts, in the model's order; dense layers do not count."""
+    experts_per_token: int
+    num_experts: int
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of one expert index: 1 where all fit, else 2 (little-endian)."""
+        return 1 if self.num_experts <= 256 else 2
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes of one token's routing matrix."""
+        return self.layers * self.experts_per_token * self.index_bytes
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What was loaded; goes into every checkpoint, snapshot and `Describe`."""
 
@@ -35,6 +55,8 @@ class ModelInfo:
     """`torch`, `transformers`, `cpu_capability`: what replay must find unchanged."""
     revision: str = ""
     """Commit of the hub repository; empty for anything else."""
+    routing: RoutingShape | None = None
+    """None for a dense model, and where the choices can be neither recorded nor forced."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.records import ModelInfo as ModelInfo
+from firetitan_daemon.core.records import RoutingShape as RoutingShape
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
@@ -73,6 +74,9 @@ class Datum:
     loss_inputs: Mapping[str, Array]
     """By name, shape [N] or [N, K]: `target_tokens` int64, the rest float32. `embedding_grads` is
     float32 [H]."""
+    routing: Sequence[bytes] = ()
+    """Experts to force, a routing matrix per token (`RoutingShape`); an empty one leaves the
+    token's choice to the routers, an empty sequence that of all. Dense models ignore it."""
 
 
 class Pooling(StrEnum):
@@ -355,6 +359,10 @@ class SampleRequest:
     use_eos: bool = True
     """Also stop at the model's end-of-sequence tokens."""
     prompt_logprobs: bool = False
+    routing: bool = False
+    """Also return the experts that tokens went to; dense models have none to return."""
+    prompt_routing: bool = False
+    """Also return those of the prompt's tokens."""
     snapshot: str | None = None
     """Run under this snapshot; None takes the active one when the first token is computed."""
 
@@ -369,6 +377,9 @@ class SampledSequence:
     inference_logprobs: Float32Array
     """The model's own, at temperature 1. Equal to the former where nothing truncates."""
     stop_reason: StopReason
+    routing: Sequence[bytes] = ()
+    """Where asked for: per new token the routing matrix of the position that it was drawn at, the
+    first one that of the prompt's last token."""
 
 
 @dataclass(frozen=True)
@@ -382,6 +393,8 @@ class SampleResult:
     """[P], raw; NaN at position 0."""
     queue_s: float
     prefill_s: float
+    prompt_routing: Sequence[bytes] = ()
+    """Where asked for: the routing matrix of each prompt token."""
 
 
 @dataclass(frozen=True)
@@ -399,6 +412,8 @@ class NewTokens:
     """Set with the sequence's last token."""
     snapshot: str
     """What made these tokens."""
+    routing: Sequence[bytes] = ()
+    """As in `SampledSequence`, one a token."""
 
 
 Progress = Callable[[Sequence[NewTokens]], None]

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import Array, Datum, Float32Array
+from firetitan_daemon.engine.api import Array, Datum, Float32Array, RoutingShape
 from firetitan_daemon.engine.losses.base import TARGETS, Loss
+from firetitan_daemon.engine.routing import experts_of
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,20 @@ class Limits:
     target_size: int
     """Token ids it can predict."""
     max_context_length: int
+    routing: RoutingShape | None = None
+    """What its routers choose; None: routing matrices are ignored."""
+    unroutable: str | None = None
+    """Why routing matrices are refused; None where they are not."""
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Checked token ids."""
+    """Checked token ids, and the experts they are sent to."""
 
     sequences: list[torch.Tensor]
     """Token ids, int64 [N] each."""
+    experts: list[torch.Tensor | None]
+    """To force, int64 [N, layers, experts a token] each; None: the routers choose."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -108,16 +115,20 @@ class Batch(Sequences):
 
 
 def make_sequences(data: Sequence[Datum], limits: Limits) -> Sequences:
-    """Check the tokens; loss inputs are not looked at.
+    """Check the tokens and the routing matrices; loss inputs are not looked at.
 
     Raises:
-        FiretitanError: INVALID_DATUM naming the datum.
+        FiretitanError: INVALID_DATUM naming the datum; UNSUPPORTED for routing matrices of a model
+            whose routers are not known.
     """
     if not data:
         raise _bad("data", "is empty; give at least one datum")
     for index, datum in enumerate(data):
         _check_tokens_of(f"data[{index}].model_input", datum, limits)
-    return Sequences([torch.from_numpy(datum.token_ids.astype(np.int64)) for datum in data])
+    return Sequences(
+        [torch.from_numpy(datum.token_ids.astype(np.int64)) for datum in data],
+        [_experts(f"data[{index}].model_input", datum, limits) for index, datum in enumerate(data)],
+    )
 
 
 def make_batch(data: Sequence[Datum], loss: Loss, limits: Limits, *, strict: bool) -> Batch:
@@ -160,10 +171,20 @@ def make_batch(data: Sequence[Datum], loss: Loss, limits: Limits, *, strict: boo
     stacked = _stack([np.asarray(array, np.int64) for array in targets], candidates, 0)
     return Batch(
         sequences.sequences,
+        sequences.experts,
         stacked,
         inputs,
         [array.shape for array in targets],
     )
+
+
+def _experts(where: str, datum: Datum, limits: Limits) -> torch.Tensor | None:
+    field = f"{where}.routing_matrices"
+    if limits.routing is None:
+        if limits.unroutable is not None and any(datum.routing):
+            raise _bad(field, f"cannot be replayed: {limits.unroutable}", Reason.UNSUPPORTED)
+        return None
+    return experts_of(datum.routing, len(datum.token_ids), limits.routing, field)
 
 
 def _stack(arrays: Sequence[np.ndarray], candidates: int, fill: float) -> torch.Tensor:

@@ -15,8 +15,8 @@ Shapes: P prompt tokens, R rows of a step, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +27,8 @@ from firetitan_daemon.engine.attention import KVCache, Segments
 from firetitan_daemon.engine.draw import token_logprob
 from firetitan_daemon.engine.lora import Adapter
 from firetitan_daemon.engine.models import LoadedModel
-from firetitan_daemon.engine.rows import RowQuantum, linear_shapes, routes_tokens
+from firetitan_daemon.engine.routing import routes_tokens
+from firetitan_daemon.engine.rows import RowQuantum, linear_shapes
 
 _CHUNK = 512
 """Prompt tokens run at once; bounds the memory of a long prompt."""
@@ -46,6 +47,18 @@ class Prefill:
     """[V], of the first new token."""
     logprobs: Float32Array | None
     """[P], raw; NaN at position 0; None where not asked for."""
+    routing: list[bytes] = field(default_factory=list)
+    """A routing matrix per prompt token; empty for a dense model."""
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """One branch after a decode step."""
+
+    logits: Float32Array
+    """[R, V], of the next token."""
+    routing: list[bytes]
+    """The routing matrix of each row's token; empty for a dense model."""
 
 
 class Branch(Protocol):
@@ -68,14 +81,11 @@ class Decoder(Protocol):
     def fork(self, prefill: Prefill, rows: int) -> Branch:
         """Begin `rows` continuations of the prompt."""
 
-    def step(self, parts: Sequence[tuple[Any, Sequence[int]]]) -> list[Float32Array]:
+    def step(self, parts: Sequence[tuple[Any, Sequence[int]]]) -> list[Stepped]:
         """Feed one token to every row of every branch.
 
         Args:
             parts: Branches, and the last token of each of their rows.
-
-        Returns:
-            Logits of the next token, [rows, V] for each branch.
         """
 
 
@@ -119,22 +129,25 @@ class PackedDecoder:
         cache = KVCache()
         tokens = torch.from_numpy(prompt.astype(np.int64)).to(self._loaded.device)
         found = [np.full(1, np.nan, np.float32)]
+        routing: list[bytes] = []
         hidden = torch.empty(0)
         for start in range(0, len(prompt), _CHUNK):
             part = tokens[start : start + _CHUNK]
             positions = torch.arange(start, start + len(part), device=self._loaded.device)
-            hidden = self._loaded.run_packed(part, positions, Segments((len(part),), (cache,)))
+            with self._loaded.routers.recording() as recording:
+                hidden = self._loaded.run_packed(part, positions, Segments((len(part),), (cache,)))
+            routing.extend(recording.matrices)
             if logprobs:
                 found.append(_prompt_logprobs(self._loaded, hidden, prompt[start + 1 :]))
         last = self._loaded.logits(hidden[-1:])[0].cpu().numpy()
-        return Prefill(cache, last, np.concatenate(found) if logprobs else None)
+        return Prefill(cache, last, np.concatenate(found) if logprobs else None, routing)
 
     def fork(self, prefill: Prefill, rows: int) -> KVCache:
         """See `Decoder`."""
         state: KVCache = prefill.state
         return state.fork(rows)
 
-    def step(self, parts: Sequence[tuple[KVCache, Sequence[int]]]) -> list[Float32Array]:
+    def step(self, parts: Sequence[tuple[KVCache, Sequence[int]]]) -> list[Stepped]:
         """See `Decoder`."""
         if self.quantum is None:
             return [self._run([part], 1)[0] for part in parts]
@@ -146,9 +159,7 @@ class PackedDecoder:
         self._rows.measure(linear_shapes(self._loaded.model, adapter))
 
     @torch.no_grad()
-    def _run(
-        self, parts: Sequence[tuple[KVCache, Sequence[int]]], quantum: int
-    ) -> list[Float32Array]:
+    def _run(self, parts: Sequence[tuple[KVCache, Sequence[int]]], quantum: int) -> list[Stepped]:
         tokens: list[int] = []
         positions: list[int] = []
         for cache, latest in parts:
@@ -157,15 +168,18 @@ class PackedDecoder:
         padding = -len(tokens) % quantum
         device = self._loaded.device
         layout = Segments(tuple(len(latest) for _, latest in parts), tuple(c for c, _ in parts))
-        hidden = self._loaded.run_packed(
-            torch.tensor(tokens + [0] * padding, device=device),
-            torch.tensor(positions + [0] * padding, device=device),
-            layout,
-        )
+        with self._loaded.routers.recording() as recording:
+            hidden = self._loaded.run_packed(
+                torch.tensor(tokens + [0] * padding, device=device),
+                torch.tensor(positions + [0] * padding, device=device),
+                layout,
+            )
         logits = self._loaded.logits(hidden).cpu().numpy()
-        ends = np.cumsum(layout.lengths)
+        routing = recording.matrices
+        ends = np.cumsum(layout.lengths).tolist()
         return [
-            logits[end - length : end] for end, length in zip(ends, layout.lengths, strict=True)
+            Stepped(logits[end - length : end], routing[end - length : end])
+            for end, length in zip(ends, layout.lengths, strict=True)
         ]
 
 
@@ -187,13 +201,13 @@ class CachedDecoder:
     @torch.no_grad()
     def prefill(self, prompt: Int32Array, *, logprobs: bool) -> Prefill:
         """See `Decoder`."""
-        hidden, cache = self._forward(prompt.tolist(), None)
+        hidden, cache, routing = self._forward(prompt.tolist(), None)
         found = None
         if logprobs:
             rest = _prompt_logprobs(self._loaded, hidden, prompt[1:])
             found = np.concatenate((np.full(1, np.nan, np.float32), rest))
         last = self._loaded.logits(hidden[-1:])[0].cpu().numpy()
-        return Prefill((prompt.tolist(), cache), last, found)
+        return Prefill((prompt.tolist(), cache), last, found, routing)
 
     def fork(self, prefill: Prefill, rows: int) -> _CachedBranch:
         """See `Decoder`."""
@@ -204,26 +218,31 @@ class CachedDecoder:
         """Nothing to find out: rows never meet."""
 
     @torch.no_grad()
-    def step(self, parts: Sequence[tuple[_CachedBranch, Sequence[int]]]) -> list[Float32Array]:
+    def step(self, parts: Sequence[tuple[_CachedBranch, Sequence[int]]]) -> list[Stepped]:
         """See `Decoder`."""
-        return [np.stack(list(self._rows(branch, latest))) for branch, latest in parts]
+        return [self._step(branch, latest) for branch, latest in parts]
 
-    def _rows(self, branch: _CachedBranch, latest: Sequence[int]) -> Iterator[Float32Array]:
+    def _step(self, branch: _CachedBranch, latest: Sequence[int]) -> Stepped:
+        logits, routing = [], []
         for row, token in enumerate(latest):
             tokens, cache = branch.rows[row]
             tokens.append(token)
-            hidden, cache = self._forward(tokens if cache is None else [token], cache)
+            hidden, cache, matrices = self._forward(tokens if cache is None else [token], cache)
             branch.rows[row] = (tokens, cache)
-            yield self._loaded.logits(hidden[-1:])[0].cpu().numpy()
+            logits.append(self._loaded.logits(hidden[-1:])[0].cpu().numpy())
+            routing.extend(matrices[-1:])
+        return Stepped(np.stack(logits), routing)
 
-    def _forward(self, tokens: Sequence[int], cache: Any) -> tuple[torch.Tensor, Any]:
-        """Hidden states [L, H] and the cache; None where the model has no cache to hand back."""
-        output = self._loaded.model.base_model(
-            input_ids=torch.tensor([list(tokens)], device=self._loaded.device),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return output.last_hidden_state[0], getattr(output, "past_key_values", None)
+    def _forward(self, tokens: Sequence[int], cache: Any) -> tuple[torch.Tensor, Any, list[bytes]]:
+        """Hidden states [L, H], the cache (None where the model has none), routing matrices."""
+        with self._loaded.routers.recording() as recording:
+            output = self._loaded.model.base_model(
+                input_ids=torch.tensor([list(tokens)], device=self._loaded.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        hidden = output.last_hidden_state[0].to(self._loaded.dtype)
+        return hidden, getattr(output, "past_key_values", None), recording.matrices
 
 
 class _CachedBranch:

@@ -108,6 +108,8 @@ class HfCore:
             self.info.vocab_size,
             self._loaded.head_parts[0].shape[0],
             self.info.max_context_length,
+            self.info.routing,
+            self._loaded.routers.note,
         )
 
     def _weights(

@@ -165,6 +165,13 @@ class HfSampleEngine:
             raise _invalid("temperature", f"is {request.temperature}; 0 or a positive number")
         if not 0.0 < request.top_p <= 1.0:
             raise _invalid("top_p", f"is {request.top_p}; above 0, at most 1")
+        unroutable = self._loaded.routers.note
+        if unroutable is not None and (request.routing or request.prompt_routing):
+            raise FiretitanError(
+                Reason.UNSUPPORTED,
+                f"routing_matrices: {unroutable}; leave them out",
+                field="routing_matrices",
+            )
         if any(not text for text in request.stop):
             raise _invalid("stop", "holds an empty string; it would end every sequence at once")
         if request.stop and self._loaded.tokenizer is None:

@@ -36,6 +36,8 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     sampling: list[float] = field(default_factory=list)
     inference: list[float] = field(default_factory=list)
+    routing: list[bytes] = field(default_factory=list)
+    """Stays empty where it was not asked for, and in dense models."""
     stop_reason: StopReason | None = None
 
     def sequence(self) -> SampledSequence:
@@ -46,6 +48,7 @@ class Row:
             np.array(self.sampling, np.float32),
             np.array(self.inference, np.float32),
             self.stop_reason,
+            self.routing,
         )
 
     def news(self, snapshot: str) -> NewTokens:
@@ -58,6 +61,7 @@ class Row:
             np.array(self.inference[-1:], np.float32),
             self.stop_reason,
             snapshot,
+            self.routing[-1:],
         )
 
 
@@ -98,13 +102,19 @@ class Job:
         self.rows.extend(rows)
         return rows
 
-    def extend(self, rows: Sequence[Row], logits: Iterable[Float32Array]) -> None:
+    def extend(
+        self, rows: Sequence[Row], logits: Iterable[Float32Array], routing: Iterable[bytes]
+    ) -> None:
         """Draw the next token of some rows.
 
         Args:
             rows: Rows of this request.
             logits: For each its logits, shape [V].
+            routing: For each the routing matrix of the position it is at; none in a dense model.
         """
+        if self.request.routing:
+            for row, matrix in zip(rows, routing, strict=False):
+                row.routing.append(matrix)
         for row, row_logits in zip(rows, logits, strict=True):
             self._draw(row, row_logits)
         if self.progress is not None:
@@ -120,6 +130,7 @@ class Job:
             prompt_logprobs=self.prefill.logprobs,
             queue_s=self.queue_s,
             prefill_s=self.prefill_s,
+            prompt_routing=self.prefill.routing if self.request.prompt_routing else (),
         )
 
     def _draw(self, row: Row, logits_V: Float32Array) -> None:

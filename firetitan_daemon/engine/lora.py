@@ -24,6 +24,7 @@ from firetitan_daemon.engine.api import LoraSpec
 _NOT_ADAPTED = frozenset({"gate", "router", "shared_expert_gate"})
 _ATTENTION_PARTS = ("attn", "attention")
 _MLP_PARTS = ("mlp", "feed_forward", "ffn", "experts")
+FUSED_EXPERTS = "LoRA leaves fused experts and routers as they are; lora_rank=0 trains them too"
 
 
 class LoraPair:
@@ -132,10 +133,19 @@ class _LoraLinear(torch.autograd.Function):
         return grad_x, grad_a, grad_b, None, None, None
 
 
+def has_fused_experts(model: nn.Module) -> bool:
+    """Whether the weights of a layer's experts are one tensor [E, O, I] and no linear layers."""
+    return any(
+        parameter.dim() == 3 and "experts" in name.split(".")
+        for name, parameter in model.named_parameters()
+    )
+
+
 def select_modules(model: nn.Module, spec: LoraSpec) -> list[str]:
     """Names of the linear layers an adapter covers, in the model's order.
 
-    Attention and feed-forward layers are told apart by their path; routers are left out.
+    Attention and feed-forward layers are told apart by their path. Routers are left out, and so
+    are experts whose weights are fused: they are no linear layers.
 
     Raises:
         FiretitanError: UNSUPPORTED where nothing can be adapted, INVALID_ARGUMENT where nothing
@@ -173,10 +183,11 @@ def select_modules(model: nn.Module, spec: LoraSpec) -> list[str]:
         if wanted:
             names.append(name)
     if not names:
+        hint = f" ({FUSED_EXPERTS})" if has_fused_experts(model) else ""
         raise FiretitanError(
             Reason.UNSUPPORTED,
             f"{type(model).__name__} has no linear layer that this choice of train_attn, "
-            "train_mlp and train_unembed covers",
+            f"train_mlp and train_unembed covers{hint}",
             field="lora",
         )
     return names

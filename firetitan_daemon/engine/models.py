@@ -26,13 +26,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import ModelInfo, ModelSpec
-from firetitan_daemon.engine.attention import ATTENTION, Segments, segments
-from firetitan_daemon.engine.lora import LoraLinear, LoraPair, lora_linear
+from firetitan_daemon.engine.attention import Segments, segments
+from firetitan_daemon.engine.lora import (
+    FUSED_EXPERTS,
+    LoraLinear,
+    LoraPair,
+    has_fused_experts,
+    lora_linear,
+)
+from firetitan_daemon.engine.probe import probe
 from firetitan_daemon.engine.resolve import resolve_model
+from firetitan_daemon.engine.routing import OWN_CHOICE, Routers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_PROBE_LENGTHS = (9, 23)
-"""The longer one last: what leaks over the bound between them shows on most tokens."""
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _NO_LIMIT = 1 << 30
 
@@ -62,6 +68,7 @@ class LoadedModel:
         device: Where it is.
         dtype: Of its weights.
         head_spec: What follows the head's matrix product.
+        routers: Of a mixture of experts; empty for a dense model.
     """
 
     def __init__(self, model: Any, info: ModelInfo, head_spec: HeadSpec) -> None:
@@ -70,6 +77,7 @@ class LoadedModel:
         self.head_spec = head_spec
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+        self.routers = Routers(model, model.config.get_text_config().hidden_size)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -93,18 +101,47 @@ class LoadedModel:
         pair = head.pair if isinstance(head, LoraLinear) else None
         return head.weight, bias, pair
 
-    def hidden_states(self, sequences: Sequence[torch.Tensor]) -> torch.Tensor:
+    def hidden_states(
+        self,
+        sequences: Sequence[torch.Tensor],
+        experts: Sequence[torch.Tensor | None] | None = None,
+    ) -> torch.Tensor:
         """Last hidden states of whole sequences, one after the other.
 
         Args:
             sequences: Token ids, int64 [length] each, none empty, on any device.
+            experts: Per sequence the experts to force, int64 [length, layers, experts a token]
+                (see `Routers.forcing`), or None.
 
         Returns:
             [T, H] in the model's dtype; differentiable where parameters are.
         """
-        if self.info.packed:
-            return self._packed(sequences)
-        return self._padded(sequences)
+        run = self._packed if self.info.packed else self._padded
+        forced = None
+        if experts is not None and any(each is not None for each in experts):
+            width = None if self.info.packed else max(len(tokens) for tokens in sequences)
+            forced = self._forced(sequences, experts, width)
+        with self.routers.forcing(forced):
+            return run(sequences)
+
+    def _forced(
+        self,
+        sequences: Sequence[torch.Tensor],
+        experts: Sequence[torch.Tensor | None],
+        width: int | None,
+    ) -> torch.Tensor:
+        """The experts of all tokens in the order they reach the routers; `width` pads each."""
+        shape = self.routers.shape
+        assert shape is not None, "experts are forced in a model that has routers"
+        rows = []
+        for tokens, own in zip(sequences, experts, strict=True):
+            row = torch.full(
+                (width or len(tokens), shape.layers, shape.experts_per_token), OWN_CHOICE
+            )
+            if own is not None:
+                row[: len(tokens)] = own
+            rows.append(row)
+        return torch.cat(rows).to(self.device)
 
     def run_packed(
         self, tokens: torch.Tensor, positions: torch.Tensor, layout: Segments
@@ -123,7 +160,7 @@ class LoadedModel:
             hidden: torch.Tensor = self.model.base_model(
                 input_ids=tokens[None], position_ids=positions[None], use_cache=False
             ).last_hidden_state
-        return hidden[0]
+        return hidden[0].to(self.dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final logits [N, V] float32 of hidden states [N, H]; for a bounded number of rows."""
@@ -146,7 +183,7 @@ class LoadedModel:
         hidden: torch.Tensor = self.model.base_model(
             input_ids=batch.to(self.device), attention_mask=mask, use_cache=False
         ).last_hidden_state
-        return hidden[mask.bool()]
+        return hidden[mask.bool()].to(self.dtype)
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
@@ -188,6 +225,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
             packed=False,
             num_threads=torch.get_num_threads(),
+            notes=(FUSED_EXPERTS,) if has_fused_experts(model) else (),
             versions={
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
@@ -198,7 +236,8 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         ),
         head_spec,
     )
-    _probe(loaded, _foreign_layers(text_config))
+    loaded.info = replace(loaded.info, routing=loaded.routers.shape)
+    probe(loaded, _foreign_layers(text_config))
     return loaded
 
 
@@ -270,64 +309,3 @@ def _foreign_layers(config: Any) -> str | None:
         return "it attends in chunks"
     kinds = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     return f"it has {', '.join(sorted(kinds))} layers" if kinds else None
-
-
-def _probe(loaded: LoadedModel, note: str | None) -> None:
-    """Set `info.packed` and its notes; refuse a head that is not ours to compute.
-
-    Args:
-        loaded: On its own eager attention; ends on the packed one where that agrees.
-        note: What is known to speak against the packed one.
-
-    Raises:
-        FiretitanError: UNSUPPORTED.
-    """
-    model = loaded.model
-    generator = torch.Generator().manual_seed(0)
-    sequences = [
-        torch.randint(0, loaded.info.vocab_size, (length,), generator=generator)
-        for length in _PROBE_LENGTHS
-    ]
-    exact = loaded.dtype == torch.float32
-    with torch.no_grad():
-        own = torch.cat(
-            [
-                model(input_ids=tokens[None].to(loaded.device), use_cache=False).logits[0]
-                for tokens in sequences
-            ]
-        ).float()
-        ours = loaded.logits(loaded.hidden_states(sequences))
-        difference = _relative(ours, own)
-        if not difference <= (1e-4 if exact else 0.1):
-            raise FiretitanError(
-                Reason.UNSUPPORTED,
-                f"{loaded.info.architecture}: logits computed from its hidden states differ from "
-                f"its own by {difference:.1e}; its head does more than this engine knows",
-                field="base_model",
-            )
-        note = note or _try_packed(loaded, sequences, own, exact)
-    if note is not None:
-        model.set_attn_implementation("eager")
-        note = f"padded path: packed attention does not fit {loaded.info.architecture}: {note}"
-    notes = (*loaded.info.notes, *(() if note is None else (note,)))
-    loaded.info = replace(loaded.info, packed=note is None, notes=notes)
-
-
-def _try_packed(
-    loaded: LoadedModel, sequences: list[torch.Tensor], own: torch.Tensor, exact: bool
-) -> str | None:
-    """Switch to the packed attention; returns what speaks against it."""
-    try:
-        loaded.model.set_attn_implementation(ATTENTION)
-        loaded.info = replace(loaded.info, packed=True)
-        packed = loaded.logits(loaded.hidden_states(sequences))
-    except (FiretitanError, ValueError, TypeError, RuntimeError, AssertionError) as error:
-        return str(error)
-    difference = _relative(packed, own)
-    if difference <= (1e-4 if exact else 0.1):
-        return None
-    return f"logits differ by {difference:.1e}"
-
-
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))

@@ -44,7 +44,7 @@ def run_passes(loaded: LoadedModel, batch: Sequences, *, graph: bool) -> Iterato
     """Hidden states of a batch, pass by pass."""
     for part in batch.passes(MAX_PASS_TOKENS):
         with torch.set_grad_enabled(graph):
-            hidden = loaded.hidden_states(batch.sequences[part])
+            hidden = loaded.hidden_states(batch.sequences[part], batch.experts[part])
         yield Pass(batch.row_range(part), batch.lengths[part], hidden)
 
 

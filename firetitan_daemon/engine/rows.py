@@ -59,14 +59,6 @@ def linear_shapes(model: torch.nn.Module, adapter: Adapter | None) -> set[Linear
     return shapes
 
 
-def routes_tokens(model: torch.nn.Module) -> bool:
-    """Whether tokens share matrix products with whoever is routed like them (experts)."""
-    return any(
-        name.rpartition(".")[2] == "experts" or "moe" in type(module).__name__.lower()
-        for name, module in model.named_modules()
-    )
-
-
 class RowQuantum:
     """The multiple that rows are padded to.
 

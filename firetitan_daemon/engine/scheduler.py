@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import Float32Array, Progress, SampleRequest, SampleResult
-from firetitan_daemon.engine.decode import Decoder, Prefill
+from firetitan_daemon.engine.api import Progress, SampleRequest, SampleResult
+from firetitan_daemon.engine.decode import Decoder, Prefill, Stepped
 from firetitan_daemon.engine.jobs import Job, Part
 from firetitan_daemon.engine.prompts import PromptCache
 from firetitan_daemon.engine.stops import Decode
@@ -215,7 +215,8 @@ class Scheduler:
             job.prefill = self._prefill(request, job.version)
             job.prefill_s = time.monotonic() - started
         rows = job.add_rows(self._next_rows(job), self._decode_text)
-        job.extend(rows, [job.prefill.last_logits] * len(rows))
+        prefill = job.prefill
+        job.extend(rows, [prefill.last_logits] * len(rows), prefill.routing[-1:] * len(rows))
         running = [row for row in rows if row.stop_reason is None]
         if running:
             branch = self._decoder.fork(job.prefill, len(running))
@@ -243,7 +244,7 @@ class Scheduler:
             parts = [part for part in self._parts if part.job.version is version]
             try:
                 self._select(version)
-                logits = self._decoder.step(
+                stepped = self._decoder.step(
                     [(part.branch, [row.tokens[-1] for row in part.rows]) for part in parts]
                 )
             except Exception:
@@ -251,17 +252,17 @@ class Scheduler:
                 for part in parts:
                     self._guard(part.job, self._step_alone, part)
                 continue
-            for part, rows in zip(parts, logits, strict=True):
-                self._guard(part.job, self._take, part, rows)
+            for part, made in zip(parts, stepped, strict=True):
+                self._guard(part.job, self._take, part, made)
 
     def _step_alone(self, part: Part) -> None:
         """Find out which request a failed step failed for: caches count a step only when done."""
-        (logits,) = self._decoder.step([(part.branch, [row.tokens[-1] for row in part.rows])])
-        self._take(part, logits)
+        (made,) = self._decoder.step([(part.branch, [row.tokens[-1] for row in part.rows])])
+        self._take(part, made)
 
-    def _take(self, part: Part, logits: Float32Array) -> None:
+    def _take(self, part: Part, made: Stepped) -> None:
         """Draw every row's token; rows that ended leave the branch."""
-        part.job.extend(part.rows, logits)
+        part.job.extend(part.rows, made.logits, made.routing)
         going = [at for at, row in enumerate(part.rows) if row.stop_reason is None]
         if len(going) == len(part.rows):
             return

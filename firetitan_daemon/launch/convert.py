@@ -25,6 +25,7 @@ from firetitan_daemon.core.records import (
     ModelInfo,
     RecoveryPoint,
     ReplayCheck,
+    RoutingShape,
     Session,
     WorkerSpec,
 )
@@ -195,4 +196,13 @@ def model_from_proto(model: trainer_pb2.ModelInfo) -> ModelInfo:
         notes=tuple(model.notes),
         versions=dict(model.versions),
         revision=model.revision,
+        routing=_routing_from_proto(model.routing) if model.HasField("routing") else None,
+    )
+
+
+def _routing_from_proto(routing: trainer_pb2.RoutingShape) -> RoutingShape:
+    return RoutingShape(
+        layers=routing.layers,
+        experts_per_token=routing.experts_per_token,
+        num_experts=routing.num_experts,
     )

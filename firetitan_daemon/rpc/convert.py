@@ -5,6 +5,7 @@ Knows: both sides' fields. Must not know: managers.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TypeVar
 
 from firetitan.v1 import (
@@ -135,6 +136,9 @@ def model_info(base_model: str, model: ModelInfo) -> trainer_pb2.ModelInfo:
         notes=model.notes,
         versions=dict(model.versions),
         revision=model.revision,
+        routing=(
+            None if model.routing is None else trainer_pb2.RoutingShape(**asdict(model.routing))
+        ),
     )
 
 

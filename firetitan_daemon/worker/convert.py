@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import cast
 
 import numpy as np
@@ -76,7 +77,11 @@ def _datum(datum: tensor_pb2.Datum, field: str) -> Datum:
         if array.ndim not in (1, 2):
             raise _invalid(where, f"has shape {list(array.shape)}; give [N] or [N, K]")
         inputs[name] = array
-    return Datum(tokens_from_proto(datum.model_input, f"{field}.model_input"), inputs)
+    return Datum(
+        tokens_from_proto(datum.model_input, f"{field}.model_input"),
+        inputs,
+        tuple(datum.model_input.routing_matrices),
+    )
 
 
 def tokens_from_proto(model_input: tensor_pb2.ModelInput, field: str) -> Int32Array:
@@ -264,6 +269,7 @@ def model_info_to_proto(info: ModelInfo, base_model: str) -> trainer_pb2.ModelIn
         notes=info.notes,
         versions=_strings(info.versions),
         revision=info.revision,
+        routing=None if info.routing is None else trainer_pb2.RoutingShape(**asdict(info.routing)),
     )
 
 

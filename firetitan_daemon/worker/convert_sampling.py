@@ -71,6 +71,8 @@ def sample_request_from_proto(
         stop_token_ids=tuple(params.stop_token_ids),
         use_eos=not params.ignore_eos,
         prompt_logprobs=request.prompt_logprobs,
+        routing=request.routing_matrices,
+        prompt_routing=request.prompt_routing_matrices,
         snapshot=_loaded_name(request.snapshot, loaded) if request.snapshot else None,
     )
 
@@ -84,9 +86,11 @@ def sample_response_to_proto(result: SampleResult) -> sampling_service_pb2.Sampl
             sampling_logprobs=to_bytes(sequence.sampling_logprobs, "<f4"),
             inference_logprobs=to_bytes(sequence.inference_logprobs, "<f4"),
             stop_reason=_STOP_REASONS[sequence.stop_reason],
+            routing_matrices=sequence.routing,
         )
     if result.prompt_logprobs is not None:
         response.prompt_logprobs = to_bytes(result.prompt_logprobs, "<f4")
+    response.prompt_routing_matrices.extend(result.prompt_routing)
     response.queue_duration.FromNanoseconds(round(result.queue_s * 1e9))
     response.prefill_duration.FromNanoseconds(round(result.prefill_s * 1e9))
     return response
@@ -143,6 +147,7 @@ def new_tokens_to_proto(
                 inference_logprobs=to_bytes(one.inference_logprobs[known:], "<f4"),
                 stop_reason=_STOP_REASONS[one.stop_reason] if one.stop_reason else _GOING_ON,
                 snapshot=_snapshot_name(one.snapshot),
+                routing_matrices=one.routing[known:],
             )
         )
     return told

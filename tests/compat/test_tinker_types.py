@@ -13,7 +13,7 @@ import pydantic
 import pytest
 from tinker import types
 
-from firetitan_client import compat, convert
+from firetitan_client import compat, convert, routing
 
 
 @pytest.fixture
@@ -38,14 +38,16 @@ def test_model_inputs_carry_routing_matrices() -> None:
     assert again == routed
     datum = types.Datum(model_input=routed, loss_fn_inputs={"target_tokens": [6, 7]})
     assert datum.model_input.routing_matrices == ["AA==", ""]
-    assert convert.data_to_proto([datum])[0].model_input.chunks
+    assert list(convert.data_to_proto([datum])[0].model_input.routing_matrices) == [b"\0", b""]
     with pytest.raises(pydantic.ValidationError):
         types.ModelInput.from_ints([5], routing_matrices=[1])
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_wrong_number_of_matrices_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    compat.tinker_types._told_of_lengths = False
+def test_a_wrong_number_of_matrices_is_logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing, "_told_of_lengths", False)
     with caplog.at_level(logging.ERROR, "firetitan"):
         for _ in range(2):
             types.ModelInput.from_ints([5, 6], routing_matrices=[""])

@@ -37,7 +37,7 @@ ADAM = AdamParams(
 turn that noise into full steps."""
 LENGTHS = (3, 21, 40)
 LORA = LoraSpec(rank=4, alpha=8.0)
-ARCHITECTURES = ("llama", "qwen3", "gemma2", "gpt_neox")
+ARCHITECTURES = ("llama", "qwen3", "gemma2", "gpt_neox", "qwen3_moe", "mixtral")
 
 
 @pytest.fixture(scope="module")

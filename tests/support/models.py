@@ -19,6 +19,7 @@ _COMMON = {
     "pad_token_id": 258,
 }
 _GROUPED = {**_COMMON, "num_key_value_heads": 2}
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
 def _config(architecture: str) -> object:
@@ -31,6 +32,14 @@ def _config(architecture: str) -> object:
             return transformers.Qwen3Config(**_GROUPED, head_dim=8, tie_word_embeddings=False)
         case "gemma2":
             return transformers.Gemma2Config(**_GROUPED, head_dim=8, sliding_window=16)
+        case "qwen3_moe":
+            return transformers.Qwen3MoeConfig(
+                **_GROUPED, **_EXPERTS, head_dim=8, norm_topk_prob=True
+            )
+        case "mixtral":
+            return transformers.MixtralConfig(
+                **_GROUPED, num_local_experts=4, num_experts_per_tok=2
+            )
         case "gpt_neox":
             return transformers.GPTNeoXConfig(**_COMMON)
         case _:

@@ -118,6 +118,8 @@ class SampleRequest(google.protobuf.message.Message):
     NUM_SAMPLES_FIELD_NUMBER: builtins.int
     PARAMS_FIELD_NUMBER: builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
+    ROUTING_MATRICES_FIELD_NUMBER: builtins.int
+    PROMPT_ROUTING_MATRICES_FIELD_NUMBER: builtins.int
     deployment: builtins.str
     """`deployments/{deployment}`."""
     snapshot: builtins.str
@@ -128,6 +130,10 @@ class SampleRequest(google.protobuf.message.Message):
     """Sequences to make; 0: 1."""
     prompt_logprobs: builtins.bool
     """Also return the prompt's logprobs."""
+    routing_matrices: builtins.bool
+    """Also return the experts that tokens went to; a dense model has none to return."""
+    prompt_routing_matrices: builtins.bool
+    """Also return those that the prompt's tokens went to."""
     @property
     def prompt(self) -> firetitan.v1.tensor_pb2.ModelInput:
         """The prompt."""
@@ -145,9 +151,11 @@ class SampleRequest(google.protobuf.message.Message):
         num_samples: builtins.int = ...,
         params: global___SamplingParams | None = ...,
         prompt_logprobs: builtins.bool = ...,
+        routing_matrices: builtins.bool = ...,
+        prompt_routing_matrices: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["params", b"params", "prompt", b"prompt"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["deployment", b"deployment", "num_samples", b"num_samples", "params", b"params", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "snapshot", b"snapshot"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deployment", b"deployment", "num_samples", b"num_samples", "params", b"params", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "prompt_routing_matrices", b"prompt_routing_matrices", "routing_matrices", b"routing_matrices", "snapshot", b"snapshot"]) -> None: ...
 
 global___SampleRequest = SampleRequest
 
@@ -161,6 +169,7 @@ class SampledSequence(google.protobuf.message.Message):
     SAMPLING_LOGPROBS_FIELD_NUMBER: builtins.int
     INFERENCE_LOGPROBS_FIELD_NUMBER: builtins.int
     STOP_REASON_FIELD_NUMBER: builtins.int
+    ROUTING_MATRICES_FIELD_NUMBER: builtins.int
     token_ids: builtins.bytes
     """New tokens, int32 little-endian."""
     sampling_logprobs: builtins.bytes
@@ -171,6 +180,12 @@ class SampledSequence(google.protobuf.message.Message):
     """Float32 little-endian, one a token: the model's own, at temperature 1."""
     stop_reason: global___StopReason.ValueType
     """Why it ended."""
+    @property
+    def routing_matrices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """Only where asked for, one a token: the routing matrix (see RoutingShape) of the position that
+        the token was drawn at, so the first is that of the prompt's last token.
+        """
+
     def __init__(
         self,
         *,
@@ -178,8 +193,9 @@ class SampledSequence(google.protobuf.message.Message):
         sampling_logprobs: builtins.bytes = ...,
         inference_logprobs: builtins.bytes = ...,
         stop_reason: global___StopReason.ValueType = ...,
+        routing_matrices: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["inference_logprobs", b"inference_logprobs", "sampling_logprobs", b"sampling_logprobs", "stop_reason", b"stop_reason", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["inference_logprobs", b"inference_logprobs", "routing_matrices", b"routing_matrices", "sampling_logprobs", b"sampling_logprobs", "stop_reason", b"stop_reason", "token_ids", b"token_ids"]) -> None: ...
 
 global___SampledSequence = SampledSequence
 
@@ -194,6 +210,7 @@ class SampleResponse(google.protobuf.message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     QUEUE_DURATION_FIELD_NUMBER: builtins.int
     PREFILL_DURATION_FIELD_NUMBER: builtins.int
+    PROMPT_ROUTING_MATRICES_FIELD_NUMBER: builtins.int
     snapshot: builtins.str
     """`snapshots/{snapshot}` that made every token; empty: the base model."""
     prompt_logprobs: builtins.bytes
@@ -210,6 +227,10 @@ class SampleResponse(google.protobuf.message.Message):
     def prefill_duration(self) -> google.protobuf.duration_pb2.Duration:
         """Time spent on the prompt."""
 
+    @property
+    def prompt_routing_matrices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """Only where asked for, one a prompt token."""
+
     def __init__(
         self,
         *,
@@ -218,9 +239,10 @@ class SampleResponse(google.protobuf.message.Message):
         prompt_logprobs: builtins.bytes = ...,
         queue_duration: google.protobuf.duration_pb2.Duration | None = ...,
         prefill_duration: google.protobuf.duration_pb2.Duration | None = ...,
+        prompt_routing_matrices: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["prefill_duration", b"prefill_duration", "queue_duration", b"queue_duration"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["prefill_duration", b"prefill_duration", "prompt_logprobs", b"prompt_logprobs", "queue_duration", b"queue_duration", "sequences", b"sequences", "snapshot", b"snapshot"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["prefill_duration", b"prefill_duration", "prompt_logprobs", b"prompt_logprobs", "prompt_routing_matrices", b"prompt_routing_matrices", "queue_duration", b"queue_duration", "sequences", b"sequences", "snapshot", b"snapshot"]) -> None: ...
 
 global___SampleResponse = SampleResponse
 
@@ -292,6 +314,7 @@ class SampledTokens(google.protobuf.message.Message):
     INFERENCE_LOGPROBS_FIELD_NUMBER: builtins.int
     STOP_REASON_FIELD_NUMBER: builtins.int
     SNAPSHOT_FIELD_NUMBER: builtins.int
+    ROUTING_MATRICES_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Which sequence, from 0."""
     first_token: builtins.int
@@ -306,6 +329,10 @@ class SampledTokens(google.protobuf.message.Message):
     """Set with the sequence's last token."""
     snapshot: builtins.str
     """`snapshots/{snapshot}` that made these tokens; empty: the base model."""
+    @property
+    def routing_matrices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """As in SampledSequence, one a token."""
+
     def __init__(
         self,
         *,
@@ -316,8 +343,9 @@ class SampledTokens(google.protobuf.message.Message):
         inference_logprobs: builtins.bytes = ...,
         stop_reason: global___StopReason.ValueType = ...,
         snapshot: builtins.str = ...,
+        routing_matrices: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["first_token", b"first_token", "inference_logprobs", b"inference_logprobs", "sampling_logprobs", b"sampling_logprobs", "sequence", b"sequence", "snapshot", b"snapshot", "stop_reason", b"stop_reason", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["first_token", b"first_token", "inference_logprobs", b"inference_logprobs", "routing_matrices", b"routing_matrices", "sampling_logprobs", b"sampling_logprobs", "sequence", b"sequence", "snapshot", b"snapshot", "stop_reason", b"stop_reason", "token_ids", b"token_ids"]) -> None: ...
 
 global___SampledTokens = SampledTokens
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66iretitan/v1/tensor.proto\x12\x0c\x66iretitan.v1\"P\n\x06Tensor\x12)\n\tdata_type\x18\x01 \x01(\x0e\x32\x16.firetitan.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\" \n\x0b\x45ncodedText\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\"H\n\nInputChunk\x12\x31\n\x0c\x65ncoded_text\x18\x01 \x01(\x0b\x32\x19.firetitan.v1.EncodedTextH\x00\x42\x07\n\x05\x63hunk\"6\n\nModelInput\x12(\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x18.firetitan.v1.InputChunk\"\xc0\x01\n\x05\x44\x61tum\x12-\n\x0bmodel_input\x18\x01 \x01(\x0b\x32\x18.firetitan.v1.ModelInput\x12=\n\x0eloss_fn_inputs\x18\x02 \x03(\x0b\x32%.firetitan.v1.Datum.LossFnInputsEntry\x1aI\n\x11LossFnInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.firetitan.v1.Tensor:\x02\x38\x01*f\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x02\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66iretitan/v1/tensor.proto\x12\x0c\x66iretitan.v1\"P\n\x06Tensor\x12)\n\tdata_type\x18\x01 \x01(\x0e\x32\x16.firetitan.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\" \n\x0b\x45ncodedText\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\"H\n\nInputChunk\x12\x31\n\x0c\x65ncoded_text\x18\x01 \x01(\x0b\x32\x19.firetitan.v1.EncodedTextH\x00\x42\x07\n\x05\x63hunk\"P\n\nModelInput\x12(\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x18.firetitan.v1.InputChunk\x12\x18\n\x10routing_matrices\x18\x02 \x03(\x0c\"\xc0\x01\n\x05\x44\x61tum\x12-\n\x0bmodel_input\x18\x01 \x01(\x0b\x32\x18.firetitan.v1.ModelInput\x12=\n\x0eloss_fn_inputs\x18\x02 \x03(\x0b\x32%.firetitan.v1.Datum.LossFnInputsEntry\x1aI\n\x11LossFnInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.firetitan.v1.Tensor:\x02\x38\x01*f\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x02\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DATUM_LOSSFNINPUTSENTRY']._loaded_options = None
   _globals['_DATUM_LOSSFNINPUTSENTRY']._serialized_options = b'8\001'
-  _globals['_DATATYPE']._serialized_start=484
-  _globals['_DATATYPE']._serialized_end=586
+  _globals['_DATATYPE']._serialized_start=510
+  _globals['_DATATYPE']._serialized_end=612
   _globals['_TENSOR']._serialized_start=43
   _globals['_TENSOR']._serialized_end=123
   _globals['_ENCODEDTEXT']._serialized_start=125
@@ -42,9 +42,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INPUTCHUNK']._serialized_start=159
   _globals['_INPUTCHUNK']._serialized_end=231
   _globals['_MODELINPUT']._serialized_start=233
-  _globals['_MODELINPUT']._serialized_end=287
-  _globals['_DATUM']._serialized_start=290
-  _globals['_DATUM']._serialized_end=482
-  _globals['_DATUM_LOSSFNINPUTSENTRY']._serialized_start=409
-  _globals['_DATUM_LOSSFNINPUTSENTRY']._serialized_end=482
+  _globals['_MODELINPUT']._serialized_end=313
+  _globals['_DATUM']._serialized_start=316
+  _globals['_DATUM']._serialized_end=508
+  _globals['_DATUM_LOSSFNINPUTSENTRY']._serialized_start=435
+  _globals['_DATUM_LOSSFNINPUTSENTRY']._serialized_end=508
 # @@protoc_insertion_point(module_scope)

@@ -122,16 +122,24 @@ class ModelInput(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     CHUNKS_FIELD_NUMBER: builtins.int
+    ROUTING_MATRICES_FIELD_NUMBER: builtins.int
     @property
     def chunks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___InputChunk]:
         """The pieces, in order."""
+
+    @property
+    def routing_matrices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """Experts to force in a mixture of experts: none at all, or a routing matrix per token as a
+        sampler returns it, an empty one where the routers are to choose. Dense models ignore them.
+        """
 
     def __init__(
         self,
         *,
         chunks: collections.abc.Iterable[global___InputChunk] | None = ...,
+        routing_matrices: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["chunks", b"chunks"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunks", b"chunks", "routing_matrices", b"routing_matrices"]) -> None: ...
 
 global___ModelInput = ModelInput
 

@@ -58,6 +58,7 @@ class ModelInfo(google.protobuf.message.Message):
     NOTES_FIELD_NUMBER: builtins.int
     VERSIONS_FIELD_NUMBER: builtins.int
     REVISION_FIELD_NUMBER: builtins.int
+    ROUTING_FIELD_NUMBER: builtins.int
     base_model: builtins.str
     """Hugging Face id or local folder as asked for."""
     path: builtins.str
@@ -92,6 +93,12 @@ class ModelInfo(google.protobuf.message.Message):
     def versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Versions that make results reproducible: torch, transformers, cpu_capability."""
 
+    @property
+    def routing(self) -> global___RoutingShape:
+        """What a routing matrix holds; absent for dense models, and where expert choices can be neither
+        recorded nor replayed.
+        """
+
     def __init__(
         self,
         *,
@@ -110,10 +117,40 @@ class ModelInfo(google.protobuf.message.Message):
         notes: collections.abc.Iterable[builtins.str] | None = ...,
         versions: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         revision: builtins.str = ...,
+        routing: global___RoutingShape | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "base_model", b"base_model", "device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "max_context_length", b"max_context_length", "notes", b"notes", "num_parameters", b"num_parameters", "num_threads", b"num_threads", "packed", b"packed", "path", b"path", "revision", b"revision", "source", b"source", "versions", b"versions", "vocab_size", b"vocab_size"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["routing", b"routing"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "base_model", b"base_model", "device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "max_context_length", b"max_context_length", "notes", b"notes", "num_parameters", b"num_parameters", "num_threads", b"num_threads", "packed", b"packed", "path", b"path", "revision", b"revision", "routing", b"routing", "source", b"source", "versions", b"versions", "vocab_size", b"vocab_size"]) -> None: ...
 
 global___ModelInfo = ModelInfo
+
+@typing.final
+class RoutingShape(google.protobuf.message.Message):
+    """A routing matrix: the experts one token goes to, layers x experts_per_token indices, row-major,
+    one byte each where num_experts is at most 256, else two, little-endian.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: builtins.int
+    EXPERTS_PER_TOKEN_FIELD_NUMBER: builtins.int
+    NUM_EXPERTS_FIELD_NUMBER: builtins.int
+    layers: builtins.int
+    """Layers that choose among experts, in the model's order; dense layers do not count."""
+    experts_per_token: builtins.int
+    """Experts each of them sends a token to."""
+    num_experts: builtins.int
+    """Experts each of them has."""
+    def __init__(
+        self,
+        *,
+        layers: builtins.int = ...,
+        experts_per_token: builtins.int = ...,
+        num_experts: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["experts_per_token", b"experts_per_token", "layers", b"layers", "num_experts", b"num_experts"]) -> None: ...
+
+global___RoutingShape = RoutingShape
 
 @typing.final
 class Trainer(google.protobuf.message.Message):

@@ -91,10 +91,8 @@ def test_what_a_failed_request_becomes(
 @pytest.mark.parametrize(
     "asked",
     [
-        {"include_routing_matrix": True},
         {"top_sampling_logprobs": 2},
         {"sampling_mask": [1]},
-        {"r3_ttl_seconds": 60},
     ],
 )
 def test_firetitans_own_sampling_settings_are_refused(asked: dict[str, Any]) -> None:

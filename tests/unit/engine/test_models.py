@@ -80,7 +80,7 @@ def test_logits_are_the_models_own(tmp_path: Path, name: str) -> None:
     folder = save(tmp_path, (PACKED | PADDED)[name]())
     loaded = load_model(ModelSpec(folder))
     assert loaded.info.packed is (name in PACKED)
-    assert bool(loaded.info.notes) is (name in PADDED)
+    assert any("padded path" in note for note in loaded.info.notes) is (name in PADDED)
     sequences = [torch.randint(0, 64, (length,)) for length in (3, 30, 11)]
     with torch.no_grad():
         found = loaded.logits(loaded.hidden_states(sequences))
@@ -90,6 +90,64 @@ def test_logits_are_the_models_own(tmp_path: Path, name: str) -> None:
 def test_experts_in_bfloat16_run_packed(tmp_path: Path) -> None:
     loaded = load_model(ModelSpec(save(tmp_path, PACKED["qwen3_moe"](), torch.bfloat16)))
     assert loaded.info.packed and loaded.info.dtype == "bfloat16"
+    assert any("LoRA leaves fused experts" in note for note in loaded.info.notes)
+    dense = load_model(ModelSpec(save(tmp_path / "dense", PACKED["mistral"]())))
+    assert not dense.info.notes
+
+
+def test_near_ties_of_routers_do_not_look_like_another_attention(tmp_path: Path) -> None:
+    config = PACKED["qwen3_moe"]()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+            if name.endswith("gate.weight"):
+                parameter.copy_(parameter[:1] + 1e-6 * parameter)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert load_model(ModelSpec(str(tmp_path))).info.packed
+
+
+STATE_SPACE = {
+    "mamba": lambda: transformers.MambaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8
+    ),
+    "mamba2": lambda: transformers.Mamba2Config(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=8,
+        num_heads=8,
+        head_dim=8,
+        n_groups=1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATE_SPACE)
+def test_state_spaces_in_bfloat16_keep_a_float32_residual(tmp_path: Path, name: str) -> None:
+    folder = save(tmp_path, STATE_SPACE[name](), torch.bfloat16)
+    loaded = load_model(ModelSpec(folder))
+    sequences = [torch.randint(0, 64, (length,)) for length in (3, 30)]
+    with torch.no_grad():
+        hidden = loaded.hidden_states(sequences)
+        found = loaded.logits(hidden)
+    assert hidden.dtype == torch.bfloat16
+    expected = own_logits(folder, sequences)
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+def test_a_model_that_cannot_be_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("expected m1 and m2 to have the same dtype")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+    with pytest.raises(FiretitanError, match="LlamaForCausalLM in float32 cannot be run") as caught:
+        load_model(ModelSpec(str(save_tiny(tmp_path / "model"))))
+    assert (caught.value.reason, caught.value.field) == (Reason.UNSUPPORTED, "base_model")
 
 
 def test_info_says_what_was_loaded(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from firetitan_daemon.engine.rows import LinearShape, RowQuantum, linear_shapes, routes_tokens
+from firetitan_daemon.engine.routing import routes_tokens
+from firetitan_daemon.engine.rows import LinearShape, RowQuantum, linear_shapes
 
 CPU = torch.device("cpu")
 

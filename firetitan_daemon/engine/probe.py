@@ -1,0 +1,108 @@
+"""Find out how a loaded model can be run: two short sequences, its own way and ours.
+
+Knows: a loaded model, its own attention and the packed one. Must not know: files, LoRA, sampling.
+
+The experts that the model's own pass chose are forced on ours: a choice that falls the other way by
+rounding says nothing about attention or the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.records import ModelInfo
+from firetitan_daemon.engine.attention import ATTENTION
+
+if TYPE_CHECKING:
+    from firetitan_daemon.engine.models import LoadedModel
+
+_LENGTHS = (9, 23)
+"""The longer one last: what leaks over the bound between them shows on most tokens."""
+
+
+def probe(loaded: LoadedModel, note: str | None) -> None:
+    """Set `info.packed` and its notes; refuse a head that is not ours to compute.
+
+    Args:
+        loaded: On its own eager attention; ends on the packed one where that agrees.
+        note: What is known to speak against the packed one.
+
+    Raises:
+        FiretitanError: UNSUPPORTED.
+    """
+    model = loaded.model
+    generator = torch.Generator().manual_seed(0)
+    sequences = [
+        torch.randint(0, loaded.info.vocab_size, (length,), generator=generator)
+        for length in _LENGTHS
+    ]
+    exact = loaded.dtype == torch.float32
+    with torch.no_grad(), _running(loaded.info):
+        logits, experts = [], []
+        for tokens in sequences:
+            with loaded.routers.recording() as recording:
+                output = model(input_ids=tokens[None].to(loaded.device), use_cache=False)
+            logits.append(output.logits[0])
+            experts.append(recording.experts)
+        own = torch.cat(logits).float()
+        ours = loaded.logits(loaded.hidden_states(sequences, experts))
+        difference = _relative(ours, own)
+        if not difference <= (1e-4 if exact else 0.1):
+            raise FiretitanError(
+                Reason.UNSUPPORTED,
+                f"{loaded.info.architecture}: logits computed from its hidden states differ from "
+                f"its own by {difference:.1e}; its head does more than this engine knows",
+                field="base_model",
+            )
+        note = note or _try_packed(loaded, sequences, experts, own, exact)
+    if note is not None:
+        model.set_attn_implementation("eager")
+        note = f"padded path: packed attention does not fit {loaded.info.architecture}: {note}"
+    said = (note, loaded.routers.note)
+    notes = (*loaded.info.notes, *(each for each in said if each is not None))
+    loaded.info = replace(loaded.info, packed=note is None, notes=notes)
+
+
+@contextmanager
+def _running(info: ModelInfo) -> Iterator[None]:
+    """Say in our own terms that a model cannot be run the way this engine runs models."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise FiretitanError(
+            Reason.UNSUPPORTED,
+            f"{info.architecture} in {info.dtype} cannot be run by this engine: {error}",
+            field="base_model",
+        ) from error
+
+
+def _try_packed(
+    loaded: LoadedModel,
+    sequences: list[torch.Tensor],
+    experts: list[torch.Tensor | None],
+    own: torch.Tensor,
+    exact: bool,
+) -> str | None:
+    """Switch to the packed attention; returns what speaks against it."""
+    try:
+        loaded.model.set_attn_implementation(ATTENTION)
+        loaded.info = replace(loaded.info, packed=True)
+        packed = loaded.logits(loaded.hidden_states(sequences, experts))
+    except (FiretitanError, ValueError, TypeError, RuntimeError, AssertionError) as error:
+        return str(error)
+    difference = _relative(packed, own)
+    if difference <= (1e-4 if exact else 0.1):
+        return None
+    return f"logits differ by {difference:.1e}"
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
