@@ -10,7 +10,8 @@ model's parameters point at its tensors and the LoRA layers at its adapter: no t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,11 +53,15 @@ class ModelWeights:
         self._slot: LoraSlot | None = None
         self._wrapped: set[str] = set()
         self._selected: Version | None = None
+        self._on_base: weakref.WeakSet[Version] = weakref.WeakSet()
+        """The base and the adapters over it that are still in use: they hold the base's tensors."""
 
     def base(self) -> Version:
         """The base model's own weights, under the empty name."""
         own = {name: parameter.data for name, parameter in self._parameters.items()}
-        return Version("", self._loaded.info.fingerprint, True, Content(own, None, None))
+        version = Version("", self._loaded.info.fingerprint, True, Content(own, None, None))
+        self._on_base.add(version)
+        return version
 
     def build(
         self,
@@ -74,7 +79,7 @@ class ModelWeights:
         """
         last = layers[-1]
         if last.format is SnapshotFormat.PEFT_ADAPTER:
-            return self._build_adapter(last, find)
+            return self._build_adapter(last)
         start, stored = _start(layers, find)
         for layer in layers[start:]:
             stored = _read_layer(layer, stored)
@@ -101,9 +106,7 @@ class ModelWeights:
             self._wrapped |= new
             self._selected = None
 
-    def _build_adapter(
-        self, layer: SnapshotLayer, find: Callable[[str], Version | None]
-    ) -> Version:
+    def _build_adapter(self, layer: SnapshotLayer) -> Version:
         durable.verify_folder(layer.path, layer.digest)
         settings, raw = read_adapter(layer.path)
         _check_result(layer, raw)
@@ -118,8 +121,10 @@ class ModelWeights:
                 name = path.removeprefix(PEFT_PREFIX)
                 pair = (tensors[key], tensors[path + B_SUFFIX])
                 adapter[name] = self._pair(layer, name, *pair, scaling)
-        base = self._base_parameters(find)
-        return Version(layer.name, layer.result_digest, False, Content(base, adapter, None))
+        content = Content(self._base_parameters(), adapter, None)
+        version = Version(layer.name, layer.result_digest, False, content)
+        self._on_base.add(version)
+        return version
 
     def _pair(
         self, layer: SnapshotLayer, name: str, a: torch.Tensor, b: torch.Tensor, scaling: float
@@ -143,11 +148,10 @@ class ModelWeights:
             return None
         return weight if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
 
-    def _base_parameters(self, find: Callable[[str], Version | None]) -> Mapping[str, torch.Tensor]:
-        for version in (find(""), self._selected):
-            if version is not None and version.content.stored is None:
-                parameters: Mapping[str, torch.Tensor] = version.content.parameters
-                return parameters
+    def _base_parameters(self) -> Tensors:
+        for version in self._on_base:
+            parameters: Tensors = version.content.parameters
+            return parameters
         raise FiretitanError(
             Reason.UNSUPPORTED,
             "a full-parameter snapshot has replaced the base model here; serve the adapter from "

@@ -72,6 +72,14 @@ def test_a_chain_serves_what_it_was_saved_from(
         assert _gap(engine, plain_model(folder, snapshots.tensors[name]), REQUEST) < 1e-4
 
 
+def test_adapters_follow_one_another_before_anything_is_sampled(
+    engine: HfSampleEngine, snapshots: Snapshots
+) -> None:
+    for seed in range(3):
+        engine.apply(snapshots.adapter(f"step-{seed}", seed))
+    assert engine.submit(REQUEST).result().snapshot == "step-2"
+
+
 def test_weights_that_nobody_needs_are_freed_before_others_are_built(
     engine: HfSampleEngine, snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
