@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 from plain_loop import Reference, cross_entropy, relative
-from support.experts import chosen, forced, own_choice
+from support.experts import chosen, forced, near_ties, own_choice
 from support.models import VOCAB_SIZE, save_tiny
 from support.sampling import plain_logprobs, plain_model
-from transformers import AutoModelForCausalLM
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.records import RoutingShape
@@ -286,27 +285,11 @@ def test_bad_matrices_are_named_and_change_nothing(
 # What replay is for
 
 
-def near_ties(folder: Path, source: Path) -> Path:
-    """A model of strong experts whose routers can hardly tell the four of a group apart."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            groups = layer.mlp.gate.weight.view(-1, 4, layer.mlp.gate.weight.shape[1])
-            noise = torch.randn(groups.shape, generator=generator)
-            groups.copy_(groups[:, :1] + 1e-4 * noise)
-            layer.mlp.experts.down_proj.mul_(4.0)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((source / name).read_bytes())
-    return folder
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_replay_closes_the_gap_that_other_experts_open(
     folders: dict[str, Path], tmp_path: Path, architecture: str
 ) -> None:
-    folder = near_ties(tmp_path / "model", folders[architecture])
+    folder = near_ties(tmp_path / "model", architecture)
     engine = HfSampleEngine(ModelSpec(str(folder), dtype="bfloat16"), CONFIG)
     try:
         result = sample(engine, tokens=40, rows=4)

@@ -4,9 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
+
+from support.models import save_tiny
+
+
+def near_ties(folder: Path, architecture: str) -> Path:
+    """Save a tiny model of strong experts whose routers hardly tell the four of a group apart."""
+    save_tiny(folder, architecture)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            groups = layer.mlp.gate.weight.view(-1, 4, layer.mlp.gate.weight.shape[1])
+            noise = torch.randn(groups.shape, generator=generator)
+            groups.copy_(groups[:, :1] + 1e-4 * noise)
+            layer.mlp.experts.down_proj.mul_(4.0)
+    model.save_pretrained(folder)
+    return folder
 
 
 def chosen(matrices: Sequence[bytes], layers: int = 2, experts_per_token: int = 2) -> torch.Tensor:

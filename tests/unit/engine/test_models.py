@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support.experts import near_ties
 from support.models import save_tiny
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -96,17 +97,8 @@ def test_experts_in_bfloat16_run_packed(tmp_path: Path) -> None:
 
 
 def test_near_ties_of_routers_do_not_look_like_another_attention(tmp_path: Path) -> None:
-    config = PACKED["qwen3_moe"]()
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.3)
-            if name.endswith("gate.weight"):
-                parameter.copy_(parameter[:1] + 1e-6 * parameter)
-    model.to(torch.bfloat16).save_pretrained(tmp_path)
-    assert load_model(ModelSpec(str(tmp_path))).info.packed
+    folder = near_ties(tmp_path, "mixtral")
+    assert load_model(ModelSpec(str(folder), dtype="bfloat16")).info.packed
 
 
 STATE_SPACE = {
