@@ -100,15 +100,11 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
     ],
     f"{SAMPLING}: images": [sample(images=["a"])],
     f"{SAMPLING}: get_sampler_handle, from_sampler_handle": [absent("get_sampler_handle")],
-    "FiretitanSamplingParams: include_routing_matrix": [
-        sample(sampling_params=FiretitanSamplingParams(include_routing_matrix=True))
-    ],
-    "FiretitanSamplingParams: top_sampling_logprobs, sampling_mask, r3_ttl_seconds": [
+    "FiretitanSamplingParams: top_sampling_logprobs, sampling_mask": [
         sample(sampling_params=FiretitanSamplingParams(**{name: value}))
         for name, value in (
             ("top_sampling_logprobs", 2),
             ("sampling_mask", [1]),
-            ("r3_ttl_seconds", 60),
         )
     ],
     "DeploymentSampler: async_completions_stream": [absent("async_completions_stream")],
@@ -117,8 +113,7 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
         native(echo_last=2),
         native(top_logprobs=2),
     ],
-    "DeploymentSampler: include_routing_matrix, images, raw_output": [
-        native(include_routing_matrix=True),
+    "DeploymentSampler: images, raw_output": [
         native(images=["a"]),
         native(raw_output=True),
     ],

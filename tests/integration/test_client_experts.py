@@ -27,7 +27,9 @@ from firetitan_client import (
 pytestmark = pytest.mark.timeout(240)
 
 PROMPT = list(range(60, 77))
-PARAMS = FiretitanSamplingParams(max_tokens=8, seed=7, include_routing_matrix=True)
+PARAMS = FiretitanSamplingParams(
+    max_tokens=8, seed=7, include_routing_matrix=True, r3_ttl_seconds=60
+)
 OTHERS = base64.b64encode(bytes([0, 1, 1, 0])).decode()
 TOY = "firetitan/toy"
 MATRIX_BYTES = 4

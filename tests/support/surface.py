@@ -122,7 +122,7 @@ CLASSES = {
             **options)
         sample_with_prompt_tokens(prompt_token_ids, n=1, max_tokens=None, temperature=1.0,
             max_seq_len=None, stop=None, prompt_cache_key=None, *, top_p=1.0, top_k=0, seed=None,
-            http_timeout=600, logprobs=None, **options)
+            http_timeout=600, logprobs=None, include_routing_matrix=False, **options)
         sample_with_prompt_tokens_result(prompt_token_ids, **options)
         async_completions_stream(prompt, max_tokens=None, temperature=1.0, **options)
         drain_metrics()
