@@ -201,6 +201,8 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         )
     text_config = config.get_text_config()
     limit = int(getattr(text_config, "max_position_embeddings", None) or _NO_LIMIT)
+    if limit < 1:  # some architectures write -1 for no limit
+        limit = _NO_LIMIT
     context = limit if spec.max_context_length is None else spec.max_context_length
     if not 1 <= context <= limit:
         raise FiretitanError(

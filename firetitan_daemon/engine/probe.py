@@ -65,7 +65,7 @@ def probe(loaded: LoadedModel, note: str | None) -> None:
         model.set_attn_implementation("eager")
         note = f"padded path: packed attention does not fit {loaded.info.architecture}: {note}"
     said = (note, loaded.routers.note)
-    notes = (*loaded.info.notes, *(each for each in said if each is not None))
+    notes = (*(each for each in said if each is not None), *loaded.info.notes)
     loaded.info = replace(loaded.info, packed=note is None, notes=notes)
 
 
