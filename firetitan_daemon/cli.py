@@ -95,7 +95,7 @@ def status(home: Path | None, as_json: bool) -> None:
         click.echo(
             f"  session  {one.session:32} {state}; {point}, {one.kept_bytes / 2**20:.1f} MiB to "
             f"replay, cost {one.point_cost:.1%}; {one.recoveries} recoveries, "
-            f"{one.replayed} replayed"
+            f"{one.replayed} replayed, the last in {one.recovery_s:.1f} s"
         )
 
 

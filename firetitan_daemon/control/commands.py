@@ -247,7 +247,8 @@ class CommandPipeline:
             await self._fail(operation, record, prepared)
         else:
             done = await self._succeed(operation, prepared, outcome, finished)
-            await self.recovery.ran(done, seconds)
+            state_bytes = outcome.session.state_bytes if outcome.session is not None else 0
+            await self.recovery.ran(done, seconds, state_bytes)
             assert self._worker is not None
             await self.recovery.make_point(self._worker, done)
 

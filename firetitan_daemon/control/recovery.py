@@ -52,6 +52,10 @@ class RecoveryStats:
     point_step: int = 0
     point_cost: float = 0.0
     kept_bytes: int = 0
+    recovery_s: float = 0.0
+    """Of the last recovery, from the worker's end until the session went on."""
+    replay_s: float = 0.0
+    """Of that, running commands again."""
 
 
 @dataclass
@@ -91,7 +95,7 @@ class SessionRecovery:
             assert operation.payload is not None
             self._kept.append(_Kept(operation.id, operation.commit_seq, operation.payload))
             if operation.commit_seq > held:
-                self._policy.ran(operation.method, 0.0, operation.payload.size_bytes)
+                self._policy.ran(0.0, operation.payload.size_bytes)
         self._show()
 
     # -- while the worker lives ----------------------------------------------------------------
@@ -115,17 +119,19 @@ class SessionRecovery:
             loaded=operation.loaded,
         )
 
-    async def ran(self, operation: Operation, seconds: float) -> None:
+    async def ran(self, operation: Operation, seconds: float, state_bytes: int) -> None:
         """Count an operation that was settled.
 
         Args:
             operation: As written.
             seconds: What the worker took.
+            state_bytes: What a recovery point would hold.
         """
         if operation.payload is None:
             return
         self._kept.append(_Kept(operation.id, operation.commit_seq, operation.payload))
-        self._policy.ran(operation.method, seconds, operation.payload.size_bytes)
+        self._policy.ran(seconds, operation.payload.size_bytes)
+        self._policy.expect(state_bytes)
         if operation.method in LOADS:
             # What was loaded may be replaced by another save under its name.
             self._policy.want()
@@ -289,30 +295,32 @@ class SessionRecovery:
                 the worker ended meanwhile.
         """
         held = await worker.open_session(session)
-        behind = max(held.applied_commit_seq, session.origin_commit_seq)
-        done = await self.services.store.done_operations(session.name, session.origin_commit_seq)
-        plan = plan_replay(done, behind)
-        if not held.applied_commit_seq:
-            plan = await self._load_start(worker, session, done)
-        elif plan.missing:
-            raise _impossible(session, _gone(plan))
+        if held.applied_commit_seq:
+            plan = await self._plan(session, held.applied_commit_seq)
+            if plan.missing:
+                raise _impossible(session, _gone(plan))
+        else:
+            plan = await self._load_start(worker, session)
         self.stats.to_replay = len(plan.replay)
         if plan.replay:
             logger.info("replaying session=%s commands=%d", session.name, len(plan.replay))
+        began = self.services.clock.monotonic()
         for operation in plan.replay:
             await self._replay(worker, session, operation, exact=exact)
             failpoint("recovery.replayed")
             self.stats.replayed += 1
             self.stats.to_replay -= 1
+        self.stats.replay_s = self.services.clock.monotonic() - began
         return bool(held.last_snapshot)
 
-    async def _load_start(
-        self, worker: Worker, session: Session, done: Iterable[Operation]
-    ) -> Plan:
+    async def _plan(self, session: Session, after: int) -> Plan:
+        return plan_replay(await self.services.store.done_operations(session.name, after), after)
+
+    async def _load_start(self, worker: Worker, session: Session) -> Plan:
         """Load the newest point that leads to where the session was, or begin at its origin."""
         why = ""
         for point in reversed(self._points):
-            plan = plan_replay(done, point.commit_seq)
+            plan = await self._plan(session, point.commit_seq)
             if plan.missing:
                 why = why or _gone(plan)
                 continue
@@ -325,7 +333,7 @@ class SessionRecovery:
                 why = why or error.message
                 continue
             return plan
-        plan = plan_replay(done, session.origin_commit_seq)
+        plan = await self._plan(session, session.origin_commit_seq)
         if plan.missing:
             raise _impossible(session, why or _gone(plan))
         return plan
@@ -363,10 +371,17 @@ class SessionRecovery:
                 f"{what} came to {outcome.check} in the replay, to {operation.check} before",
             )
 
-    def recovered(self) -> None:
-        """A worker was replaced and the session goes on."""
+    def recovered(self, seconds: float) -> None:
+        """A worker was replaced and the session goes on, so long after its end."""
         self._deaths.clear()
         self.stats.recoveries += 1
+        self.stats.recovery_s = seconds
+        logger.info(
+            "recovered session=%s seconds=%.3f replay_s=%.3f",
+            self.session,
+            seconds,
+            self.stats.replay_s,
+        )
 
 
 def _gone(plan: Plan) -> str:

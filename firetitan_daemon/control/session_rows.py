@@ -28,6 +28,7 @@ from firetitan_daemon.core.records import (
     SessionState,
     SpoolRef,
 )
+from firetitan_daemon.core.recovery import pending_backwards
 from firetitan_daemon.core.sequencer import Admit, Incoming, Replay, SessionSequencer
 
 logger = logging.getLogger("firetitan.sessions")
@@ -254,7 +255,10 @@ class SessionRows:
     async def lose(self, cause: str) -> None:
         """The worker is gone: open operations end LOST, a new epoch begins."""
         async with self._lock:
-            left = self.open_operations()
+            # Those without a commit_seq wait for an earlier one of their lane.
+            left = sorted(
+                self.open_operations(), key=lambda one: (not one.commit_seq, one.commit_seq)
+            )
             epoch, lanes = self._sequencer.restart()
             error = await self._loss(cause, left)
             session = replace(
@@ -279,9 +283,9 @@ class SessionRows:
         rows = await self._services.store.checkpoints(self.session.trainer_id)
         own = [row for row in rows if row.session == self.session.name]
         last = max(own, key=lambda row: row.commit_seq, default=None)
-        step, advice = 0, "start over: no checkpoint was saved"
+        step, held, advice = 0, self.session.origin_commit_seq, "start over: none was saved"
         if last is not None:
-            step, name = last.step, last.name.rpartition("/")[2]
+            step, held, name = last.step, last.commit_seq, last.name.rpartition("/")[2]
             advice = (
                 f"load_state_with_optimizer({name!r}) (step {step}), "
                 f"then resubmit from step {step + 1}"
@@ -291,6 +295,7 @@ class SessionRows:
             f"session, then {advice}"
         )
         names = [one.name for one in lost]
+        gone = await self._services.store.done_operations(self.session.name, held)
         return ErrorRecord(
             str(Reason.SESSION_LOSS),
             f"{self.session.name} lost its weights: {cause}; {len(names)} commands were not "
@@ -299,7 +304,9 @@ class SessionRows:
                 "session": self.session.name,
                 "cause": cause,
                 "restored_step": str(step),
+                "restored_from": last.name if last is not None else "",
                 "lost_steps": str(max(0, self.session.step - step)),
+                "lost_backwards": str(pending_backwards(gone)),
                 "lost_operations": ",".join(names),
                 "hint": hint,
             },

@@ -205,10 +205,10 @@ class SessionManager:
             if pipeline.session.state is SessionState.RECOVERING:
                 await pipeline.resume(worker, exact=exact)
 
-    def recovered(self, trainer_id: str) -> None:
-        """A worker of the trainer was replaced: count it."""
+    def recovered(self, trainer_id: str, seconds: float) -> None:
+        """A worker of the trainer was replaced, so long after its end: count it."""
         for pipeline in self._of_trainer(trainer_id):
-            pipeline.recovery.recovered()
+            pipeline.recovery.recovered(seconds)
 
     def recoveries(self) -> list[tuple[Session, RecoveryStats]]:
         """How well each open session is kept against its worker's death."""

@@ -273,7 +273,7 @@ class TrainerManager:
 
     async def _replace(self, trainer_id: str, cause: str) -> None:
         """Bring the trainer's sessions to where they were, in a new worker."""
-        problem = ""
+        problem, began = "", self._services.clock.monotonic()
         try:
             await self._sessions.suspend(trainer_id)
             for pause_s in _REPLACE_PAUSES_S:
@@ -291,7 +291,8 @@ class TrainerManager:
                         break
                     logger.error("worker not replaced trainer=%s: %s", trainer_id, error)
                 else:
-                    self._sessions.recovered(trainer_id)
+                    now = self._services.clock.monotonic()
+                    self._sessions.recovered(trainer_id, now - began)
                     return
         except Exception as error:  # a supervisor: the trainer fails, the daemon goes on
             problem = internal_error(

@@ -228,6 +228,8 @@ class WorkerSession:
     pending_backwards: int
     forward_passes: int
     last_snapshot: str
+    state_bytes: int
+    """Of the weights and moments, which a recovery point holds; 0: not said."""
 
 
 @dataclass(frozen=True)

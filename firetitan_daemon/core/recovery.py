@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from firetitan_daemon.core.records import Operation, OperationState, ReplayCheck
 
 LOADS = frozenset({"LoadState", "LoadAdapter"})
-REPLAYED = frozenset({"ForwardBackward", "Backward", "OptimStep"}) | LOADS
-"""Methods that move weights or gradients. A Forward is replayed for the graph it kept."""
+BACKWARDS = frozenset({"ForwardBackward", "Backward"})
 BOUNDARIES = frozenset({"OptimStep"}) | LOADS
 """Methods after which no gradients are pending: where a point can be made."""
+REPLAYED = BACKWARDS | BOUNDARIES
+"""Methods that move weights or gradients. A Forward is replayed for the graph it kept."""
 
 RELATIVE_TOLERANCE = 1e-3
 """How far a replayed loss or gradient norm may be off where bits may differ, on a GPU."""
@@ -31,14 +32,16 @@ class RecoveryLimits:
 
     enabled: bool = True
     """Keep what a replay needs; off: a trainer's death loses what was not checkpointed."""
-    interval_steps: int = 10
-    """Fewest optimizer steps between two recovery points."""
+    interval_s: float = 5.0
+    """Fewest seconds of a worker's work between two recovery points."""
     cost_share: float = 0.02
     """Largest share of the worker's time that recovery points may take."""
     replay_s: float = 120.0
-    """A point is due, at any cost, when a replay would take longer than this."""
+    """Where a replay would take longer than this, points may come at `max_cost_share`."""
     spool_bytes: int = 256 * 1024 * 1024
-    """A point is due, at any cost, when more payloads than this would be replayed."""
+    """Where more payloads than this would be replayed, points may come at `max_cost_share`."""
+    max_cost_share: float = 0.1
+    """Largest share for a replay that is over its budget."""
     max_spool_bytes: int = 1024 * 1024 * 1024
     """Payloads a session keeps for a replay; above, replaying is given up until the next point."""
 
@@ -76,6 +79,21 @@ def _rebuilds_graph(one: Operation, used: set[str], last_move: int) -> bool:
     return one.graph in used or (one.commit_seq > last_move and one.payload is not None)
 
 
+def pending_backwards(done: Iterable[Operation]) -> int:
+    """Backward passes whose gradients no step has taken yet.
+
+    Args:
+        done: Operations of a session that ended, by commit_seq.
+    """
+    count = 0
+    for one in done:
+        if one.state is OperationState.DONE and one.method in BOUNDARIES:
+            count = 0
+        elif one.state is OperationState.DONE and one.method in BACKWARDS:
+            count += 1
+    return count
+
+
 def same_result(recorded: ReplayCheck | None, found: ReplayCheck | None, *, exact: bool) -> bool:
     """Whether a replayed command came to what it came to before; what was not recorded agrees.
 
@@ -94,9 +112,12 @@ def same_result(recorded: ReplayCheck | None, found: ReplayCheck | None, *, exac
     return abs(recorded.measure - found.measure) <= allowed
 
 
+_GUESSED_BYTES_S = 500e6
+"""What a first point is taken to copy, hash and write a second."""
+
+
 @dataclass(frozen=True)
 class _Totals:
-    steps: int = 0
     seconds: float = 0.0
     size_bytes: int = 0
 
@@ -104,8 +125,8 @@ class _Totals:
 class PointPolicy:
     """When a session's next recovery point is due.
 
-    Points come as often as `cost_share` allows, by what the last one cost; more often only where a
-    replay would go over its budget of bytes or seconds.
+    Points come as often as `cost_share` allows, by what the last one cost (the first by its size);
+    more often only where a replay would go over its budget of bytes or seconds.
 
     Args:
         limits: The budgets.
@@ -118,22 +139,26 @@ class PointPolicy:
         """When a point was last begun."""
         self._held = _Totals()
         """Up to where the newest point holds everything."""
-        self._cost_s = 0.0
+        self._cost_s: float | None = None
+        """Of the last point; None before the first."""
+        self._guess_s = 0.0
         self._wanted = False
         self.share = 0.0
         """Of the worker's time, what the last point took."""
 
-    def ran(self, method: str, seconds: float, size_bytes: int) -> None:
+    def ran(self, seconds: float, size_bytes: int) -> None:
         """Count a command that a replay would have to run again.
 
         Args:
-            method: Its method.
             seconds: What it took.
             size_bytes: Of its payload.
         """
         now = self._now
-        steps = now.steps + (method == "OptimStep")
-        self._now = _Totals(steps, now.seconds + seconds, now.size_bytes + size_bytes)
+        self._now = _Totals(now.seconds + seconds, now.size_bytes + size_bytes)
+
+    def expect(self, state_bytes: int) -> None:
+        """Say how much a point holds, for a guess at what the first one costs."""
+        self._guess_s = state_bytes / _GUESSED_BYTES_S
 
     def want(self) -> None:
         """Ask for a point at the next boundary: what is needed to replay may not last."""
@@ -146,14 +171,15 @@ class PointPolicy:
             return False
         if self._wanted:
             return True
-        if (
+        over = (
             now.size_bytes - self._held.size_bytes > limits.spool_bytes
             or now.seconds - self._held.seconds > limits.replay_s
-        ):
-            return True
-        if now.steps - self._tried.steps < limits.interval_steps:
+        )
+        since_s = now.seconds - self._tried.seconds
+        if since_s < limits.interval_s and not over:
             return False
-        return self._cost_s <= limits.cost_share * (now.seconds - self._tried.seconds)
+        cost_s = self._guess_s if self._cost_s is None else self._cost_s
+        return cost_s <= (limits.max_cost_share if over else limits.cost_share) * since_s
 
     def begun(self) -> None:
         """A point is being made of the state as it is now."""

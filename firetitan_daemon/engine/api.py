@@ -180,6 +180,8 @@ class SessionProgress:
     """Backward passes accumulated since the last step."""
     forward_passes: int
     """Model forwards run since the session was opened; shows that a custom loss costs one."""
+    state_bytes: int
+    """Of the weights and both moments, which a save of the session holds."""
 
 
 def check_base_only(spec: SessionSpec, retain_graph: bool) -> None:

@@ -94,9 +94,14 @@ class HfCore:
         """Where the session stands."""
         session = self._current
         if session is None:
-            return SessionProgress(0, 0, 0)
+            return SessionProgress(0, 0, 0, 0)
         counters = session.counters
-        return SessionProgress(counters.step, counters.pending_backwards, session.forward_passes)
+        return SessionProgress(
+            counters.step,
+            counters.pending_backwards,
+            session.forward_passes,
+            3 * sum(master.nbytes for master in session.trainables.masters.values()),
+        )
 
     def _session(self) -> Session:
         if self._current is None:

@@ -162,6 +162,7 @@ def session_from_proto(state: worker_pb2.SessionState) -> WorkerSession:
         pending_backwards=state.pending_backwards,
         forward_passes=state.forward_passes,
         last_snapshot=state.last_snapshot,
+        state_bytes=state.state_bytes,
     )
 
 

@@ -29,6 +29,8 @@ def to_status(error: FiretitanError) -> status_pb2.Status:
             lost_operations=filter(None, facts.get("lost_operations", "").split(",")),
             lost_steps=int(facts.get("lost_steps", 0)),
             hint=facts.get("hint", ""),
+            restored_from=facts.get("restored_from", ""),
+            lost_backwards=int(facts.get("lost_backwards", 0)),
         )
         message.details.add().Pack(loss)
     return message

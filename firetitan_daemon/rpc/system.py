@@ -108,6 +108,8 @@ def _recovery(session: Session, stats: RecoveryStats) -> system_service_pb2.Sess
         kept_bytes=stats.kept_bytes,
         points=stats.points,
         point_cost=stats.point_cost,
+        recovery_s=stats.recovery_s,
+        replay_s=stats.replay_s,
     )
 
 

@@ -135,6 +135,7 @@ class CommandRunner:
             pending_backwards=progress.pending_backwards,
             forward_passes=progress.forward_passes,
             last_snapshot=self._last_snapshot,
+            state_bytes=progress.state_bytes,
         )
 
     def run(self, command: Parsed) -> worker_pb2.ExecuteResponse:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(90)
 
 STEPS = 6
 OFTEN = {
-    "FIRETITAN_RECOVERY_INTERVAL_STEPS": "2",
+    "FIRETITAN_RECOVERY_INTERVAL_S": "0",
     "FIRETITAN_RECOVERY_COST_SHARE": "1000.0",
 }
 PLACES = [

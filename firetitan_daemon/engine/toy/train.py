@@ -105,7 +105,10 @@ class ToyTrainEngine:
     def progress(self) -> SessionProgress:
         """Where the session stands."""
         counters = self._counters
-        return SessionProgress(counters.step, counters.pending_backwards, self._forwards)
+        state_bytes = 3 * sum(array.nbytes for array in self._weights.values())
+        return SessionProgress(
+            counters.step, counters.pending_backwards, self._forwards, state_bytes
+        )
 
     def open_session(self, spec: SessionSpec) -> None:
         """Start anew with a fresh adapter or the base's own matrices.

@@ -235,6 +235,8 @@ class SessionLoss(google.protobuf.message.Message):
     LOST_OPERATIONS_FIELD_NUMBER: builtins.int
     LOST_STEPS_FIELD_NUMBER: builtins.int
     HINT_FIELD_NUMBER: builtins.int
+    RESTORED_FROM_FIELD_NUMBER: builtins.int
+    LOST_BACKWARDS_FIELD_NUMBER: builtins.int
     session: builtins.str
     """Session, `trainers/{trainer}/sessions/{session}`."""
     cause: builtins.str
@@ -242,12 +244,18 @@ class SessionLoss(google.protobuf.message.Message):
     restored_step: builtins.int
     """Optimizer step the session goes on from; -1 where it cannot go on."""
     lost_steps: builtins.int
-    """Optimizer steps lost."""
+    """Finished optimizer steps whose effect is gone."""
     hint: builtins.str
     """What to do."""
+    restored_from: builtins.str
+    """Checkpoint with that step, `trainers/{trainer}/checkpoints/{checkpoint}`; empty: the session
+    starts over.
+    """
+    lost_backwards: builtins.int
+    """Finished backward passes, not in the checkpoint, whose gradients no step had taken yet."""
     @property
     def lost_operations(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Names of the operations whose effect is gone."""
+        """Names of the accepted operations that were not finished, in the order they would have run."""
 
     def __init__(
         self,
@@ -258,7 +266,9 @@ class SessionLoss(google.protobuf.message.Message):
         lost_operations: collections.abc.Iterable[builtins.str] | None = ...,
         lost_steps: builtins.int = ...,
         hint: builtins.str = ...,
+        restored_from: builtins.str = ...,
+        lost_backwards: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cause", b"cause", "hint", b"hint", "lost_operations", b"lost_operations", "lost_steps", b"lost_steps", "restored_step", b"restored_step", "session", b"session"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cause", b"cause", "hint", b"hint", "lost_backwards", b"lost_backwards", "lost_operations", b"lost_operations", "lost_steps", b"lost_steps", "restored_from", b"restored_from", "restored_step", b"restored_step", "session", b"session"]) -> None: ...
 
 global___SessionLoss = SessionLoss

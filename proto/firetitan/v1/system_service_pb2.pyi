@@ -108,6 +108,8 @@ class SessionRecovery(google.protobuf.message.Message):
     KEPT_BYTES_FIELD_NUMBER: builtins.int
     POINTS_FIELD_NUMBER: builtins.int
     POINT_COST_FIELD_NUMBER: builtins.int
+    RECOVERY_S_FIELD_NUMBER: builtins.int
+    REPLAY_S_FIELD_NUMBER: builtins.int
     session: builtins.str
     """`trainers/{trainer}/sessions/{session}`."""
     recovering: builtins.bool
@@ -126,6 +128,10 @@ class SessionRecovery(google.protobuf.message.Message):
     """Recovery points made."""
     point_cost: builtins.float
     """Share of the worker's time that the last recovery point took."""
+    recovery_s: builtins.float
+    """Of the last recovery: seconds from the worker's end until the session went on."""
+    replay_s: builtins.float
+    """Of those, running commands again."""
     def __init__(
         self,
         *,
@@ -138,8 +144,10 @@ class SessionRecovery(google.protobuf.message.Message):
         kept_bytes: builtins.int = ...,
         points: builtins.int = ...,
         point_cost: builtins.float = ...,
+        recovery_s: builtins.float = ...,
+        replay_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["kept_bytes", b"kept_bytes", "point_cost", b"point_cost", "point_step", b"point_step", "points", b"points", "recoveries", b"recoveries", "recovering", b"recovering", "replayed", b"replayed", "session", b"session", "to_replay", b"to_replay"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kept_bytes", b"kept_bytes", "point_cost", b"point_cost", "point_step", b"point_step", "points", b"points", "recoveries", b"recoveries", "recovering", b"recovering", "recovery_s", b"recovery_s", "replay_s", b"replay_s", "replayed", b"replayed", "session", b"session", "to_replay", b"to_replay"]) -> None: ...
 
 global___SessionRecovery = SessionRecovery
 

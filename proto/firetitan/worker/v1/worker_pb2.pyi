@@ -132,6 +132,7 @@ class SessionState(google.protobuf.message.Message):
     PENDING_BACKWARDS_FIELD_NUMBER: builtins.int
     FORWARD_PASSES_FIELD_NUMBER: builtins.int
     LAST_SNAPSHOT_FIELD_NUMBER: builtins.int
+    STATE_BYTES_FIELD_NUMBER: builtins.int
     session: builtins.str
     """`trainers/{trainer}/sessions/{session}`."""
     applied_commit_seq: builtins.int
@@ -144,6 +145,8 @@ class SessionState(google.protobuf.message.Message):
     """Model forwards run."""
     last_snapshot: builtins.str
     """Last snapshot saved here; the parent of a next delta."""
+    state_bytes: builtins.int
+    """Of the weights and both moments, which a recovery point holds."""
     def __init__(
         self,
         *,
@@ -153,8 +156,9 @@ class SessionState(google.protobuf.message.Message):
         pending_backwards: builtins.int = ...,
         forward_passes: builtins.int = ...,
         last_snapshot: builtins.str = ...,
+        state_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["applied_commit_seq", b"applied_commit_seq", "forward_passes", b"forward_passes", "last_snapshot", b"last_snapshot", "pending_backwards", b"pending_backwards", "session", b"session", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["applied_commit_seq", b"applied_commit_seq", "forward_passes", b"forward_passes", "last_snapshot", b"last_snapshot", "pending_backwards", b"pending_backwards", "session", b"session", "state_bytes", b"state_bytes", "step", b"step"]) -> None: ...
 
 global___SessionState = SessionState
 
