@@ -236,7 +236,12 @@ class DeploymentManager:
     def _begin(self, deployment_id: str) -> None:
         task = asyncio.create_task(self._provision(deployment_id))
         self._tasks[deployment_id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(deployment_id, None))
+
+        def ended(_: asyncio.Task[None]) -> None:
+            if self._tasks.get(deployment_id) is task:
+                del self._tasks[deployment_id]
+
+        task.add_done_callback(ended)
 
     async def _provision(self, deployment_id: str) -> None:
         deployment = self._deployments[deployment_id]
@@ -249,7 +254,12 @@ class DeploymentManager:
                     await self._restore_weights(self._deployments[deployment_id], worker)
         except FiretitanError as error:
             await self._pool.stop(deployment.worker_id)
-            await self._fail(deployment_id, error_record(error))
+            recovering = deployment.state is ResourceState.RECOVERING
+            if recovering and error.reason is Reason.WORKER_UNAVAILABLE:
+                async with self._lock:
+                    await self._restart(deployment_id, deployment.worker_id, error.message)
+            else:
+                await self._fail(deployment_id, error_record(error))
         except Exception as error:  # a supervisor: the deployment fails, the daemon goes on
             await self._pool.stop(deployment.worker_id)
             record = error_record(internal_error(deployment.name, error))
@@ -323,7 +333,7 @@ class DeploymentManager:
 
         self._pool.watch(worker, exited)
 
-    async def _restart(self, deployment_id: str, worker_id: str, cause: str) -> None:
+    async def _restart(self, deployment_id: str, worker_id: str | None, cause: str) -> None:
         deployment = self._deployments.get(deployment_id)
         if deployment is None or deployment.worker_id != worker_id:
             return  # deleted, stopped or created anew meanwhile

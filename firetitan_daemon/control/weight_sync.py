@@ -19,9 +19,18 @@ from firetitan_daemon.core import chain, names
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
 from firetitan_daemon.core.ports import Change, SnapshotLayer, Worker
-from firetitan_daemon.core.records import Deployment, ErrorRecord, LoadedFrom, Operation, Snapshot
+from firetitan_daemon.core.records import (
+    Deployment,
+    ErrorRecord,
+    LoadedFrom,
+    Operation,
+    ResourceState,
+    Snapshot,
+)
 
 METHOD = "HotloadSnapshot"
+_MAX_DEATHS = 2
+"""Of samplers that ended while they loaded a snapshot; then it is the snapshot."""
 
 
 class WeightSyncer:
@@ -101,19 +110,27 @@ class WeightSyncer:
             await self._run_in_turn(operation, snapshot_id)
 
     async def _run_in_turn(self, operation: Operation, snapshot_id: str) -> None:
+        deaths = 0
         try:
             while True:
                 try:
                     await self._move(operation, snapshot_id)
                     return
                 except FiretitanError as error:
-                    if error.reason is not Reason.RECOVERING:
+                    # A sampler that ended meanwhile is replaced; then the way begins at a base.
+                    deaths += error.reason is Reason.WORKER_UNAVAILABLE
+                    if not self._comes_back(operation.target, error) or deaths > _MAX_DEATHS:
                         raise
                     await asyncio.sleep(0.1)
         except FiretitanError as error:
             await self._fail(operation, error_record(error))
         except Exception as error:  # a supervisor: the hotload fails, the daemon goes on
             await self._fail(operation, error_record(internal_error(operation.name, error)))
+
+    def _comes_back(self, name: str, error: FiretitanError) -> bool:
+        if error.reason is Reason.WORKER_UNAVAILABLE:
+            return self._deployments.get(name).state is not ResourceState.FAILED
+        return error.reason is Reason.RECOVERING
 
     async def _move(self, operation: Operation, snapshot_id: str) -> None:
         await self._deployments.ready(operation.target)

@@ -6,7 +6,8 @@ Knows: names and actions. Must not know: what happens at the places. The variabl
 `off`, `kill` (SIGKILL to this process), `kill_once` (the same, but in the first process of this
 FIRETITAN_HOME alone), `enospc` (OSError ENOSPC), `delay(ms)`.
 
-Places that begin with `worker.` and `engine.` are passed by workers, the others by the daemon.
+Places that begin with `worker.`, `engine.` and `sampler.` are passed by workers, the others by the
+daemon.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ NAMES = (
     "recovery.launched",
     "recovery.replayed",
     "recovery.restored",
+    "sampler.applying",
+    "sampler.applied",
     "hotload.applied",
+    "sampler.generated",
     "create.loaded",
     "adopt.adopted",
 )

@@ -17,6 +17,7 @@ from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
 from google.protobuf.message import DecodeError, Message
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.failpoints import failpoint
 from firetitan_daemon.engine.api import (
     NewTokens,
     SampleEngine,
@@ -66,6 +67,7 @@ class SamplerServicer(worker_pb2_grpc.SamplerWorkerServiceServicer):
         """Continues a prompt; a caller that goes away frees its place in the batch."""
         message = _parse(sampling_service_pb2.SampleRequest, request.request)
         result = await asyncio.wrap_future(self._host.engine.submit(self._sample(message)))
+        failpoint("sampler.generated")
         response = convert_sampling.sample_response_to_proto(result)
         return worker_pb2.GenerateResponse(response=response.SerializeToString())
 
@@ -124,7 +126,9 @@ class SamplerServicer(worker_pb2_grpc.SamplerWorkerServiceServicer):
         async with self._applying:
             # A repeat after a lost answer: the parent of its first layer may be gone by now.
             if engine.active != layers[-1].name:
+                failpoint("sampler.applying")
                 await self._host.run(lambda: engine.apply(layers, keep=keep))
+                failpoint("sampler.applied")
             return engine.loaded
 
 
