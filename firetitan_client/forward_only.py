@@ -46,6 +46,10 @@ class ForwardOnlyClient(FiretitanTrainingClient):
         """Refused: raises RuntimeError."""
         raise _forward_only("forward_backward_contrastive")
 
+    def unload_model(self) -> NoReturn:
+        """Refused: raises RuntimeError; `release_references` of the service lets go of it."""
+        raise _forward_only("unload_model")
+
     def _submit(
         self,
         method: str,

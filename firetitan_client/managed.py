@@ -81,6 +81,7 @@ class FiretitanProvisioningConfig(AcceptedSettings):
     cleanup_deployment_on_close: DeploymentCleanupOnClose | None = None
     """What to do with the deployment on close, if this service created it."""
     max_lora_rank: int | None = None
+    """Set: many training clients, each an adapter of at most this rank, on one trainer."""
     hot_load_transition_type: str | None = None
     forward_only: bool = False
     """The trainer runs the frozen model and trains nothing."""
@@ -96,11 +97,11 @@ class FiretitanProvisioningConfig(AcceptedSettings):
                     "max_lora_rank cannot be combined with service-level lora_rank or lora_alpha; "
                     "pass LoRA configuration to create_training_client"
                 )
-            raise Unsupported(
-                f"max_lora_rank={self.max_lora_rank}: several adapters on one trainer are not "
-                "supported yet; pass lora_rank= and use one service a client"
-            )
-        for name in ("lora_rank", "max_context_length"):
+            if self.forward_only:
+                raise ValueError("max_lora_rank cannot be combined with forward_only")
+            if self.max_lora_rank == 0:
+                raise ValueError("max_lora_rank: is 0; give a rank above 0, or leave it out")
+        for name in ("lora_rank", "max_lora_rank", "max_context_length"):
             value = getattr(self, name)
             if value is not None and (
                 isinstance(value, bool) or int(value) != value or not 0 <= value < 2**31
@@ -339,6 +340,7 @@ class Provisioner:
                 lora_rank=found.lora_rank if found else config.lora_rank or 0,
                 max_context_length=config.max_context_length or 0,
                 forward_only=found.forward_only if found else config.forward_only,
+                max_lora_rank=found.max_lora_rank if found else config.max_lora_rank or 0,
                 request_id=uuid.uuid4().hex,
             ),
             trainer_service_pb2.CreateTrainerResponse,
@@ -398,7 +400,8 @@ class Provisioner:
     def _wants_trainer(self) -> bool:
         """Whether anyone asked for training: a base model alone can be sampled without."""
         config = self.config
-        asked = config.trainer_job_id is not None or config.lora_rank is not None
+        settings = (config.trainer_job_id, config.lora_rank, config.max_lora_rank)
+        asked = any(one is not None for one in settings)
         return asked or self.trainer is not None or self._trainer_task is not None
 
     async def _find_deployment(
@@ -436,7 +439,14 @@ def check_same(config: FiretitanProvisioningConfig, trainer: trainer_pb2.Trainer
             f"base_model: {config.base_model!r} was asked for, trainer {config.trainer_job_id!r} "
             f"has {trainer.base_model!r}; leave base_model out to join it"
         )
-    if config.lora_rank is not None and config.lora_rank != trainer.lora_rank:
+    if config.max_lora_rank is not None and config.max_lora_rank != trainer.max_lora_rank:
+        raise ValueError(
+            f"max_lora_rank: {config.max_lora_rank} was asked for, trainer "
+            f"{config.trainer_job_id!r} has {trainer.max_lora_rank or 'one session'}; leave "
+            "max_lora_rank out to join it"
+        )
+    one_session = not trainer.max_lora_rank
+    if one_session and config.lora_rank is not None and config.lora_rank != trainer.lora_rank:
         raise ValueError(
             f"lora_rank: {config.lora_rank} was asked for, trainer {config.trainer_job_id!r} has "
             f"{trainer.lora_rank}; leave lora_rank out to join it"

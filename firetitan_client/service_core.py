@@ -48,8 +48,9 @@ class ServiceCore:
         self._lock = threading.Lock()
         self._reference: Provisioner | None = None
         """Makes the separate reference trainer, where there is one."""
-        self._reference_client: FiretitanTrainingClient | None = None
-        self._training: dict[tuple[str | None, int | None], FiretitanTrainingClient] = {}
+        self._reference_clients: dict[FiretitanTrainingClient | None, FiretitanTrainingClient] = {}
+        """By their policy where the service has several, else one by None."""
+        self._training: list[FiretitanTrainingClient] = []
         self._lanes: list[Lane] = []
         self._opening = asyncio.Lock()
         self._closed = False

@@ -32,7 +32,8 @@ class ReferenceClients(TrainingClients):
         """A client that runs the base model on the LoRA policy's trainer, its adapter left out.
 
         Only `forward` works on it. Without a training client yet the trainer's session is joined,
-        or opened with the service's settings. Blocks as `create_training_client`.
+        or opened with the service's settings; with `max_lora_rank` it has a session of its own
+        that trains nothing. Blocks as `create_training_client`.
 
         Args:
             base_model: Must be the service's; None: that.
@@ -51,7 +52,8 @@ class ReferenceClients(TrainingClients):
         config = self._config
         self._agree("base_model", base_model, config.base_model)
         unknown = config.lora_rank is None and config.trainer_job_id is not None
-        if not config.lora_rank and not unknown and not config.forward_only:
+        frozen = config.forward_only or config.max_lora_rank
+        if not config.lora_rank and not unknown and not frozen:
             raise _no_adapter()
         opened: APIFuture[Opened] = APIFuture("create_base_training_client")
         client = self._client(ForwardOnlyClient, opened)
@@ -60,7 +62,12 @@ class ReferenceClients(TrainingClients):
         return client
 
     async def _open_base(self, policy: FiretitanTrainingClient | None) -> Opened:
-        opened = await (policy._ready if policy else self._open(None, self._configured()))
+        if policy is not None:
+            opened = await policy._ready
+        elif self._config.max_lora_rank is not None:
+            return await self._open(None, Wanted(rank=0, forward_only=True))
+        else:
+            opened = await self._open(None, self._configured())
         if opened.lora_rank == 0 and not opened.trainer.forward_only:
             raise _no_adapter()
         return replace(opened, lora_rank=0)
@@ -77,18 +84,19 @@ class ReferenceClients(TrainingClients):
 
         A LoRA policy's trainer is shared, its adapter left out. A full-parameter policy, or
         `reference_training_shape_id` or `reference_trainer_job_id` among the service's settings,
-        has a forward-only trainer beside it. Called again, the same client comes back. Blocks as
-        `create_training_client`.
+        has a forward-only trainer beside it. Called again (for the same policy, where the service
+        has several), the same client comes back. Blocks as `create_training_client`.
 
         Args:
             base_model: Must be the service's; None: that.
             lora_rank: Must be the policy's; None or 0: that.
             user_metadata: Your own notes, kept with the session of a separate trainer.
             policy_client: Whose reference it is to be; None: this service's training client.
+                Needed with `max_lora_rank`.
 
         Raises:
             ValueError: Another model or rank than the service's, naming both; a policy of another
-                service.
+                service, or none where there are several.
         """
         self._check_open()
         config = self._config
@@ -98,22 +106,30 @@ class ReferenceClients(TrainingClients):
             raise ValueError("policy_client: is a client of another service; create it with this")
         if base_model is None and config.base_model is None and config.trainer_job_id is None:
             raise ValueError("base_model is required for a direct reference client")
+        if policy_client is None and config.max_lora_rank is not None:
+            raise ValueError(
+                "policy_client: needed on a service with max_lora_rank; give the training client "
+                "whose reference this is to be"
+            )
         policy = policy_client or self._policy
+        shared = config.max_lora_rank is not None and not self._reference_is_separate
+        key = policy if shared else None
         opened: APIFuture[Opened] = APIFuture("create_reference_client")
         before = config.base_model, config.lora_rank
         with self._lock:
-            client = self._reference_client
+            client = self._reference_clients.get(key)
             if client is None:
                 config.base_model = base_model or config.base_model
                 config.lora_rank = lora_rank or config.lora_rank
-                client = self._reference_client = self._client(ForwardOnlyClient, opened)
+                client = self._client(ForwardOnlyClient, opened)
+                self._reference_clients[key] = client
                 notes = {**self._user_metadata, **(user_metadata or {})}
                 follow(self._open_reference(policy, Wanted(user_metadata=notes)), opened)
 
         def failed() -> None:
             """Let the call be repeated."""
-            if self._reference_client is client:
-                self._reference_client = None
+            if self._reference_clients.get(key) is client:
+                del self._reference_clients[key]
                 config.base_model, config.lora_rank = before
 
         self._await_ready(client, "the reference", failed)
@@ -185,14 +201,15 @@ class ReferenceClients(TrainingClients):
             self._reference = None
 
     def release_references(self) -> None:
-        """Let go of the reference client; again is fine.
+        """Let go of the reference clients; again is fine.
 
         A separate trainer that this service created is deleted, unless
         `cleanup_reference_trainer_on_close` is False; one that existed stays.
         """
         with self._lock:
-            client, self._reference_client = self._reference_client, None
-        if client is not None:
+            clients = list(self._reference_clients.values())
+            self._reference_clients.clear()
+        for client in clients:
             client._lane.close()
             client._lane.wait_accepted(SILENCE_S)
         transport.run(self._drop_references()).result()

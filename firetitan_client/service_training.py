@@ -7,7 +7,9 @@ travel.
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from firetitan_client import references
@@ -19,7 +21,14 @@ from firetitan_client.lane import Lane
 from firetitan_client.managed import Provisioner, check_same
 from firetitan_client.sample_requests import follow
 from firetitan_client.service_core import ServiceCore
-from firetitan_client.sessions import Opened, Wanted, attach, get_trainer, open_session
+from firetitan_client.sessions import (
+    Opened,
+    Wanted,
+    attach,
+    close_session,
+    get_trainer,
+    open_session,
+)
 from firetitan_client.training import FiretitanTrainingClient
 
 if TYPE_CHECKING:
@@ -56,11 +65,12 @@ class TrainingClients(ServiceCore):
     ) -> FiretitanTrainingClient:
         """Create the trainer's session, or join it, and return a client of it.
 
+        On a service with `max_lora_rank` each call makes another adapter on the one trainer.
         Blocks until it is ready, except inside a running event loop: there `await` the client.
 
         Args:
             base_model: Must be the service's; None: that.
-            lora_rank: Must be the service's; None: that.
+            lora_rank: Must be the service's; None: that. With `max_lora_rank` at most that.
             seed: Of the adapter's first weights; None: drawn and recorded.
             train_mlp: Adapt the MLP projections.
             train_attn: Adapt the attention projections.
@@ -72,8 +82,9 @@ class TrainingClients(ServiceCore):
             session: Join this session (`other_client.session_name`) instead of the trainer's own.
 
         Raises:
-            ValueError: Another model or rank than the service's or trainer's, naming both; or the
-                service has such a client already.
+            ValueError: Another model or rank than the service's or trainer's, naming both; the
+                service has such a client already; or, with `max_lora_rank`, a rank outside 1 to
+                that.
             FiretitanError: By reason, e.g. no daemon, unknown model.
         """
         wanted = self._configured(
@@ -139,6 +150,12 @@ class TrainingClients(ServiceCore):
         load: Callable[[FiretitanTrainingClient], APIFuture[Any]],
         user_metadata: Mapping[str, str] | None,
     ) -> FiretitanTrainingClient:
+        if self._config.max_lora_rank is not None:
+            raise Unsupported(
+                "create_training_client_from_state: a checkpoint does not say which adapter it is "
+                "for where the service has several (max_lora_rank); create the training client "
+                "with its settings, then load_state"
+            )
         metadata = {**self._user_metadata, **(user_metadata or {})}
         return self._create(None, None, Wanted(user_metadata=metadata), None, load)
 
@@ -171,7 +188,7 @@ class TrainingClients(ServiceCore):
         if wanted.seed is not None:
             whole_number(wanted.seed, "seed", -(2**63), 2**63 - 1)
         if rank == 0:
-            return Wanted(seed=wanted.seed, user_metadata=wanted.user_metadata)
+            return Wanted(rank=0, seed=wanted.seed, user_metadata=wanted.user_metadata)
         if wanted.train_mlp is wanted.train_attn is wanted.train_unembed is False:
             raise ValueError("train_mlp, train_attn and train_unembed: at least one must be True")
         if isinstance(alpha, _Unset):
@@ -180,14 +197,7 @@ class TrainingClients(ServiceCore):
             alpha = 2.0 * rank
         if alpha is not None and not alpha > 0:
             raise ValueError(f"lora_alpha: is {alpha}; give a number above 0")
-        return Wanted(
-            wanted.seed,
-            alpha,
-            wanted.train_attn,
-            wanted.train_mlp,
-            wanted.train_unembed,
-            wanted.user_metadata,
-        )
+        return replace(wanted, rank=rank, alpha=alpha)
 
     def _create(
         self,
@@ -204,27 +214,31 @@ class TrainingClients(ServiceCore):
         self._agree("base_model", base_model, config.base_model)
         self._agree("lora_rank", lora_rank, config.lora_rank)
         base_model = config.base_model if base_model is None else base_model
-        lora_rank = config.lora_rank if lora_rank is None else lora_rank
         if base_model is None and config.trainer_job_id is None:
             raise ValueError("base_model is required for a direct training client")
-        key = (base_model, lora_rank)
+        if config.max_lora_rank is None:
+            lora_rank = config.lora_rank if lora_rank is None else lora_rank
+        elif session is None:
+            self._check_rank(lora_rank or 0, config.max_lora_rank)
         with self._lock:
-            if self._training:
-                first_model, first_rank = next(iter(self._training))
+            if self._training and config.max_lora_rank is None:
                 raise ValueError(
-                    f"A training client for {first_model or 'the trainer'!r} (lora_rank="
-                    f"{first_rank or 0}) already exists on this service. Create a new "
+                    f"A training client for {config.base_model or 'the trainer'!r} (lora_rank="
+                    f"{config.lora_rank or 0}) already exists on this service. Create a new "
                     "FiretitanServiceClient for a separate trainer."
                 )
             before = config.base_model, config.lora_rank
-            config.base_model, config.lora_rank = base_model, lora_rank
+            config.base_model = base_model
+            if config.max_lora_rank is None:
+                config.lora_rank = lora_rank
             opened: APIFuture[Opened] = APIFuture("create_training_client")
             kind = ForwardOnlyClient if config.forward_only else FiretitanTrainingClient
-            client = self._training[key] = self._client(kind, opened)
+            client = self._client(kind, opened)
+            self._training.append(client)
 
         def failed() -> None:
             """Let the call be repeated, with other settings too."""
-            self._training.pop(key, None)
+            self._training.remove(client)
             config.base_model, config.lora_rank = before
 
         follow(self._open(session, wanted), opened)
@@ -232,6 +246,13 @@ class TrainingClients(ServiceCore):
             client._ready = self._loaded(client, opened, load)
         self._await_ready(client, "the trainer", failed)
         return client
+
+    @staticmethod
+    def _check_rank(lora_rank: int, max_lora_rank: int) -> None:
+        if not 1 <= lora_rank <= max_lora_rank:
+            raise ValueError(
+                f"lora_rank must be between 1 and max_lora_rank={max_lora_rank}, not {lora_rank}"
+            )
 
     def _client(self, kind: type[Client], opened: APIFuture[Opened]) -> Client:
         """A client with a lane of its own on a session that is being opened."""
@@ -280,39 +301,58 @@ class TrainingClients(ServiceCore):
             await self._roll_back()
             raise failures[0]
         opened = await self._open_with(provisioner, session, wanted)
-        self._config.base_model, self._config.lora_rank = opened.base_model, opened.lora_rank
-        self._config.forward_only = opened.trainer.forward_only
+        config, trainer = self._config, opened.trainer
+        config.base_model, config.forward_only = opened.base_model, trainer.forward_only
+        config.max_lora_rank = trainer.max_lora_rank or None
+        config.lora_rank = None if trainer.max_lora_rank else opened.lora_rank
         return opened
 
     async def _open_with(
         self, provisioner: Provisioner, session: str | None, wanted: Wanted
     ) -> Opened:
+        request_id = uuid.uuid4().hex
         for pause_s in (0.1, 0.5):
             try:
-                return await self._open_on(provisioner, session, wanted)
+                return await self._open_on(provisioner, session, wanted, request_id)
             except Unavailable as error:
                 if error.reason != "WORKER_UNAVAILABLE":
                     raise
                 # Its worker died after it was looked at: making it again starts another.
                 provisioner.trainer = None
                 await asyncio.sleep(pause_s)
-        return await self._open_on(provisioner, session, wanted)
+        return await self._open_on(provisioner, session, wanted, request_id)
 
     async def _open_on(
-        self, provisioner: Provisioner, session: str | None, wanted: Wanted
+        self, provisioner: Provisioner, session: str | None, wanted: Wanted, request_id: str
     ) -> Opened:
         trainer = await provisioner.get_trainer()
         check_same(provisioner.config, trainer)
         async with self._opening:  # an interrupted call may still be opening the same session
             if session is None:
                 trainer = await get_trainer(self._transport, trainer.name)
-            return await open_session(self._transport, trainer, session, wanted)
+            return await open_session(self._transport, trainer, session, wanted, request_id)
 
     @property
     def _policy(self) -> FiretitanTrainingClient | None:
-        """The training client of this service, if there is one."""
+        """The training client of a service that has one, if it is made."""
         with self._lock:
-            return next(iter(self._training.values()), None)
+            several = self._config.max_lora_rank is not None
+            return None if several or not self._training else self._training[0]
+
+    def _unload(self, client: FiretitanTrainingClient) -> APIFuture[None]:
+        lane, session = client._lane, client.session_name
+        lane.close()
+        with self._lock:
+            if client in self._training:
+                self._training.remove(client)
+        done: APIFuture[None] = APIFuture("unload_model")
+
+        async def unload() -> None:
+            await asyncio.to_thread(lane.wait_accepted)
+            await close_session(self._transport, session)
+
+        follow(unload(), done)
+        return done
 
     async def _attach(self, opened: APIFuture[Opened], client_id: str) -> Any:
         return await attach(self._transport, (await opened).session, client_id)

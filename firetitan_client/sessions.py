@@ -43,15 +43,18 @@ class Opened:
 class Wanted:
     """What the user asked of a session; None is not compared with one that exists."""
 
+    rank: int | None = None
     seed: int | None = None
     alpha: float | None = None
     train_attn: bool | None = None
     train_mlp: bool | None = None
     train_unembed: bool | None = None
     user_metadata: Mapping[str, str] = field(default_factory=dict)
+    forward_only: bool = False
+    """Train nothing, beside the adapters of a trainer that has many."""
 
     def lora(self, rank: int) -> session_pb2.LoraConfig:
-        """The adapter, of a trainer's rank; full-parameter sessions have no settings."""
+        """The adapter, of a rank; sessions without one have no settings."""
         if rank == 0:
             return session_pb2.LoraConfig()
         return session_pb2.LoraConfig(
@@ -64,22 +67,29 @@ class Wanted:
 
 
 async def open_session(
-    transport: Transport, trainer: trainer_pb2.Trainer, session: str | None, wanted: Wanted
+    transport: Transport,
+    trainer: trainer_pb2.Trainer,
+    session: str | None,
+    wanted: Wanted,
+    request_id: str,
 ) -> Opened:
     """Create the trainer's session, or join the one that is there.
+
+    On a trainer that has many each request creates another.
 
     Args:
         transport: The daemon.
         trainer: Ready.
         session: Join this one; None: the trainer's.
         wanted: Settings; those that are given must be those of a session that exists.
+        request_id: Of this opening, however often it is tried.
 
     Raises:
         FiretitanError: INVALID_ARGUMENT naming the setting that differs; SESSION_NOT_FOUND;
             WORKER_UNAVAILABLE where the trainer's worker is gone: create the trainer again.
     """
     if session is None and not trainer.session:
-        found = await _create(transport, trainer, wanted)
+        found = await _create(transport, trainer, wanted, request_id)
     else:
         found = await _join(transport, trainer, session or trainer.session, wanted)
         if found.state == session_pb2.Session.STATE_LOST and session is None:
@@ -87,22 +97,24 @@ async def open_session(
                 "%s lost its weights with its worker and starts over; load a checkpoint to go on",
                 found.name,
             )
-            found = await _create(transport, trainer, wanted)
+            found = await _create(transport, trainer, wanted, request_id)
     return Opened(found.name, trainer, found.base_model, found.lora.rank, found.suffix)
 
 
 async def _create(
-    transport: Transport, trainer: trainer_pb2.Trainer, wanted: Wanted
+    transport: Transport, trainer: trainer_pb2.Trainer, wanted: Wanted, request_id: str
 ) -> session_pb2.Session:
+    rank = wanted.rank or 0 if trainer.max_lora_rank else trainer.lora_rank
     answer = await transport.call(
         "TrainingService/CreateSession",
         training_service_pb2.CreateSessionRequest(
             trainer=trainer.name,
             base_model=trainer.base_model,
-            lora=wanted.lora(trainer.lora_rank),
+            lora=wanted.lora(rank),
             seed=wanted.seed,
             user_metadata=dict(wanted.user_metadata),
-            request_id=uuid.uuid4().hex,
+            request_id=request_id,
+            forward_only=wanted.forward_only,
         ),
         training_service_pb2.CreateSessionResponse,
         final=_GONE,
@@ -114,7 +126,10 @@ async def _create(
 async def _join(
     transport: Transport, trainer: trainer_pb2.Trainer, name: str, wanted: Wanted
 ) -> session_pb2.Session:
-    lora = wanted.lora(trainer.lora_rank) if trainer.lora_rank else None
+    rank = trainer.lora_rank
+    if trainer.max_lora_rank:
+        rank = (await _get(transport, name)).lora.rank if wanted.rank is None else wanted.rank
+    lora = wanted.lora(rank) if rank else None
     answer = await transport.call(
         "TrainingService/AttachSession",
         training_service_pb2.AttachSessionRequest(
@@ -125,6 +140,30 @@ async def _join(
     )
     joined: session_pb2.Session = answer.session
     return joined
+
+
+async def _get(transport: Transport, name: str) -> session_pb2.Session:
+    answer = await transport.call(
+        "TrainingService/GetSession",
+        training_service_pb2.GetSessionRequest(name=name),
+        training_service_pb2.GetSessionResponse,
+    )
+    found: session_pb2.Session = answer.session
+    return found
+
+
+async def close_session(transport: Transport, name: str) -> None:
+    """Finish what a session accepted and close it for good.
+
+    Raises:
+        FiretitanError: UNSUPPORTED where it trains every parameter.
+    """
+    await transport.call(
+        "TrainingService/CloseSession",
+        training_service_pb2.CloseSessionRequest(name=name),
+        training_service_pb2.CloseSessionResponse,
+        timeout_s=None,
+    )
 
 
 async def attach(transport: Transport, session: str, client_id: str) -> Place:

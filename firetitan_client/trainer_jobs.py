@@ -226,6 +226,7 @@ class TrainerJobManager(FireworksClient):
             lora_rank=trainer.lora_rank,
             max_context_length=trainer.max_context_length,
             forward_only=trainer.forward_only,
+            max_lora_rank=trainer.max_lora_rank,
         )
         try:
             await self._start(request)

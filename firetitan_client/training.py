@@ -322,6 +322,28 @@ class FiretitanTrainingClient(WeightsCalls):
         """As `create_base_training_client`."""
         return await self.create_base_training_client(base_model, user_metadata)
 
+    def unload_model(self) -> APIFuture[None]:
+        """End the session: what was called still runs, then its adapter's memory is freed.
+
+        What was saved stays. The client is closed; the service can create another one.
+
+        Returns:
+            A future that is done when the memory is free.
+
+        Raises:
+            NotImplementedError: It trains every parameter: delete its trainer instead.
+        """
+        if self._opened.lora_rank == 0:
+            raise Unsupported(
+                "unload_model: this session trains every parameter, so the model is its trainer; "
+                "delete that (cleanup_trainer_on_close, or TrainerJobManager.delete)"
+            )
+        return self._service._unload(self)
+
+    async def unload_model_async(self) -> APIFuture[None]:
+        """As `unload_model`."""
+        return self.unload_model()
+
     # Twins: `await` them for the future, await that for the result
 
     async def forward_async(self, *args: Any, **kwargs: Any) -> APIFuture[Any]:

@@ -242,10 +242,14 @@ class WeightsCalls(SelfFuture[Opened]):
     def list_checkpoints(self) -> list[str]:
         """Names of this trainer's checkpoints, `step-2` before `step-10`.
 
+        Where the trainer has many sessions, of this one's.
+
         Raises:
             FiretitanError: The daemon could not say.
         """
-        return self._service._checkpoint_names(self._opened.trainer.name)
+        opened = self._opened
+        parent = opened.session if opened.trainer.max_lora_rank else opened.trainer.name
+        return self._service._checkpoint_names(parent)
 
     def resolve_checkpoint_path(
         self, checkpoint_name: str, source_job_id: str | None = None

@@ -436,6 +436,23 @@ class CommandPipeline:
         await self._rows.close(self._refusal)
         await self.recovery.drop()
 
+    async def unload(self) -> None:
+        """As `close`, and free the session in its worker, which goes on with its others.
+
+        Raises:
+            FiretitanError: RECOVERING while the worker is being replaced.
+        """
+        if self.session.state is SessionState.RECOVERING:
+            self._check_open()
+        worker = self._worker
+        await self.close()
+        if worker is not None:
+            try:
+                await worker.close_session(self.session.name)
+            except FiretitanError as error:
+                if error.reason is not Reason.WORKER_UNAVAILABLE:  # gone, and the session with it
+                    raise
+
     def refuse(self, error: FiretitanError) -> None:
         """Answer every further command with an error; accepted ones go on."""
         self._refusal = error

@@ -9,8 +9,8 @@ import asyncio
 import functools
 import random
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 from firetitan_daemon.control.checkpoints import CheckpointManager
 from firetitan_daemon.control.codec import Header
@@ -18,13 +18,13 @@ from firetitan_daemon.control.commands import CommandPipeline
 from firetitan_daemon.control.provisioning import check_text
 from firetitan_daemon.control.recovery import RecoveryStats
 from firetitan_daemon.control.services import Services, when_there_is_space
+from firetitan_daemon.control.session_settings import Wanted, check_same, check_trainer
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Change, Ledger, Worker
 from firetitan_daemon.core.records import (
     BaseFacts,
     Lane,
-    LoraSettings,
     Operation,
     Session,
     SessionState,
@@ -33,24 +33,11 @@ from firetitan_daemon.core.records import (
 from firetitan_daemon.core.sequencer import SessionSequencer
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Settings as a client names them; None is not compared and takes the default."""
-
-    base_model: str | None = None
-    rank: int | None = None
-    alpha: float | None = None
-    train_attn: bool | None = None
-    train_mlp: bool | None = None
-    train_unembed: bool | None = None
-    seed: int | None = None
-    user_metadata: Mapping[str, str] = field(default_factory=dict)
-
-
 class SessionManager:
     """Every session by name.
 
-    Owns the map of pipelines; one session a trainer is open at a time.
+    Owns the map of pipelines. A trainer has one open session at a time, or, with `max_lora_rank`,
+    as many as are asked for.
     """
 
     def __init__(self, services: Services, checkpoints: CheckpointManager) -> None:
@@ -82,11 +69,14 @@ class SessionManager:
                 [one for one in ledger.kept_operations if one.target == session.name],
             )
             self._pipelines[session.name] = pipeline
+            self._made[session.request_id] = session.name
 
     async def create(
         self, trainer: Trainer, worker: Worker, wanted: Wanted, request_id: str
     ) -> tuple[Session, bool]:
         """Open the trainer's session, or return the open one where the settings agree.
+
+        On a trainer that has many, each request opens another.
 
         Returns:
             The session, and whether this request opened it.
@@ -94,7 +84,7 @@ class SessionManager:
         Raises:
             FiretitanError: INVALID_ARGUMENT or ALREADY_EXISTS naming the setting that differs.
         """
-        self._check_trainer(trainer, wanted)
+        check_trainer(trainer, wanted)
         check_text(request_id, "request_id")
         # A caller that goes away must not leave a session that only the worker knows of.
         opening = asyncio.create_task(self._create(trainer, worker, wanted, request_id))
@@ -104,14 +94,14 @@ class SessionManager:
         self, trainer: Trainer, worker: Worker, wanted: Wanted, request_id: str
     ) -> tuple[Session, bool]:
         async with self._opening:
-            for pipeline in self._of_trainer(trainer.id):
-                self._check_same(pipeline.session, wanted, Reason.ALREADY_EXISTS)
+            for pipeline in self._candidates(trainer, request_id):
+                check_same(pipeline.session, wanted, Reason.ALREADY_EXISTS)
                 if pipeline.session.state is SessionState.LOST:
                     await pipeline.reopen(worker)
                     self._made[request_id] = pipeline.session.name
                 made = self._made.get(request_id) == pipeline.session.name
                 return pipeline.current, made and bool(request_id)
-            session = self._new_session(trainer, wanted)
+            session = self._new_session(trainer, wanted, request_id)
             # The row first: a daemon that dies here finds the session and opens it then.
             await self._services.operations.write(Change(sessions=[session], durable=True))
             try:
@@ -141,7 +131,7 @@ class SessionManager:
                 LANE_BROKEN, RECOVERING.
         """
         pipeline = self._find(name)
-        self._check_same(pipeline.session, wanted, Reason.INVALID_ARGUMENT)
+        check_same(pipeline.session, wanted, Reason.INVALID_ARGUMENT)
         lane = pipeline.attach(client_id)
         return pipeline.current, lane
 
@@ -165,10 +155,10 @@ class SessionManager:
             key=lambda session: names.natural_key(session.name),
         )
 
-    def of_trainer(self, trainer_id: str) -> Session | None:
-        """The open session of a trainer."""
-        for pipeline in self._of_trainer(trainer_id):
-            return pipeline.current
+    def of_trainer(self, trainer: Trainer) -> Session | None:
+        """The open session of a trainer that has one at a time."""
+        for pipeline in self._of_trainer(trainer.id):
+            return None if trainer.max_lora_rank else pipeline.current
         return None
 
     async def submit(self, header: Header, method: str, payload: bytes) -> Operation:
@@ -201,9 +191,21 @@ class SessionManager:
             FiretitanError: SESSION_LOSS where one cannot be brought back; WORKER_UNAVAILABLE where
                 the worker ended meanwhile.
         """
-        for pipeline in self._of_trainer(trainer_id):
-            if pipeline.session.state is SessionState.RECOVERING:
+        recovering = [
+            pipeline
+            for pipeline in self._of_trainer(trainer_id)
+            if pipeline.session.state is SessionState.RECOVERING
+        ]
+        for pipeline in recovering:
+            try:
                 await pipeline.resume(worker, exact=exact)
+            except FiretitanError as error:
+                if error.reason is not Reason.SESSION_LOSS or len(recovering) == 1:
+                    raise
+                # Its neighbours go on without it.
+                lose = functools.partial(pipeline.lose, error.message)
+                await when_there_is_space(pipeline.session.name, lose)
+                await worker.close_session(pipeline.session.name)
 
     def recovered(self, trainer_id: str, seconds: float) -> None:
         """A worker of the trainer was replaced, so long after its end: count it."""
@@ -225,6 +227,23 @@ class SessionManager:
                 await when_there_is_space(
                     pipeline.session.name, functools.partial(pipeline.lose, cause)
                 )
+
+    async def close(self, name: str) -> None:
+        """Finish what a session accepted, free it in its worker, close it for good.
+
+        Raises:
+            FiretitanError: SESSION_NOT_FOUND; RECOVERING; UNSUPPORTED where it trains every
+                parameter: those are its trainer's weights.
+        """
+        pipeline = self._find(name)
+        session = pipeline.session
+        if session.lora.rank == 0 and not session.forward_only:
+            raise FiretitanError(
+                Reason.UNSUPPORTED,
+                f"{session.name} trains every parameter of its trainer; delete the trainer instead",
+            )
+        if session.state is not SessionState.CLOSED:
+            await asyncio.shield(asyncio.create_task(pipeline.unload()))
 
     async def close_trainer(self, trainer_id: str) -> None:
         """Finish what a trainer's sessions accepted and close them."""
@@ -265,7 +284,14 @@ class SessionManager:
                 Reason.SESSION_NOT_FOUND, f"{field_path}: {name} does not exist", field=field_path
             )
         trainer = names.parse_trainer(name, field_path)
-        for pipeline in self._of_trainer(trainer):
+        found = self._of_trainer(trainer)
+        if len(found) > 1:
+            raise FiretitanError(
+                Reason.INVALID_ARGUMENT,
+                f"{field_path}: trainers/{trainer} has {len(found)} sessions; name one of them",
+                field=field_path,
+            )
+        for pipeline in found:
             return pipeline
         raise FiretitanError(
             Reason.SESSION_NOT_FOUND,
@@ -281,34 +307,35 @@ class SessionManager:
             and pipeline.session.state is not SessionState.CLOSED
         ]
 
+    def _candidates(self, trainer: Trainer, request_id: str) -> Sequence[CommandPipeline]:
+        """The session a request may mean, instead of a new one."""
+        found = self._of_trainer(trainer.id)
+        if trainer.max_lora_rank:
+            made = self._made.get(request_id) if request_id else None
+            found = [pipeline for pipeline in found if pipeline.session.name == made]
+        return found
+
     def _pipeline(self, session: Session, sequencer: SessionSequencer) -> CommandPipeline:
         return CommandPipeline(session, sequencer, self._services, self._checkpoints)
 
-    def _new_session(self, trainer: Trainer, wanted: Wanted) -> Session:
+    def _new_session(self, trainer: Trainer, wanted: Wanted, request_id: str) -> Session:
         suffixes = {pipeline.session.suffix for pipeline in self._pipelines.values()}
         suffix = uuid.uuid4().hex[:8]
         while suffix in suffixes:
             suffix = uuid.uuid4().hex[:8]
-        default = LoraSettings(rank=trainer.lora_rank)
-        lora = LoraSettings(
-            rank=trainer.lora_rank,
-            alpha=default.alpha if wanted.alpha is None else wanted.alpha,
-            train_attn=wanted.train_attn is not False,
-            train_mlp=wanted.train_mlp is not False,
-            train_unembed=wanted.train_unembed is not False,
-        )
         return Session(
             name=names.session_name(trainer.id, suffix),
             trainer_id=trainer.id,
             base_model=trainer.base_model,
-            lora=lora,
+            lora=wanted.lora(trainer),
             seed=random.getrandbits(31) if wanted.seed is None else wanted.seed,
             suffix=suffix,
             state=SessionState.ACTIVE,
             create_time=self._services.clock.now(),
             user_metadata=wanted.user_metadata,
-            forward_only=trainer.forward_only,
             base=self._base_facts(trainer),
+            forward_only=trainer.forward_only or wanted.forward_only,
+            request_id=request_id,
         )
 
     def _base_facts(self, trainer: Trainer) -> BaseFacts:
@@ -319,47 +346,3 @@ class SessionManager:
         if model.source == "hub":
             tokenizer = self._services.models.reference(trainer.base_model).partition("@")[0]
         return BaseFacts(model.fingerprint, model.revision, tokenizer)
-
-    @staticmethod
-    def _check_trainer(trainer: Trainer, wanted: Wanted) -> None:
-        for field_path, found, asked in (
-            ("base_model", trainer.base_model, wanted.base_model),
-            ("lora.rank", trainer.lora_rank, wanted.rank),
-        ):
-            if asked is not None and asked != found:
-                raise FiretitanError(
-                    Reason.INVALID_ARGUMENT,
-                    f"{field_path}: {asked!r}, but {trainer.name} was created with {found!r}; "
-                    "leave it out or use another trainer",
-                    field=field_path,
-                )
-        if wanted.alpha is not None and not 0 < wanted.alpha < float("inf"):
-            raise FiretitanError(
-                Reason.INVALID_ARGUMENT,
-                f"lora.alpha: {wanted.alpha} is not a positive number",
-                field="lora.alpha",
-            )
-
-    @staticmethod
-    def _check_same(session: Session, wanted: Wanted, reason: Reason) -> None:
-        compared: list[tuple[str, object, object]] = [
-            ("base_model", session.base_model, wanted.base_model),
-            ("lora.rank", session.lora.rank, wanted.rank),
-            ("seed", session.seed, wanted.seed),
-        ]
-        if session.lora.rank:
-            compared += [
-                ("lora.alpha", session.lora.alpha, wanted.alpha),
-                ("lora.train_attn", session.lora.train_attn, wanted.train_attn),
-                ("lora.train_mlp", session.lora.train_mlp, wanted.train_mlp),
-                ("lora.train_unembed", session.lora.train_unembed, wanted.train_unembed),
-            ]
-        for field_path, found, asked in compared:
-            if asked is not None and asked != found:
-                raise FiretitanError(
-                    reason,
-                    f"{field_path}: {asked!r}, but {session.name} has {found!r}; leave it out to "
-                    "join the session, or use another trainer",
-                    field=field_path,
-                    session=session.name,
-                )

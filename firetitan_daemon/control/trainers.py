@@ -59,6 +59,7 @@ class TrainerRequest:
     request_id: str
     payload_digest: str
     forward_only: bool = False
+    max_lora_rank: int = 0
 
 
 class TrainerManager:
@@ -148,6 +149,19 @@ class TrainerManager:
                 f"lora_rank: {request.lora_rank} is not between 0 (full-parameter) and 4096",
                 field="lora_rank",
             )
+        if not 0 <= request.max_lora_rank <= 4096:
+            raise FiretitanError(
+                Reason.INVALID_ARGUMENT,
+                f"max_lora_rank: {request.max_lora_rank} is not between 0 (one session) and 4096",
+                field="max_lora_rank",
+            )
+        if request.max_lora_rank and (request.lora_rank or request.forward_only):
+            raise FiretitanError(
+                Reason.INVALID_ARGUMENT,
+                "max_lora_rank: given together with lora_rank or forward_only; with max_lora_rank "
+                "each session says what it trains",
+                field="max_lora_rank",
+            )
         if request.forward_only and request.lora_rank:
             raise FiretitanError(
                 Reason.INVALID_ARGUMENT,
@@ -198,6 +212,7 @@ class TrainerManager:
                 create_time=services.clock.now(),
                 worker_id=spec.worker_id,
                 forward_only=request.forward_only,
+                max_lora_rank=request.max_lora_rank,
             )
             await services.operations.write(
                 Change(trainers=[trainer], workers=[spec], operations=[operation], durable=True)
@@ -448,6 +463,7 @@ class TrainerManager:
             ("base_model", existing.base_model, request.base_model),
             ("lora_rank", existing.lora_rank, request.lora_rank),
             ("forward_only", existing.forward_only, request.forward_only),
+            ("max_lora_rank", existing.max_lora_rank, request.max_lora_rank),
         ]
         # Left out, these mean whatever the trainer has.
         if request.max_context_length:

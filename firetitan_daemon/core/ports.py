@@ -356,7 +356,10 @@ class Worker(Protocol):
         """
 
     async def open_session(self, session: Session) -> WorkerSession:
-        """Open the training session; the same one again is fine."""
+        """Open a training session; the same one again is fine."""
+
+    async def close_session(self, session: str) -> None:
+        """Free what a session takes, after its commands ended; one that is not open is fine."""
 
     async def execute(self, command: Command) -> Outcome:
         """Run a command once; a repeat waits for or returns the first outcome."""

@@ -138,6 +138,8 @@ class Trainer:
     worker_id: str | None = None
     forward_only: bool = False
     """Its session trains nothing."""
+    max_lora_rank: int = 0
+    """Above 0: many sessions, each with an adapter of its own of at most this rank."""
 
     @property
     def name(self) -> str:
@@ -176,6 +178,8 @@ class Session:
     user_metadata: Mapping[str, str] = field(default_factory=dict)
     forward_only: bool = False
     """Trains nothing: only Forward runs."""
+    request_id: str = ""
+    """Of the request that opened it."""
     chain_head: str | None = None
     """Last snapshot a delta may build on; None makes the next full-parameter save a base."""
     chain_note: str = ""

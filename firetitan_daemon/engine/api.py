@@ -65,6 +65,11 @@ class SessionSpec:
     forward_only: bool = False
     """Nothing is trained or kept for training; only `forward` is called, without a graph."""
 
+    @property
+    def trains_all(self) -> bool:
+        """Whether every parameter is trained: the weights are this session's alone."""
+        return self.lora is None and not self.forward_only
+
 
 @dataclass(frozen=True)
 class Datum:
@@ -190,7 +195,7 @@ def check_base_only(spec: SessionSpec, retain_graph: bool) -> None:
     Raises:
         FiretitanError: INVALID_ARGUMENT.
     """
-    if spec.lora is None and not spec.forward_only:
+    if spec.trains_all:
         raise FiretitanError(
             Reason.INVALID_ARGUMENT,
             "base_only: this session trains every parameter, so there is no adapter to leave out; "
@@ -206,7 +211,7 @@ def check_base_only(spec: SessionSpec, retain_graph: bool) -> None:
 
 
 class TrainEngine(Protocol):
-    """One model, one training session. All calls from one thread."""
+    """One model, one training session. All calls from one thread, those of `beside` too."""
 
     @property
     def info(self) -> ModelInfo:
@@ -215,6 +220,13 @@ class TrainEngine(Protocol):
     @property
     def progress(self) -> SessionProgress:
         """Where the session stands."""
+
+    def beside(self) -> TrainEngine:
+        """An engine for one more session over the same weights, which are in memory once.
+
+        Sessions with adapters, and such that train nothing, neither see nor disturb each other; one
+        that trains every parameter has to be the only one.
+        """
 
     def open_session(self, spec: SessionSpec) -> None:
         """Attach a fresh adapter (or make every parameter trainable) and a fresh optimizer."""

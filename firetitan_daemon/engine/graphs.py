@@ -30,6 +30,7 @@ class GraphLimits:
 
 @dataclass
 class _Entry(Generic[Kept]):
+    owner: object
     kept: Kept
     num_bytes: int
     born_s: float
@@ -54,6 +55,12 @@ class GraphTable(Generic[Kept]):
         self._expire()
         return len(self._entries)
 
+    def beside(self) -> GraphTable[Kept]:
+        """A table of other graphs under the same limits, which both fill together."""
+        other: GraphTable[Kept] = GraphTable(self._limits, self._clock)
+        other._entries = self._entries
+        return other
+
     @property
     def num_bytes(self) -> int:
         """Bytes charged for what is kept."""
@@ -77,7 +84,7 @@ class GraphTable(Generic[Kept]):
     def put(self, kept: Kept, num_bytes: int) -> str:
         """Keep a graph; returns its handle."""
         handle = uuid.uuid4().hex
-        self._entries[handle] = _Entry(kept, num_bytes, self._clock())
+        self._entries[handle] = _Entry(self, kept, num_bytes, self._clock())
         return handle
 
     def get(self, handle: str) -> Kept:
@@ -88,7 +95,7 @@ class GraphTable(Generic[Kept]):
         """
         self._expire()
         entry = self._entries.get(handle)
-        if entry is None:
+        if entry is None or entry.owner is not self:
             raise FiretitanError(
                 Reason.GRAPH_EXPIRED,
                 f"graph {handle} is gone: used, released, older than "
@@ -103,8 +110,9 @@ class GraphTable(Generic[Kept]):
         self._entries.pop(handle, None)
 
     def clear(self) -> None:
-        """Drop all: weights are about to change."""
-        self._entries.clear()
+        """Drop all of this table's: weights are about to change."""
+        for handle in [key for key, entry in self._entries.items() if entry.owner is self]:
+            del self._entries[handle]
 
     def _expire(self) -> None:
         limit = self._clock() - self._limits.max_age_s

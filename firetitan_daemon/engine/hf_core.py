@@ -6,8 +6,10 @@ steps, files.
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Self
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import (
@@ -83,6 +85,15 @@ class HfCore:
         self._graphs: GraphTable[KeptLogprobs | KeptEmbeddings] = GraphTable(limits)
         self._graph_bytes_per_token = estimate_bytes_per_token(self._loaded.model)
         self._current: Session | None = None
+        self._owns_model = True
+
+    def beside(self) -> Self:
+        """An engine for one more session over the same weights (see `TrainEngine`)."""
+        other = copy.copy(self)
+        other._graphs = self._graphs.beside()
+        other._current = None
+        other._owns_model = False
+        return other
 
     @property
     def info(self) -> ModelInfo:
@@ -106,6 +117,7 @@ class HfCore:
     def _session(self) -> Session:
         if self._current is None:
             raise FiretitanError(Reason.CLOSED, "no session is open on this engine")
+        self._current.trainables.activate()
         return self._current
 
     def _limits(self) -> Limits:

@@ -351,10 +351,13 @@ class HfTrainEngine(HfEmbeddings):
         self._session().writer.forget()
 
     def close(self) -> None:
-        """Free the memory."""
+        """Free the memory; of an engine beside another, its session's."""
         self._graphs.clear()
-        self._current = None
-        self._loaded.model = None
+        if self._current is not None:
+            self._current.trainables.detach()
+            self._current = None
+        if self._owns_model:
+            self._loaded.model = None
 
     def _origin(self, session: Session) -> StateOrigin:
         return StateOrigin(

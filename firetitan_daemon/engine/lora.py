@@ -198,8 +198,7 @@ def wrap_modules(model: nn.Module, names: Sequence[str]) -> LoraSlot:
 
     Layers wrapped before join the same slot, so a sampler may wrap more layers for a later adapter.
     """
-    slots = [module.slot for module in model.modules() if isinstance(module, LoraLinear)]
-    slot = slots[0] if slots else LoraSlot()
+    slot = adapter_slot(model) or LoraSlot()
     for name in names:
         parent_name, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent_name) if parent_name else model
@@ -209,9 +208,10 @@ def wrap_modules(model: nn.Module, names: Sequence[str]) -> LoraSlot:
     return slot
 
 
-def adapter_slot(model: nn.Module) -> LoraSlot:
-    """The slot that all wrapped layers of a model share; at least one is wrapped."""
-    return next(module.slot for module in model.modules() if isinstance(module, LoraLinear))
+def adapter_slot(model: nn.Module) -> LoraSlot | None:
+    """The slot that all wrapped layers of a model share; None where none is wrapped."""
+    slots = (module.slot for module in model.modules() if isinstance(module, LoraLinear))
+    return next(slots, None)
 
 
 def unwrap_modules(model: nn.Module) -> None:

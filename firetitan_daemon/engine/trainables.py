@@ -47,11 +47,14 @@ class Trainables(Protocol):
     def refresh(self) -> None:
         """Make the model compute with what the masters now hold."""
 
+    def activate(self) -> None:
+        """Make the model compute with this; another session of it may have computed since."""
+
     def left_out(self) -> AbstractContextManager[None]:
         """Within it the model computes without what is trained, where that can be left out."""
 
     def detach(self) -> None:
-        """Leave the model as it was found, full-parameter updates aside."""
+        """Leave the model to others, full-parameter updates aside."""
 
 
 class LoraTrainables:
@@ -66,7 +69,9 @@ class LoraTrainables:
     def __init__(self, loaded: LoadedModel, spec: LoraSpec, seed: int) -> None:
         self._loaded = loaded
         self.adapter: Mapping[str, LoraPair] = attach_lora(loaded.model, spec, seed)
-        self._slot = adapter_slot(loaded.model)
+        slot = adapter_slot(loaded.model)
+        assert slot is not None, "an adapter covers at least one layer"
+        self._slot = slot
         self.masters = {}
         for name, pair in self.adapter.items():
             self.masters[name + LORA_A] = pair.a.requires_grad_()
@@ -89,6 +94,10 @@ class LoraTrainables:
         for pair in self.adapter.values():
             pair.refresh()
 
+    def activate(self) -> None:
+        """Put the adapter into the slot that the model's sessions share."""
+        self._slot.active = self.adapter
+
     @contextmanager
     def left_out(self) -> Iterator[None]:
         """Within it the model is the base model: no layer applies the adapter."""
@@ -99,19 +108,21 @@ class LoraTrainables:
             self._slot.active = active
 
     def detach(self) -> None:
-        """Take the adapter out of the model."""
-        unwrap_modules(self._loaded.model)
+        """Take the adapter out; the layers stay wrapped, other sessions may have theirs."""
+        if self._slot.active is self.adapter:
+            self._slot.active = None
 
 
 class FullTrainables:
     """Every parameter; on a bfloat16 model the masters are copies, on a float32 one they are it.
 
     Args:
-        loaded: The model; its parameters start to require gradients.
+        loaded: The model, which no other session has; its parameters start to require gradients.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._loaded = loaded
+        unwrap_modules(loaded.model)
         self.leaves = dict(loaded.model.named_parameters())
         for parameter in self.leaves.values():
             parameter.requires_grad_()
@@ -149,6 +160,9 @@ class FullTrainables:
             for name, parameter in self.leaves.items():
                 parameter.copy_(self.masters[name])
 
+    def activate(self) -> None:
+        """The model is what is trained, and no other session has it."""
+
     def left_out(self) -> AbstractContextManager[None]:
         """There is nothing to leave out: the model is what is trained."""
         return nullcontext()
@@ -181,6 +195,12 @@ class NoTrainables:
 
     def refresh(self) -> None:
         """Nothing to renew."""
+
+    def activate(self) -> None:
+        """Take out what another session put into the model's slot."""
+        slot = adapter_slot(self._loaded.model)
+        if slot is not None:
+            slot.active = None
 
     def left_out(self) -> AbstractContextManager[None]:
         """There is nothing to leave out."""

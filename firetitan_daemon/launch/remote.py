@@ -129,6 +129,11 @@ class RemoteWorker:
         response = await self._call(lambda: self._trainer.OpenSession(request))
         return convert.session_from_proto(response.session)
 
+    async def close_session(self, session: str) -> None:
+        """Free what a session takes; one that is not open is fine."""
+        request = worker_pb2.CloseSessionRequest(session=session)
+        await self._call(lambda: self._trainer.CloseSession(request))
+
     async def execute(self, command: Command) -> Outcome:
         """Run a command once; a repeat waits for or returns the first outcome."""
         request = convert.execute_request(command)

@@ -20,7 +20,7 @@ from firetitan.v1 import (
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from firetitan_daemon.control.codec import Header
-from firetitan_daemon.control.sessions import Wanted
+from firetitan_daemon.control.session_settings import Wanted
 from firetitan_daemon.core import names
 from firetitan_daemon.core.expiry import expire_time
 from firetitan_daemon.core.records import (
@@ -154,6 +154,7 @@ def trainer(record: Trainer, worker_pid: int, session: str) -> trainer_pb2.Train
         worker_pid=worker_pid,
         session=session,
         forward_only=record.forward_only,
+        max_lora_rank=record.max_lora_rank,
     )
     if record.error is not None:
         message.error.CopyFrom(record_to_status(record.error))

@@ -70,7 +70,7 @@ class OperationMessages:
 
     def _trainer(self, name: str) -> trainer_pb2.Trainer:
         record = self._trainers.get(name)
-        session = self._sessions.of_trainer(record.id)
+        session = self._sessions.of_trainer(record)
         return convert.trainer(record, self._trainers.pid(record), session.name if session else "")
 
 

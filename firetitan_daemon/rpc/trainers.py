@@ -46,6 +46,7 @@ class TrainerServicer:
                 dtype=request.dtype or "auto",
                 request_id=request.request_id,
                 forward_only=request.forward_only,
+                max_lora_rank=request.max_lora_rank,
                 payload_digest=blake3(request.SerializeToString(deterministic=True)).hexdigest(),
             )
         )
@@ -78,5 +79,5 @@ class TrainerServicer:
         return trainer_service_pb2.DeleteTrainerResponse()
 
     def _message(self, record: Trainer) -> trainer_pb2.Trainer:
-        session = self._sessions.of_trainer(record.id)
+        session = self._sessions.of_trainer(record)
         return convert.trainer(record, self._trainers.pid(record), session.name if session else "")

@@ -5,6 +5,8 @@ Knows: messages, the managers. Must not know: rules.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from firetitan.v1 import operation_pb2, session_pb2, training_service_pb2
 
 from firetitan_daemon.control.sessions import SessionManager
@@ -51,10 +53,18 @@ class TrainingServicer:
             request.seed if request.HasField("seed") else None,
             dict(request.user_metadata),
         )
+        wanted = replace(wanted, forward_only=request.forward_only)
         session, created = await self._sessions.create(trainer, worker, wanted, request.request_id)
         return training_service_pb2.CreateSessionResponse(
             session=convert.session(session), created=created
         )
+
+    async def CloseSession(
+        self, request: training_service_pb2.CloseSessionRequest
+    ) -> training_service_pb2.CloseSessionResponse:
+        """Finishes and frees a session."""
+        await self._sessions.close(request.name)
+        return training_service_pb2.CloseSessionResponse()
 
     async def AttachSession(
         self, request: training_service_pb2.AttachSessionRequest

@@ -66,7 +66,7 @@ async def begin(
     facts: dict[str, str | int] = {"session": request.session, APPLIED: request.commit_seq}
     begun = time.perf_counter()
     written: asyncio.Future[worker_pb2.WaitRecoveryPointResponse]
-    engine = host.engine
+    engine = session.engine
 
     def write_now() -> worker_pb2.WaitRecoveryPointResponse:
         return _written(engine.capture_state(copy=False)(staging, facts), 0.0)

@@ -1,4 +1,4 @@
-"""A worker that trains: one session, its commands exactly once and in order.
+"""A worker that trains: its sessions, the commands of each exactly once and in order.
 
 Knows: the journal, the compute thread. Must not know: numbers, sockets. A command runs in a task of
 the worker's own: a caller that goes away changes nothing, one that comes back joins it.
@@ -29,8 +29,9 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class HeldSession:
-    """The session a worker holds."""
+    """A session the worker holds."""
 
+    engine: TrainEngine
     settings: worker_pb2.OpenSessionRequest
     runner: CommandRunner
     state: worker_pb2.SessionState
@@ -52,23 +53,35 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
 
     def __init__(self, host: EngineHost[TrainEngine]) -> None:
         self._host = host
-        self._session: HeldSession | None = None
+        self._sessions: dict[str, HeldSession] = {}
         self._opening = asyncio.Lock()
 
     def describe(self, response: worker_pb2.DescribeResponse) -> None:
-        """Add the session to a description, as of the last command that ended."""
-        if self._session is not None:
-            response.sessions.append(self._session.state)
+        """Add the sessions to a description, as of the last command of each that ended."""
+        response.sessions.extend(one.state for one in self._sessions.values())
 
     async def OpenSession(
         self,
         request: worker_pb2.OpenSessionRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> worker_pb2.OpenSessionResponse:
-        """Opens the session; the same one again is fine."""
+        """Opens a session; the same one again is fine."""
         return worker_pb2.OpenSessionResponse(
             session=await asyncio.shield(asyncio.create_task(self._open(request)))
         )
+
+    async def CloseSession(
+        self,
+        request: worker_pb2.CloseSessionRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> worker_pb2.CloseSessionResponse:
+        """Frees what a session takes; one that is not open is fine."""
+        async with self._opening:
+            session = self._sessions.pop(request.session, None)
+        if session is not None:
+            async with session.turn:
+                await asyncio.shield(self._host.run(session.engine.close))
+        return worker_pb2.CloseSessionResponse()
 
     async def Execute(
         self,
@@ -147,31 +160,36 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
         return worker_pb2.FetchResultResponse(response=stored)
 
     def _find(self, name: str) -> HeldSession:
-        if self._session is None or self._session.settings.session != name:
-            held = "none" if self._session is None else self._session.settings.session
+        session = self._sessions.get(name)
+        if session is None:
+            held = ", ".join(self._sessions) or "none"
             raise FiretitanError(
                 Reason.SESSION_NOT_FOUND, f"{name} is not open in this worker, which holds {held}"
             )
-        return self._session
+        return session
 
     async def _open(self, request: worker_pb2.OpenSessionRequest) -> worker_pb2.SessionState:
         async with self._opening:
-            if self._session is not None:
-                if request != self._session.settings:
-                    raise FiretitanError(
-                        Reason.ALREADY_EXISTS,
-                        f"the worker holds {self._session.settings.session} with settings of its "
-                        f"own; {request.session} needs another worker",
-                    )
-                return self._session.state
-            engine = self._host.engine
+            held = self._sessions.get(request.session)
+            if held is not None and held.settings == request:
+                return held.state
             spec = session_spec(request)
+            alone = spec.trains_all or any(
+                session_spec(one.settings).trains_all for one in self._sessions.values()
+            )
+            if held is not None or (alone and self._sessions):
+                raise FiretitanError(
+                    Reason.ALREADY_EXISTS,
+                    f"the worker holds {', '.join(self._sessions)} with settings of its own; "
+                    f"{request.session} needs another worker",
+                )
+            engine = self._host.engine.beside()
             await self._host.run(lambda: engine.open_session(spec))
             runner = CommandRunner(engine, forward_only=request.forward_only)
             settings = worker_pb2.OpenSessionRequest()
             settings.CopyFrom(request)
             state = runner.state(request.session, applied=0)
-            self._session = HeldSession(settings=settings, runner=runner, state=state)
+            self._sessions[request.session] = HeldSession(engine, settings, runner, state)
             return state
 
     async def _run(

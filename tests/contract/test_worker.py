@@ -121,6 +121,37 @@ async def test_a_forward_only_session_runs_forward_and_nothing_else(
     assert (session.step, session.pending_backwards) == (0, 0)
 
 
+async def test_adapters_stand_beside_each_other(
+    make_launcher: MakeLauncher, ends: list[Worker], tmp_path: Path
+) -> None:
+    worker = await make_launcher().launch(TRAINER_SPEC)
+    ends.append(worker)
+    await worker.load_model()
+    norms = {}
+    writers = {}
+    for rank in (2, 4):
+        session = replace(SESSION, name=f"{SESSION.name}{rank}", lora=LoraSettings(rank=rank))
+        await worker.open_session(session)
+        writers[rank] = CommandWriter(staging(tmp_path, f"spool{rank}"), session.name)
+    for _ in range(2):
+        for rank, write in writers.items():
+            await worker.execute(write.forward_backward())
+            outcome = result(await worker.execute(write.optim_step()))
+            norms[rank] = outcome.optim_step.metrics["grad_norm"]
+    assert norms[2] != norms[4]
+    assert [one.step for one in (await worker.describe()).sessions] == [2, 2]
+    with pytest.raises(FiretitanError) as caught:
+        await worker.open_session(SESSION)
+    assert caught.value.reason is Reason.ALREADY_EXISTS  # it would train the others' base
+    for _ in range(2):
+        await worker.close_session(f"{SESSION.name}2")
+    assert [one.session for one in (await worker.describe()).sessions] == [f"{SESSION.name}4"]
+    with pytest.raises(FiretitanError) as caught:
+        await worker.execute(writers[2].forward_backward())
+    assert caught.value.reason is Reason.SESSION_NOT_FOUND
+    assert result(await worker.execute(writers[4].forward_backward())).forward.step == 2
+
+
 async def test_a_step_moves_the_session(trainer: Worker, write: CommandWriter) -> None:
     forward = result(await trainer.execute(write.forward_backward())).forward
     assert forward.metrics["loss:sum"] > 0 and forward.step == 0

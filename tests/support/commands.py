@@ -70,8 +70,9 @@ BAD = toy_datum([1, 2, 3], [2, 3, 4000])
 class CommandWriter:
     """Builds commands of one session; each lane's seq and the commit_seq count up by themselves."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, session: str = SESSION.name) -> None:
         self._folder = folder
+        self._session = session
         self._seqs: dict[str, itertools.count[int]] = {}
         self._commit_seqs = itertools.count(1)
 
@@ -80,7 +81,7 @@ class CommandWriter:
     ) -> Command:
         commit_seq = next(self._commit_seqs)
         seq = next(self._seqs.setdefault(lane, itertools.count(1)))
-        message.header.session = SESSION.name
+        message.header.session = self._session
         message.header.client_id = lane
         message.header.seq = seq
         message.header.seen_failure = seen_failure
@@ -88,7 +89,7 @@ class CommandWriter:
         path = self._folder / f"payload-{commit_seq}"
         path.write_bytes(raw)
         return Command(
-            session=SESSION.name,
+            session=self._session,
             commit_seq=commit_seq,
             request_id=f"request-{commit_seq}",
             method=method,

@@ -82,6 +82,7 @@ class ToyTrainEngine:
     """
 
     def __init__(self, spec: ModelSpec) -> None:
+        self._asked = spec
         self._info = model.describe(spec)
         self._base = model.base_weights()
         self._spec: SessionSpec | None = None
@@ -95,6 +96,10 @@ class ToyTrainEngine:
         self._next_graph = 0
         self._writer = ChainWriter(write_base)
         self._logprobs_VV: Float64Array | None = None
+
+    def beside(self) -> ToyTrainEngine:
+        """An engine for one more session (see `TrainEngine`)."""
+        return type(self)(self._asked)
 
     @property
     def info(self) -> ModelInfo:

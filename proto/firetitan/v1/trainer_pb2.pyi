@@ -204,6 +204,7 @@ class Trainer(google.protobuf.message.Message):
     WORKER_PID_FIELD_NUMBER: builtins.int
     SESSION_FIELD_NUMBER: builtins.int
     FORWARD_ONLY_FIELD_NUMBER: builtins.int
+    MAX_LORA_RANK_FIELD_NUMBER: builtins.int
     name: builtins.str
     """`trainers/{trainer}`."""
     base_model: builtins.str
@@ -220,6 +221,10 @@ class Trainer(google.protobuf.message.Message):
     """The session on it, if one was opened."""
     forward_only: builtins.bool
     """Its session runs the frozen model and trains nothing."""
+    max_lora_rank: builtins.int
+    """Above 0: many sessions, each with an adapter of its own of at most this rank, over one copy of
+    the base weights; `lora_rank` is 0 and `session` empty then.
+    """
     @property
     def error(self) -> google.rpc.status_pb2.Status:
         """Why it failed."""
@@ -246,8 +251,9 @@ class Trainer(google.protobuf.message.Message):
         worker_pid: builtins.int = ...,
         session: builtins.str = ...,
         forward_only: builtins.bool = ...,
+        max_lora_rank: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["create_time", b"create_time", "error", b"error", "model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "create_time", b"create_time", "error", b"error", "forward_only", b"forward_only", "lora_rank", b"lora_rank", "max_context_length", b"max_context_length", "model", b"model", "name", b"name", "session", b"session", "state", b"state", "worker_pid", b"worker_pid"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "create_time", b"create_time", "error", b"error", "forward_only", b"forward_only", "lora_rank", b"lora_rank", "max_context_length", b"max_context_length", "max_lora_rank", b"max_lora_rank", "model", b"model", "name", b"name", "session", b"session", "state", b"state", "worker_pid", b"worker_pid"]) -> None: ...
 
 global___Trainer = Trainer

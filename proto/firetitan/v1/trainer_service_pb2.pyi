@@ -27,6 +27,7 @@ class CreateTrainerRequest(google.protobuf.message.Message):
     DTYPE_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     FORWARD_ONLY_FIELD_NUMBER: builtins.int
+    MAX_LORA_RANK_FIELD_NUMBER: builtins.int
     trainer_id: builtins.str
     """Last segment of the name; empty: the daemon chooses."""
     base_model: builtins.str
@@ -41,6 +42,10 @@ class CreateTrainerRequest(google.protobuf.message.Message):
     """Makes a retry safe."""
     forward_only: builtins.bool
     """Run the frozen model and train nothing, in the memory that its weights take: for references."""
+    max_lora_rank: builtins.int
+    """Above 0: many sessions, each with an adapter of its own of at most this rank; `lora_rank` is 0
+    then.
+    """
     def __init__(
         self,
         *,
@@ -51,8 +56,9 @@ class CreateTrainerRequest(google.protobuf.message.Message):
         dtype: builtins.str = ...,
         request_id: builtins.str = ...,
         forward_only: builtins.bool = ...,
+        max_lora_rank: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "dtype", b"dtype", "forward_only", b"forward_only", "lora_rank", b"lora_rank", "max_context_length", b"max_context_length", "request_id", b"request_id", "trainer_id", b"trainer_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "dtype", b"dtype", "forward_only", b"forward_only", "lora_rank", b"lora_rank", "max_context_length", b"max_context_length", "max_lora_rank", b"max_lora_rank", "request_id", b"request_id", "trainer_id", b"trainer_id"]) -> None: ...
 
 global___CreateTrainerRequest = CreateTrainerRequest
 

@@ -142,6 +142,7 @@ class CreateSessionRequest(google.protobuf.message.Message):
     SEED_FIELD_NUMBER: builtins.int
     USER_METADATA_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    FORWARD_ONLY_FIELD_NUMBER: builtins.int
     trainer: builtins.str
     """`trainers/{trainer}`."""
     base_model: builtins.str
@@ -150,9 +151,11 @@ class CreateSessionRequest(google.protobuf.message.Message):
     """Absent: drawn by the daemon and recorded."""
     request_id: builtins.str
     """Makes a retry safe."""
+    forward_only: builtins.bool
+    """Run the base model and train nothing, beside the adapters of a trainer with `max_lora_rank`."""
     @property
     def lora(self) -> firetitan.v1.session_pb2.LoraConfig:
-        """Its rank must be the trainer's."""
+        """Its rank must be the trainer's, or 1 to the trainer's `max_lora_rank`."""
 
     @property
     def user_metadata(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
@@ -167,9 +170,10 @@ class CreateSessionRequest(google.protobuf.message.Message):
         seed: builtins.int | None = ...,
         user_metadata: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         request_id: builtins.str = ...,
+        forward_only: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_seed", b"_seed", "lora", b"lora", "seed", b"seed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "base_model", b"base_model", "lora", b"lora", "request_id", b"request_id", "seed", b"seed", "trainer", b"trainer", "user_metadata", b"user_metadata"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "base_model", b"base_model", "forward_only", b"forward_only", "lora", b"lora", "request_id", b"request_id", "seed", b"seed", "trainer", b"trainer", "user_metadata", b"user_metadata"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
 
 global___CreateSessionRequest = CreateSessionRequest
@@ -198,6 +202,36 @@ class CreateSessionResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["created", b"created", "session", b"session"]) -> None: ...
 
 global___CreateSessionResponse = CreateSessionResponse
+
+@typing.final
+class CloseSessionRequest(google.protobuf.message.Message):
+    """For CloseSession."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """`trainers/{trainer}/sessions/{session}`."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+
+global___CloseSessionRequest = CloseSessionRequest
+
+@typing.final
+class CloseSessionResponse(google.protobuf.message.Message):
+    """From CloseSession."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___CloseSessionResponse = CloseSessionResponse
 
 @typing.final
 class AttachSessionRequest(google.protobuf.message.Message):

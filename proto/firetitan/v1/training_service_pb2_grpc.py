@@ -40,6 +40,11 @@ class TrainingServiceStub(object):
                 request_serializer=firetitan_dot_v1_dot_training__service__pb2.CreateSessionRequest.SerializeToString,
                 response_deserializer=firetitan_dot_v1_dot_training__service__pb2.CreateSessionResponse.FromString,
                 _registered_method=True)
+        self.CloseSession = channel.unary_unary(
+                '/firetitan.v1.TrainingService/CloseSession',
+                request_serializer=firetitan_dot_v1_dot_training__service__pb2.CloseSessionRequest.SerializeToString,
+                response_deserializer=firetitan_dot_v1_dot_training__service__pb2.CloseSessionResponse.FromString,
+                _registered_method=True)
         self.AttachSession = channel.unary_unary(
                 '/firetitan.v1.TrainingService/AttachSession',
                 request_serializer=firetitan_dot_v1_dot_training__service__pb2.AttachSessionRequest.SerializeToString,
@@ -83,7 +88,15 @@ class TrainingServiceServicer(object):
 
     def CreateSession(self, request, context):
         """Opens the trainer's session. One that is open with equal settings is returned as it is, other
-        settings are refused by field.
+        settings are refused by field. On a trainer with `max_lora_rank` each call opens another.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CloseSession(self, request, context):
+        """Finishes what a session accepted, frees its memory and closes it for good; what it saved stays.
+        One that trains every parameter goes with its trainer alone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,6 +158,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.CreateSession,
                     request_deserializer=firetitan_dot_v1_dot_training__service__pb2.CreateSessionRequest.FromString,
                     response_serializer=firetitan_dot_v1_dot_training__service__pb2.CreateSessionResponse.SerializeToString,
+            ),
+            'CloseSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseSession,
+                    request_deserializer=firetitan_dot_v1_dot_training__service__pb2.CloseSessionRequest.FromString,
+                    response_serializer=firetitan_dot_v1_dot_training__service__pb2.CloseSessionResponse.SerializeToString,
             ),
             'AttachSession': grpc.unary_unary_rpc_method_handler(
                     servicer.AttachSession,
@@ -210,6 +228,33 @@ class TrainingService(object):
             '/firetitan.v1.TrainingService/CreateSession',
             firetitan_dot_v1_dot_training__service__pb2.CreateSessionRequest.SerializeToString,
             firetitan_dot_v1_dot_training__service__pb2.CreateSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloseSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/firetitan.v1.TrainingService/CloseSession',
+            firetitan_dot_v1_dot_training__service__pb2.CloseSessionRequest.SerializeToString,
+            firetitan_dot_v1_dot_training__service__pb2.CloseSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

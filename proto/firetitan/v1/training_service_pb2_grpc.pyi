@@ -26,7 +26,15 @@ class TrainingServiceStub:
         firetitan.v1.training_service_pb2.CreateSessionResponse,
     ]
     """Opens the trainer's session. One that is open with equal settings is returned as it is, other
-    settings are refused by field.
+    settings are refused by field. On a trainer with `max_lora_rank` each call opens another.
+    """
+
+    CloseSession: grpc.UnaryUnaryMultiCallable[
+        firetitan.v1.training_service_pb2.CloseSessionRequest,
+        firetitan.v1.training_service_pb2.CloseSessionResponse,
+    ]
+    """Finishes what a session accepted, frees its memory and closes it for good; what it saved stays.
+    One that trains every parameter goes with its trainer alone.
     """
 
     AttachSession: grpc.UnaryUnaryMultiCallable[
@@ -79,7 +87,15 @@ class TrainingServiceAsyncStub:
         firetitan.v1.training_service_pb2.CreateSessionResponse,
     ]
     """Opens the trainer's session. One that is open with equal settings is returned as it is, other
-    settings are refused by field.
+    settings are refused by field. On a trainer with `max_lora_rank` each call opens another.
+    """
+
+    CloseSession: grpc.aio.UnaryUnaryMultiCallable[
+        firetitan.v1.training_service_pb2.CloseSessionRequest,
+        firetitan.v1.training_service_pb2.CloseSessionResponse,
+    ]
+    """Finishes what a session accepted, frees its memory and closes it for good; what it saved stays.
+    One that trains every parameter goes with its trainer alone.
     """
 
     AttachSession: grpc.aio.UnaryUnaryMultiCallable[
@@ -134,7 +150,17 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[firetitan.v1.training_service_pb2.CreateSessionResponse, collections.abc.Awaitable[firetitan.v1.training_service_pb2.CreateSessionResponse]]:
         """Opens the trainer's session. One that is open with equal settings is returned as it is, other
-        settings are refused by field.
+        settings are refused by field. On a trainer with `max_lora_rank` each call opens another.
+        """
+
+    @abc.abstractmethod
+    def CloseSession(
+        self,
+        request: firetitan.v1.training_service_pb2.CloseSessionRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[firetitan.v1.training_service_pb2.CloseSessionResponse, collections.abc.Awaitable[firetitan.v1.training_service_pb2.CloseSessionResponse]]:
+        """Finishes what a session accepted, frees its memory and closes it for good; what it saved stays.
+        One that trains every parameter goes with its trainer alone.
         """
 
     @abc.abstractmethod

@@ -19,7 +19,8 @@ from firetitan_daemon.control.models import ModelRegistry
 from firetitan_daemon.control.operations import OperationRegistry
 from firetitan_daemon.control.removal import SavedRemover
 from firetitan_daemon.control.services import Services
-from firetitan_daemon.control.sessions import SessionManager, Wanted
+from firetitan_daemon.control.session_settings import Wanted
+from firetitan_daemon.control.sessions import SessionManager
 from firetitan_daemon.control.supervisor import Supervisor
 from firetitan_daemon.control.trainers import TrainerManager, TrainerRequest
 from firetitan_daemon.control.weight_sync import WeightSyncer

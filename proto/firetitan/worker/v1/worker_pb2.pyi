@@ -364,6 +364,36 @@ class OpenSessionResponse(google.protobuf.message.Message):
 global___OpenSessionResponse = OpenSessionResponse
 
 @typing.final
+class CloseSessionRequest(google.protobuf.message.Message):
+    """For CloseSession."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    session: builtins.str
+    """`trainers/{trainer}/sessions/{session}`."""
+    def __init__(
+        self,
+        *,
+        session: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["session", b"session"]) -> None: ...
+
+global___CloseSessionRequest = CloseSessionRequest
+
+@typing.final
+class CloseSessionResponse(google.protobuf.message.Message):
+    """From CloseSession."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___CloseSessionResponse = CloseSessionResponse
+
+@typing.final
 class SpoolFile(google.protobuf.message.Message):
     """A payload in the daemon's spool."""
 

@@ -204,6 +204,11 @@ class TrainerWorkerServiceStub(object):
                 request_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.OpenSessionRequest.SerializeToString,
                 response_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.OpenSessionResponse.FromString,
                 _registered_method=True)
+        self.CloseSession = channel.unary_unary(
+                '/firetitan.worker.v1.TrainerWorkerService/CloseSession',
+                request_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.CloseSessionRequest.SerializeToString,
+                response_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.CloseSessionResponse.FromString,
+                _registered_method=True)
         self.Execute = channel.unary_unary(
                 '/firetitan.worker.v1.TrainerWorkerService/Execute',
                 request_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.ExecuteRequest.SerializeToString,
@@ -236,7 +241,15 @@ class TrainerWorkerServiceServicer(object):
     """
 
     def OpenSession(self, request, context):
-        """Opens the session; the same one again is fine.
+        """Opens a session; the same one again is fine. Sessions that do not train every parameter stand
+        beside each other.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CloseSession(self, request, context):
+        """Frees what a session takes once its commands have ended; one that is not open is fine.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -285,6 +298,11 @@ def add_TrainerWorkerServiceServicer_to_server(servicer, server):
                     servicer.OpenSession,
                     request_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.OpenSessionRequest.FromString,
                     response_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.OpenSessionResponse.SerializeToString,
+            ),
+            'CloseSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseSession,
+                    request_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.CloseSessionRequest.FromString,
+                    response_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.CloseSessionResponse.SerializeToString,
             ),
             'Execute': grpc.unary_unary_rpc_method_handler(
                     servicer.Execute,
@@ -340,6 +358,33 @@ class TrainerWorkerService(object):
             '/firetitan.worker.v1.TrainerWorkerService/OpenSession',
             firetitan_dot_worker_dot_v1_dot_worker__pb2.OpenSessionRequest.SerializeToString,
             firetitan_dot_worker_dot_v1_dot_worker__pb2.OpenSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloseSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/firetitan.worker.v1.TrainerWorkerService/CloseSession',
+            firetitan_dot_worker_dot_v1_dot_worker__pb2.CloseSessionRequest.SerializeToString,
+            firetitan_dot_worker_dot_v1_dot_worker__pb2.CloseSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

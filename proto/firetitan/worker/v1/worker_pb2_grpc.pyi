@@ -97,7 +97,15 @@ class TrainerWorkerServiceStub:
         firetitan.worker.v1.worker_pb2.OpenSessionRequest,
         firetitan.worker.v1.worker_pb2.OpenSessionResponse,
     ]
-    """Opens the session; the same one again is fine."""
+    """Opens a session; the same one again is fine. Sessions that do not train every parameter stand
+    beside each other.
+    """
+
+    CloseSession: grpc.UnaryUnaryMultiCallable[
+        firetitan.worker.v1.worker_pb2.CloseSessionRequest,
+        firetitan.worker.v1.worker_pb2.CloseSessionResponse,
+    ]
+    """Frees what a session takes once its commands have ended; one that is not open is fine."""
 
     Execute: grpc.UnaryUnaryMultiCallable[
         firetitan.worker.v1.worker_pb2.ExecuteRequest,
@@ -138,7 +146,15 @@ class TrainerWorkerServiceAsyncStub:
         firetitan.worker.v1.worker_pb2.OpenSessionRequest,
         firetitan.worker.v1.worker_pb2.OpenSessionResponse,
     ]
-    """Opens the session; the same one again is fine."""
+    """Opens a session; the same one again is fine. Sessions that do not train every parameter stand
+    beside each other.
+    """
+
+    CloseSession: grpc.aio.UnaryUnaryMultiCallable[
+        firetitan.worker.v1.worker_pb2.CloseSessionRequest,
+        firetitan.worker.v1.worker_pb2.CloseSessionResponse,
+    ]
+    """Frees what a session takes once its commands have ended; one that is not open is fine."""
 
     Execute: grpc.aio.UnaryUnaryMultiCallable[
         firetitan.worker.v1.worker_pb2.ExecuteRequest,
@@ -181,7 +197,17 @@ class TrainerWorkerServiceServicer(metaclass=abc.ABCMeta):
         request: firetitan.worker.v1.worker_pb2.OpenSessionRequest,
         context: _ServicerContext,
     ) -> typing.Union[firetitan.worker.v1.worker_pb2.OpenSessionResponse, collections.abc.Awaitable[firetitan.worker.v1.worker_pb2.OpenSessionResponse]]:
-        """Opens the session; the same one again is fine."""
+        """Opens a session; the same one again is fine. Sessions that do not train every parameter stand
+        beside each other.
+        """
+
+    @abc.abstractmethod
+    def CloseSession(
+        self,
+        request: firetitan.worker.v1.worker_pb2.CloseSessionRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[firetitan.worker.v1.worker_pb2.CloseSessionResponse, collections.abc.Awaitable[firetitan.worker.v1.worker_pb2.CloseSessionResponse]]:
+        """Frees what a session takes once its commands have ended; one that is not open is fine."""
 
     @abc.abstractmethod
     def Execute(
