@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from firetitan.v1 import operation_pb2, training_service_pb2
 
 from firetitan_client import convert, custom_loss, precomputed, types
+from firetitan_client.errors import Unsupported
 from firetitan_client.futures import APIFuture
 from firetitan_client.weights import WeightsCalls
 
