@@ -68,7 +68,6 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
         absent("get_server_capabilities", "get_server_capabilities_async")
     ],
     f"{SERVICE}: get_telemetry": [absent("get_telemetry")],
-    "FiretitanProvisioningConfig: max_lora_rank": [config(max_lora_rank=8)],
     "FiretitanProvisioningConfig: hot_load_transition_type": [
         config(hot_load_transition_type="sync"),
         config(hot_load_transition_type="ASYNC"),
@@ -81,7 +80,6 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
         lambda on: on.policy.load_adapter("gs://my-bucket/adapters/run-42")
     ],
     f"{TRAINING}: get_info_async, get_telemetry": [absent("get_info_async", "get_telemetry")],
-    f"{TRAINING}: unload_model, unload_model_async": [absent("unload_model")],
     f"{TRAINING}: weight_sync, weight_sync_async": [absent("weight_sync")],
     f"{TRAINING}: run_id, run_name": [absent("run_id", "run_name")],
     f"{TRAINING}: holder": [absent("holder")],
