@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 
 _LENGTHS = (9, 23)
 """The longer one last: what leaks over the bound between them shows on most tokens."""
+_BEGINNING = 12
+"""Tokens of the longer one that run on their own too: what follows them must not matter."""
 
 
 def probe(loaded: LoadedModel, note: str | None) -> None:
-    """Set `info.packed` and its notes; refuse a head that is not ours to compute.
+    """Set `info.packed` and its notes; refuse what is not causal or not ours to compute.
 
     Args:
         loaded: On its own eager attention; ends on the packed one where that agrees.
@@ -51,13 +53,25 @@ def probe(loaded: LoadedModel, note: str | None) -> None:
             logits.append(output.logits[0])
             experts.append(recording.experts)
         own = torch.cat(logits).float()
-        ours = loaded.logits(loaded.hidden_states(sequences, experts))
-        difference = _relative(ours, own)
+        whole, chosen = sequences[-1], experts[-1]
+        beginning = whole[:_BEGINNING], None if chosen is None else chosen[:_BEGINNING]
+        ours = loaded.logits(
+            loaded.hidden_states([*sequences, beginning[0]], [*experts, beginning[1]])
+        )
+        difference = _relative(ours[: len(own)], own)
         if not difference <= (1e-4 if exact else 0.1):
             raise FiretitanError(
                 Reason.UNSUPPORTED,
                 f"{loaded.info.architecture}: logits computed from its hidden states differ from "
                 f"its own by {difference:.1e}; its head does more than this engine knows",
+                field="base_model",
+            )
+        difference = _relative(ours[len(own) :], logits[-1][:_BEGINNING].float())
+        if not difference <= (1e-4 if exact else 0.1):
+            raise FiretitanError(
+                Reason.UNSUPPORTED,
+                f"{loaded.info.architecture} is not causal: logits at a token change with what "
+                f"follows it, by {difference:.1e}",
                 field="base_model",
             )
         note = note or _try_packed(loaded, sequences, experts, own, exact)

@@ -130,6 +130,13 @@ def test_state_spaces_in_bfloat16_keep_a_float32_residual(tmp_path: Path, name: 
     assert float((found - expected).norm() / expected.norm()) < 0.02
 
 
+def test_a_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
+    config = transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    with pytest.raises(FiretitanError, match="XLNetLMHeadModel is not causal") as caught:
+        load_model(ModelSpec(save(tmp_path, config)))
+    assert (caught.value.reason, caught.value.field) == (Reason.UNSUPPORTED, "base_model")
+
+
 def test_a_model_that_cannot_be_run_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
