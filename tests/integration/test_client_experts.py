@@ -118,6 +118,10 @@ def test_what_the_sampler_routes_the_trainer_replays(
     assert [one.routing_matrices for one in completions] == [
         one.routing_matrices for one in answer.sequences
     ]
+    streamed: list[list[str]] = [[], []]
+    for chunk in sampler.sample_stream(PROMPT, num_samples=2, sampling_params=PARAMS):
+        streamed[chunk.sequence].extend(chunk.routing_matrices or [])
+    assert streamed == [one.routing_matrices for one in answer.sequences]
     plain = sampler.sample(PROMPT, 1, tinker.SamplingParams(max_tokens=2)).result()
     assert plain.sequences[0].routing_matrices is None
 

@@ -21,6 +21,7 @@ from firetitan_daemon.engine.api import (
     LoraSpec,
     ModelSpec,
     Normalization,
+    Pooling,
     SampleRequest,
     SampleResult,
     SessionSpec,
@@ -243,6 +244,19 @@ def test_the_padded_path_replays_too(folders: dict[str, Path]) -> None:
     outputs = [engine.forward(data, "cross_entropy", {}).outputs for engine in (packed, padded)]
     for one, other in zip(*outputs, strict=True):
         np.testing.assert_allclose(one["logprobs"], other["logprobs"], atol=2e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_embeddings_are_of_the_forced_experts(folders: dict[str, Path], architecture: str) -> None:
+    engine = make_trainer(folders[architecture], LORA)
+    model = plain_model(folders[architecture])
+    data = make_data(7, EXPERTS[architecture])[:2]
+    output = engine.forward_embeddings(data, Pooling.MEAN, "", {})
+    for datum, found in zip(data, output.outputs, strict=True):
+        tokens = torch.from_numpy(datum.token_ids.astype(np.int64))[None]
+        with forced(model, chosen(datum.routing)), torch.no_grad():
+            hidden = model.base_model(input_ids=tokens).last_hidden_state[0]
+        np.testing.assert_allclose(found["embedding"], hidden.mean(0).numpy(), atol=2e-5)
 
 
 def test_a_dense_model_ignores_routing_matrices(tiny_llama: Path) -> None:
