@@ -128,6 +128,22 @@ def cross_job(checkpoint_name: str, source_job_id: str | None) -> str:
     return f"cross_job://{check_name(source_job_id, 'source_job_id')}/{checkpoint_name}"
 
 
+def parse_tinker_path(tinker_path: Any) -> tuple[str, str]:
+    """Run and checkpoint id, `weights/x` or `sampler_weights/x`, of a `tinker://` path.
+
+    Raises:
+        InvalidArgument: Not such a path.
+    """
+    found = _TINKER.fullmatch(tinker_path) if isinstance(tinker_path, str) else None
+    if found is None:
+        raise InvalidArgument(
+            f"tinker_path: {tinker_path!r} is none; give tinker://<run>/weights/<name> or "
+            "tinker://<run>/sampler_weights/<id>",
+            field="tinker_path",
+        )
+    return found[1], f"{found[2]}/{found[3]}"
+
+
 def snapshot_reference(model_path: Any) -> str:
     """What a sampling client was given, as the daemon takes it.
 

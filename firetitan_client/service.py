@@ -22,11 +22,12 @@ from firetitan_client.service_core import SILENCE_S
 from firetitan_client.service_references import ReferenceClients
 from firetitan_client.service_sampling import SamplingClients
 from firetitan_client.sessions import checkpoint_names
+from firetitan_client.tinker_calls import TinkerServiceCalls
 
 logger = logging.getLogger("firetitan")
 
 
-class FiretitanServiceClient(ReferenceClients, SamplingClients, ControlCalls):
+class FiretitanServiceClient(ReferenceClients, SamplingClients, ControlCalls, TinkerServiceCalls):
     """One trainer and one deployment on the local daemon, and the clients that use them.
 
     Made lazily: nothing is asked of the daemon before the first client is created. Prefer

@@ -63,18 +63,20 @@ class SamplingClients(ServiceCore):
         path = None if model_path is None else references.snapshot_reference(model_path)
         return self._sampling(lambda: self._path(path), tokenizer, pinned)
 
-    def _sampling_after(self, saved: APIFuture[Any]) -> FiretitanSamplingClient:
+    def _sampling_after(
+        self, saved: APIFuture[Any], *, wait: bool = True
+    ) -> FiretitanSamplingClient:
         async def path() -> str:
             return references.snapshot_reference(await saved)
 
-        return self._sampling(path, None, pinned=True)
+        return self._sampling(path, None, pinned=True, wait=wait)
 
     @staticmethod
     async def _path(path: str | None) -> str | None:
         return path
 
     def _sampling(
-        self, path: Callable[[], Any], tokenizer: Any, pinned: bool
+        self, path: Callable[[], Any], tokenizer: Any, pinned: bool, wait: bool = True
     ) -> FiretitanSamplingClient:
         ready: APIFuture[Target] = APIFuture("create_sampling_client")
         client = FiretitanSamplingClient(
@@ -88,7 +90,8 @@ class SamplingClients(ServiceCore):
             return await self._open_pinned(snapshot, client)
 
         follow(open_(), ready)
-        self._await_ready(client, "the deployment")
+        if wait:
+            self._await_ready(client, "the deployment")
         return client
 
     def create_deployment_sampler(

@@ -15,13 +15,14 @@ from firetitan.v1 import operation_pb2, training_service_pb2
 from firetitan_client import convert, custom_loss, precomputed, types
 from firetitan_client.errors import Unsupported
 from firetitan_client.futures import APIFuture
+from firetitan_client.tinker_calls import TinkerTrainingCalls
 from firetitan_client.weights import WeightsCalls
 
 if TYPE_CHECKING:
     from firetitan_client.service import FiretitanServiceClient
 
 
-class FiretitanTrainingClient(WeightsCalls):
+class FiretitanTrainingClient(WeightsCalls, TinkerTrainingCalls):
     """Trains one session. Made by `FiretitanServiceClient.create_training_client`.
 
     Calls return futures at once and run in call order. The client is also the future of itself:
@@ -51,11 +52,6 @@ class FiretitanTrainingClient(WeightsCalls):
     def trainer_job_id(self) -> str:
         """Id of the trainer the session is on."""
         return self._opened.trainer.name.rpartition("/")[2]
-
-    @property
-    def model_id(self) -> str:
-        """What tinker calls the model: the trainer's id."""
-        return self.trainer_job_id
 
     def __repr__(self) -> str:
         if not self._ready.done():
@@ -286,22 +282,6 @@ class FiretitanTrainingClient(WeightsCalls):
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer: the service's `tokenizer_model`, else the base model's."""
         return self._service._tokenizer(self._opened.trainer.model.path)
-
-    def get_info(self) -> Any:
-        """A `tinker.GetInfoResponse`."""
-        opened = self._opened
-        data = types.result_type("ModelData")(
-            arch=opened.trainer.model.architecture,
-            model_name=opened.base_model,
-            tokenizer_id=opened.trainer.model.path or opened.base_model,
-        )
-        return types.result_type("GetInfoResponse")(
-            model_data=data,
-            model_id=self.model_id,
-            is_lora=opened.lora_rank > 0,
-            lora_rank=opened.lora_rank or None,
-            model_name=opened.base_model,
-        )
 
     def create_base_training_client(
         self, base_model: str | None = None, user_metadata: Mapping[str, str] | None = None

@@ -5,6 +5,7 @@ Knows: which call is which command. Must not know: how commands are ordered and 
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -127,9 +128,17 @@ class WeightsCalls(SelfFuture[Opened]):
             name: Of the snapshot; None chooses one.
             retry_config: Ignored: retries need no settings here.
         """
+        return self._service._sampling_after(self._save_for_sampling(name))
+
+    def save_weights_and_get_sampling_client_submit(
+        self, name: str | None = None, retry_config: Any = None, **_: Any
+    ) -> concurrent.futures.Future[FiretitanSamplingClient]:
+        """As `save_weights_and_get_sampling_client`, returning a future of the client at once."""
+        return self._service._sampling_after(self._save_for_sampling(name), wait=False).future()
+
+    def _save_for_sampling(self, name: str | None) -> APIFuture[Any]:
         self._num_samplers += 1
-        saved = self.save_weights_for_sampler(name or f"sampler-{self._num_samplers}")
-        return self._service._sampling_after(saved)
+        return self.save_weights_for_sampler(name or f"sampler-{self._num_samplers}")
 
     async def save_weights_and_get_sampling_client_async(
         self, name: str | None = None, retry_config: Any = None, **options: Any
