@@ -6,7 +6,7 @@ Knows: which call is which question to the daemon. Must not know: sessions, samp
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from firetitan.v1 import (
@@ -54,9 +54,7 @@ class RestClient:
         """As `get_server_capabilities`."""
         return await self.get_server_capabilities()
 
-    def get_training_run(
-        self, training_run_id: str, access_scope: str = "owned"
-    ) -> APIFuture[Any]:
+    def get_training_run(self, training_run_id: str, access_scope: str = "owned") -> APIFuture[Any]:
         """A trainer as a `TrainingRun`.
 
         Args:

@@ -22,6 +22,8 @@ from firetitan_client import (
     SaveSamplerResult,
 )
 
+from firetitan_client.rest_client import RestClient
+
 pytestmark = pytest.mark.timeout(180)
 MakeService = Callable[..., FiretitanServiceClient]
 TOY = "firetitan/toy"
@@ -65,8 +67,14 @@ TRAINING: dict[str, tuple[Callable[[Any, Any], Any], type[Any]]] = {
     ),
     "get_tokenizer": (lambda on, _: on.get_tokenizer(), object),
     "get_info": (lambda on, _: on.get_info(), tinker.types.GetInfoResponse),
+    "save_weights_and_get_sampling_client_submit": (
+        lambda on, _: on.save_weights_and_get_sampling_client_submit(),
+        APIFuture,
+    ),
+    "get_telemetry": (lambda on, _: on.get_telemetry(), type(None)),
     "result": (lambda on, _: on.result(60), FiretitanTrainingClient),
     "future": (lambda on, _: on.future(), APIFuture),
+    "unload_model": (lambda on, _: on.unload_model(), APIFuture),
 }
 SAMPLING: dict[str, tuple[Callable[[Any, Any], Any], type[Any]]] = {
     "create": (
@@ -122,6 +130,12 @@ SERVICE: dict[str, tuple[Callable[[Any, Any], Any], type[Any]]] = {
         type(None),
     ),
     "requires_initial_sampler_sync": (lambda on, _: on.requires_initial_sampler_sync(), bool),
+    "create_rest_client": (lambda on, _: on.create_rest_client(), RestClient),
+    "get_server_capabilities": (
+        lambda on, _: on.get_server_capabilities(),
+        tinker.types.GetServerCapabilitiesResponse,
+    ),
+    "get_telemetry": (lambda on, _: on.get_telemetry(), type(None)),
     "close": (lambda on, _: on.close(), type(None)),
 }
 

@@ -63,26 +63,15 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
     f"{SERVICE}: create_inference_deployment_sampler": [
         absent("create_inference_deployment_sampler")
     ],
-    f"{SERVICE}: create_rest_client": [absent("create_rest_client")],
-    f"{SERVICE}: get_server_capabilities, get_server_capabilities_async": [
-        absent("get_server_capabilities", "get_server_capabilities_async")
-    ],
-    f"{SERVICE}: get_telemetry": [absent("get_telemetry")],
     "FiretitanProvisioningConfig: hot_load_transition_type": [
         config(hot_load_transition_type="sync"),
         config(hot_load_transition_type="ASYNC"),
     ],
     "FiretitanProvisioningConfig: projection_head_dim": [config(projection_head_dim=8)],
-    f"{TRAINING}: save_weights_and_get_sampling_client_submit": [
-        absent("save_weights_and_get_sampling_client_submit")
-    ],
     f"{TRAINING}: load_adapter, load_adapter_async": [
         lambda on: on.policy.load_adapter("gs://my-bucket/adapters/run-42")
     ],
-    f"{TRAINING}: get_info_async, get_telemetry": [absent("get_info_async", "get_telemetry")],
-    f"{TRAINING}: weight_sync, weight_sync_async": [absent("weight_sync")],
-    f"{TRAINING}: run_id, run_name": [absent("run_id", "run_name")],
-    f"{TRAINING}: holder": [absent("holder")],
+    f"{TRAINING}: weight_sync": [lambda on: on.policy.weight_sync()],
     "Checkpoints and snapshots: merged_base, export_precision": [
         lambda on: on.policy.save_weights_for_sampler("m", checkpoint_type="merged_base"),
         lambda on: on.policy.save_weights_for_sampler_ext(

@@ -81,7 +81,7 @@ CLASSES = {
         get_info() +async
         get_telemetry()
         unload_model() +async
-        weight_sync() +async
+        weight_sync()
         result(timeout=None) +async
         future()
         run_id, run_name, model_id, holder, session_name, trainer_job_id, service
