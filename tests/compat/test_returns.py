@@ -21,7 +21,6 @@ from firetitan_client import (
     SampleStream,
     SaveSamplerResult,
 )
-
 from firetitan_client.rest_client import RestClient
 
 pytestmark = pytest.mark.timeout(180)
@@ -40,6 +39,10 @@ TRAINING: dict[str, tuple[Callable[[Any, Any], Any], type[Any]]] = {
     "forward_backward": (lambda on, data: on.forward_backward(data, "cross_entropy"), APIFuture),
     "forward_backward_custom": (
         lambda on, data: on.forward_backward_custom(data, loss),
+        APIFuture,
+    ),
+    "forward_backward_contrastive": (
+        lambda on, data: on.forward_backward_contrastive(data[:2], num_queries=1, temperature=0.1),
         APIFuture,
     ),
     "optim_step": (lambda on, _: on.optim_step(ADAM), APIFuture),
@@ -130,6 +133,15 @@ SERVICE: dict[str, tuple[Callable[[Any, Any], Any], type[Any]]] = {
         type(None),
     ),
     "requires_initial_sampler_sync": (lambda on, _: on.requires_initial_sampler_sync(), bool),
+    "list_checkpoints": (lambda on, _: on.list_checkpoints("returns"), list),
+    "promote_checkpoint": (
+        lambda on, place: on.promote_checkpoint(
+            name=f"accounts/local/rlorTrainerJobs/returns/checkpoints/{place.snapshot}",
+            output_model_id="returned",
+            base_model=TOY,
+        ),
+        dict,
+    ),
     "create_rest_client": (lambda on, _: on.create_rest_client(), RestClient),
     "get_server_capabilities": (
         lambda on, _: on.get_server_capabilities(),
