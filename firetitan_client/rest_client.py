@@ -21,7 +21,7 @@ from firetitan_client.futures import APIFuture
 from firetitan_client.references import parse_tinker_path
 from firetitan_client.sample_requests import follow
 from firetitan_client.transport import Transport
-from firetitan_client.types import accepted_fields
+from firetitan_client.types import accepted_fields, tinker_type
 
 _WITHOUT_MEANING = frozenset(
     """assign_session_project copy_weights export_session_trace get_audit_log get_billing_usage
@@ -333,11 +333,7 @@ async def _all(transport: Transport, module: Any, service: str, what: str, **que
 
 def _make(kind: str, **facts: Any) -> Any:
     """One of tinker's types, from those facts its version has a field for."""
-    try:
-        import tinker.types
-    except ImportError:
-        raise ImportError("this call answers in tinker's types; install tinker") from None
-    found: type[Any] = getattr(tinker.types, kind)
+    found = tinker_type(kind)
     accepted = accepted_fields(found)
     return found(**{name: value for name, value in facts.items() if name in accepted})
 

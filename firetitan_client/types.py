@@ -196,6 +196,20 @@ def result_type(name: str) -> type[Any]:
     return type(name, (_LIKENESSES[name],), {"__doc__": _LIKENESSES[name].__doc__})
 
 
+def tinker_type(name: str) -> type[Any]:
+    """Tinker's type of that name, for calls that only code written for tinker makes.
+
+    Raises:
+        ImportError: There is no tinker.
+    """
+    if not has_tinker():
+        raise ImportError(f"this call gives tinker's {name}; install tinker")
+    import tinker.types
+
+    found: type[Any] = getattr(tinker.types, name)
+    return found
+
+
 def tensor_data(array: npt.NDArray[Any]) -> Any:
     """An array as tinker's TensorData."""
     if has_tinker():
