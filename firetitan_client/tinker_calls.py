@@ -16,6 +16,7 @@ from firetitan_client.sample_requests import follow
 from firetitan_client.service_core import ServiceCore
 from firetitan_client.sessions import Opened
 
+
 class TinkerServiceCalls(ServiceCore):
     """The part of a service that tinker's loops ask for facts."""
 
