@@ -344,7 +344,8 @@ def _checkpoint_row(trainer_id: str, saved: checkpoint_pb2.Checkpoint) -> dict[s
 
 
 def _snapshot_row(trainer_id: str, saved: checkpoint_pb2.Snapshot) -> dict[str, Any]:
-    if saved.lora_rank:
+    merged = saved.kind == checkpoint_pb2.Snapshot.KIND_MERGED_BASE
+    if saved.lora_rank and not merged:
         return _row(trainer_id, saved, "INFERENCE_LORA", True)
     if saved.kind == checkpoint_pb2.Snapshot.KIND_DELTA:
         return _row(trainer_id, saved, "INFERENCE_ARC_V2", False)

@@ -9,15 +9,20 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from firetitan.v1 import checkpoint_pb2
+from firetitan.v1 import checkpoint_pb2, checkpoint_service_pb2
 from google.protobuf.duration_pb2 import Duration
 
-from firetitan_client.errors import InvalidArgument, Unsupported
+from firetitan_client.errors import InvalidArgument
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RULE = "use 1 to 128 letters, digits, '.', '_' and '-', a letter or digit first"
 _MAX_TTL_S = 100 * 365 * 86400
 _KINDS = ("base", "delta", "merged_base")
+_Request = checkpoint_service_pb2.SaveSnapshotRequest
+_PRECISIONS = {
+    "source": _Request.EXPORT_PRECISION_SOURCE,
+    "bf16": _Request.EXPORT_PRECISION_BF16,
+}
 _TINKER = re.compile(r"tinker://([^/]+)/(weights|sampler_weights)/([^/]+)")
 
 
@@ -54,14 +59,11 @@ def time_to_live(ttl_seconds: float | None) -> Duration | None:
     return duration
 
 
-def snapshot_kind(
-    checkpoint_type: str | None, export_precision: str | None
-) -> checkpoint_pb2.Snapshot.Kind.ValueType:
+def snapshot_kind(checkpoint_type: str | None) -> checkpoint_pb2.Snapshot.Kind.ValueType:
     """The kind a `checkpoint_type` asks for.
 
     Raises:
         InvalidArgument: Not a checkpoint type.
-        Unsupported: merged_base.
     """
     kind = checkpoint_type.lower() if isinstance(checkpoint_type, str) else checkpoint_type
     if kind is not None and kind not in _KINDS:
@@ -69,17 +71,49 @@ def snapshot_kind(
             f"checkpoint_type must be one of {_KINDS}, not {checkpoint_type!r}",
             field="checkpoint_type",
         )
-    if export_precision is not None and kind != "merged_base":
-        raise InvalidArgument(
-            "export_precision requires checkpoint_type='merged_base'", field="export_precision"
-        )
     if kind == "merged_base":
-        raise Unsupported("checkpoint_type='merged_base' is not supported yet; use 'base'")
+        return checkpoint_pb2.Snapshot.KIND_MERGED_BASE
     if kind == "base":
         return checkpoint_pb2.Snapshot.KIND_BASE
     if kind == "delta":
         return checkpoint_pb2.Snapshot.KIND_DELTA
     return checkpoint_pb2.Snapshot.KIND_UNSPECIFIED
+
+
+def check_adapted(lora_rank: int) -> None:
+    """Refuse to merge where there is no adapter.
+
+    Raises:
+        InvalidArgument: Full-parameter training.
+    """
+    if lora_rank == 0:
+        raise InvalidArgument(
+            "checkpoint_type='merged_base' is for LoRA: full-parameter training has no adapter to "
+            "merge; use 'base'",
+            field="checkpoint_type",
+        )
+
+
+def export_precision(
+    precision: str | None, kind: checkpoint_pb2.Snapshot.Kind.ValueType
+) -> _Request.ExportPrecision.ValueType:
+    """In what a merged base is to be written.
+
+    Raises:
+        InvalidArgument: Not a precision, or nothing that is merged.
+    """
+    if precision is None:
+        return _Request.EXPORT_PRECISION_UNSPECIFIED
+    if kind != checkpoint_pb2.Snapshot.KIND_MERGED_BASE:
+        raise InvalidArgument(
+            "export_precision requires checkpoint_type='merged_base'", field="export_precision"
+        )
+    if precision not in _PRECISIONS:
+        raise InvalidArgument(
+            f"export_precision must be one of {tuple(_PRECISIONS)}, not {precision!r}",
+            field="export_precision",
+        )
+    return _PRECISIONS[precision]
 
 
 def checkpoint_reference(path: Any, name: Any = None) -> str:

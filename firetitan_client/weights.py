@@ -64,9 +64,11 @@ class WeightsCalls(SelfFuture[Opened]):
             name: Wanted name; the session's suffix is appended.
             ttl_seconds: Seconds after which it is deleted, or once it is in use no more; None: it
                 stays until it is deleted.
-            checkpoint_type: "base" or "delta"; None: LoRA a base, full-parameter first a base,
+            checkpoint_type: "base", "delta", or of a LoRA session "merged_base": the whole model
+                with the adapter merged into it. None: LoRA a base, full-parameter first a base,
                 then deltas.
-            export_precision: Only with checkpoint_type "merged_base", which is not supported yet.
+            export_precision: Of a "merged_base": "source", the base model's stored data types (the
+                default), or "bf16".
 
         Returns:
             A future with `.path`, the snapshot's public name.
@@ -99,11 +101,15 @@ class WeightsCalls(SelfFuture[Opened]):
         export_precision: str | None,
         make: Callable[[str], Any],
     ) -> APIFuture[Any]:
-        kind = references.snapshot_kind(checkpoint_type, export_precision)
+        kind = references.snapshot_kind(checkpoint_type)
+        opened = self._ready.done() and self._ready.exception(0) is None
+        if kind == checkpoint_pb2.Snapshot.KIND_MERGED_BASE and opened:
+            references.check_adapted(self._opened.lora_rank)
         request = checkpoint_service_pb2.SaveSnapshotRequest(
             snapshot_id=references.check_name(name),
             kind=kind,
             ttl=references.time_to_live(ttl_seconds),
+            export_precision=references.export_precision(export_precision, kind),
         )
 
         def finish(operation: operation_pb2.Operation) -> Any:

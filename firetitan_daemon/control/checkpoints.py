@@ -218,6 +218,12 @@ class CheckpointManager:
             arguments.snapshot_id, session.suffix, taken.__contains__
         )
         following = chain.next_kind(session, arguments.kind, known.get)
+        if arguments.with_precision and following.kind != chain.MERGED_BASE:
+            raise FiretitanError(
+                Reason.INVALID_ARGUMENT,
+                "export_precision requires kind 'merged_base'; leave it out, or save a merged base",
+                field="export_precision",
+            )
         wanted = f"{arguments.snapshot_id}-{session.suffix}"
         notes = [following.note] if following.note else []
         if snapshot_id != wanted:

@@ -51,8 +51,10 @@ class SaveSnapshotArguments:
 
     snapshot_id: str
     kind: str = ""
-    """`base`, `delta` or empty: the daemon chooses."""
+    """`base`, `delta`, `merged_base` or empty: the daemon chooses."""
     ttl_s: float | None = None
+    with_precision: bool = False
+    """Whether it says in what a merged base is to be written."""
 
 
 @dataclass(frozen=True)

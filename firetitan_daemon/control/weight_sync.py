@@ -157,6 +157,7 @@ class WeightSyncer:
             if (
                 snapshot is not None
                 and snapshot.lora_rank
+                and snapshot.kind != chain.MERGED_BASE
                 and (snapshot.name not in status.loaded_snapshots)
             ):
                 await self._apply(deployment, worker, pinned)

@@ -3,9 +3,10 @@
 Knows: sessions' and snapshots' records. Must not know: files, workers, how a delta is encoded.
 
 A full-parameter session saves a base first and then deltas, each against the snapshot before it. A
-LoRA snapshot is a whole adapter: always a base. `Session.chain_head` is the snapshot a delta may
-build on; it is None before the first save and after anything that moves the weights without a
-record of it or leaves in doubt what the worker holds: a load, a loss, a save that failed.
+LoRA snapshot is a whole adapter, or a whole model with the adapter merged: always a base.
+`Session.chain_head` is the snapshot a delta may build on; it is None before the first save and
+after anything that moves the weights without a record of it or leaves in doubt what the worker
+holds: a load, a loss, a save that failed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from firetitan_daemon.core.records import Session, Snapshot
 
 BASE = "base"
 DELTA = "delta"
+MERGED_BASE = "merged_base"
 MAX_DELTAS = 20
 """Deltas in a row before a base is saved again: bounds what a restart has to apply."""
 
@@ -30,7 +32,7 @@ class NextSnapshot:
     """What a save is to write."""
 
     kind: str
-    """`base` or `delta`."""
+    """`base`, `delta` or `merged_base`."""
     parent: str | None = None
     """Id of the snapshot a delta builds on."""
     note: str | None = None
@@ -44,22 +46,31 @@ def next_kind(
 
     Args:
         session: Its row.
-        requested: `base`, `delta`, or None or empty to leave it to the daemon; case does not
-            matter.
+        requested: `base`, `delta`, `merged_base` of a LoRA session, or None or empty to leave it
+            to the daemon; case does not matter.
         lookup: Snapshots by id; only the chain behind `session.chain_head` is asked for.
         max_deltas: Longest run of deltas.
 
     Raises:
-        FiretitanError: INVALID_ARGUMENT for another kind; CHAIN_BROKEN where a delta is asked for
-            and there is nothing to build on.
+        FiretitanError: INVALID_ARGUMENT for another kind, or where there is nothing to merge;
+            CHAIN_BROKEN where a delta is asked for and there is nothing to build on.
     """
     kind = (requested or "").strip().lower()
-    if kind not in ("", BASE, DELTA):
+    if kind not in ("", BASE, DELTA, MERGED_BASE):
         raise FiretitanError(
             Reason.INVALID_ARGUMENT,
-            f"kind: {requested!r} is not a snapshot kind; use 'base' or 'delta', or leave it out",
+            f"kind: {requested!r} is not a snapshot kind; use 'base', 'delta' or 'merged_base', or "
+            "leave it out",
             field="kind",
         )
+    if kind == MERGED_BASE and session.lora.rank == 0:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"kind: {session.name} trains every parameter and has no adapter to merge; use 'base'",
+            field="kind",
+        )
+    if kind == MERGED_BASE:
+        return NextSnapshot(MERGED_BASE)
     if session.lora.rank > 0:
         note = "a LoRA snapshot is always the whole adapter: saved as base" if kind == DELTA else ""
         return NextSnapshot(BASE, note=note or None)

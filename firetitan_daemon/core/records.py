@@ -319,7 +319,7 @@ class Snapshot:
     base_model: str
     lora_rank: int
     kind: str
-    """`base` or `delta`."""
+    """`base`, `delta` or `merged_base`."""
     format: str
     """`peft_adapter`, `hf_full` or `xor_zstd`."""
     parent: str | None

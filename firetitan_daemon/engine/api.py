@@ -138,10 +138,18 @@ WriteState = Callable[[Path, Mapping[str, str | int]], SavedFiles]
 
 
 class SnapshotKind(StrEnum):
-    """A base stands alone; a delta needs its parent."""
+    """A base stands alone, a delta needs its parent; a merged base is an adapter's whole model."""
 
     BASE = "base"
     DELTA = "delta"
+    MERGED_BASE = "merged_base"
+
+
+class ExportPrecision(StrEnum):
+    """In what a merged base is written: the base model's stored dtypes, or bfloat16."""
+
+    SOURCE = "source"
+    BF16 = "bf16"
 
 
 class SnapshotFormat(StrEnum):
@@ -336,9 +344,21 @@ class TrainEngine(Protocol):
         """
 
     def save_snapshot(
-        self, staging: Path, name: str, kind: SnapshotKind, parent: str | None
+        self,
+        staging: Path,
+        name: str,
+        kind: SnapshotKind,
+        parent: str | None,
+        precision: ExportPrecision = ExportPrecision.SOURCE,
     ) -> SavedSnapshot:
         """Weights to serve, into an empty folder; a delta against the snapshot `parent`.
+
+        Args:
+            staging: The folder.
+            name: The snapshot's name.
+            kind: An adapter is saved whole unless it is a merged base.
+            parent: Of a delta.
+            precision: Of a merged base.
 
         Raises:
             FiretitanError: CHAIN_BROKEN where `parent` is not the last snapshot saved here.

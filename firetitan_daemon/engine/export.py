@@ -15,6 +15,7 @@ import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -86,7 +87,7 @@ class SnapshotWriter:
             if not tensor.is_floating_point():
                 dtype = tensor.dtype
             copy = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-            if copy.is_floating_point() and not _finite(copy):
+            if copy.is_floating_point() and not finite(copy):
                 raise FiretitanError(
                     Reason.NON_FINITE,
                     f'snapshot "{name}": tensor "{key}" holds NaN or infinity; load a checkpoint',
@@ -101,7 +102,12 @@ class SnapshotWriter:
 
 
 def write_full(
-    staging: Path, name: str, tensors: Tensors, model_folder: Path, base_model: str
+    staging: Path,
+    name: str,
+    tensors: Tensors,
+    model_folder: Path,
+    base_model: str,
+    config: dict[str, Any] | None = None,
 ) -> SavedSnapshot:
     """Write a Hugging Face model folder: safetensors in shards, config and tokenizer.
 
@@ -111,11 +117,12 @@ def write_full(
         tensors: By parameter name, tied ones once, in the dtype to store.
         model_folder: Config and tokenizer files are copied from here.
         base_model: Recorded in the manifest.
+        config: Content of config.json; None: the base model's.
 
     Raises:
         FiretitanError: STATE_DISK_FULL.
     """
-    return _write_base(model_folder, base_model, staging, name, to_raw(tensors))
+    return _write_base(model_folder, base_model, staging, name, to_raw(tensors), config)
 
 
 def read_full(folder: Path) -> dict[str, RawTensor]:
@@ -130,14 +137,19 @@ def read_full(folder: Path) -> dict[str, RawTensor]:
     return tensors
 
 
-def _finite(tensor: torch.Tensor) -> bool:
+def finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite; one pass, a second only where the sum overflows."""
     fast = bool(torch.isfinite(tensor.sum(dtype=torch.float32)))
     return fast or bool(torch.isfinite(tensor).all())
 
 
 def _write_base(
-    model_folder: Path, base_model: str, staging: Path, name: str, tensors: RawTensors
+    model_folder: Path,
+    base_model: str,
+    staging: Path,
+    name: str,
+    tensors: RawTensors,
+    config: dict[str, Any] | None = None,
 ) -> SavedSnapshot:
     split = split_torch_state_dict_into_shards(from_raw(tensors), max_shard_size=MAX_SHARD_BYTES)
     for file, names in split.filename_to_tensors.items():
@@ -150,6 +162,8 @@ def _write_base(
             for path in sorted(model_folder.glob(pattern)):
                 if path.name not in _NOT_COPIED:
                     shutil.copyfile(path, staging / path.name)
+        if config is not None:
+            (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     digest = result_digest(tensors)
     about = about_base(SnapshotFormat.HF_FULL, name, base_model, digest)
     return SavedSnapshot(seal(staging, about), SnapshotKind.BASE, SnapshotFormat.HF_FULL, digest)

@@ -17,12 +17,14 @@ import torch
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
-from firetitan_daemon.engine.adapter import base_reference, write_adapter
+from firetitan_daemon.engine.adapter import Pairs, base_reference, write_adapter
 from firetitan_daemon.engine.api import (
     AdamParams,
     Datum,
+    ExportPrecision,
     Float32Array,
     ForwardOutput,
+    LoraSpec,
     LossConfig,
     Normalization,
     SavedFiles,
@@ -39,6 +41,7 @@ from firetitan_daemon.engine.head import Head
 from firetitan_daemon.engine.hf_core import KeptLogprobs, Session
 from firetitan_daemon.engine.hf_embeddings import HfEmbeddings
 from firetitan_daemon.engine.losses import choose_loss
+from firetitan_daemon.engine.merge import merge_adapter, write_merged
 from firetitan_daemon.engine.models import load_model
 from firetitan_daemon.engine.optim import AdamW, check_params
 from firetitan_daemon.engine.passes import (
@@ -62,7 +65,7 @@ from firetitan_daemon.engine.state import (
     save_state,
     state_writer,
 )
-from firetitan_daemon.engine.tensors import from_raw, to_raw
+from firetitan_daemon.engine.tensors import from_raw, stored_dtypes, to_raw
 from firetitan_daemon.engine.trainables import (
     FullTrainables,
     LoraTrainables,
@@ -317,9 +320,16 @@ class HfTrainEngine(HfEmbeddings):
         session.writer.forget()
 
     def save_snapshot(
-        self, staging: Path, name: str, kind: SnapshotKind, parent: str | None
+        self,
+        staging: Path,
+        name: str,
+        kind: SnapshotKind,
+        parent: str | None,
+        precision: ExportPrecision = ExportPrecision.SOURCE,
     ) -> SavedSnapshot:
         """Weights to serve, into an empty folder: an adapter whole, full weights base or delta.
+
+        A merged base is the adapter's whole model, in the base's stored dtypes or in bfloat16.
 
         Raises:
             FiretitanError: CHAIN_BROKEN where `parent` is not the last snapshot saved here.
@@ -328,11 +338,14 @@ class HfTrainEngine(HfEmbeddings):
         trainables = session.trainables
         if isinstance(trainables, LoraTrainables):
             assert session.spec.lora is not None
+            pairs = {key: (pair.a, pair.b) for key, pair in trainables.adapter.items()}
+            if kind is SnapshotKind.MERGED_BASE:
+                return self._save_merged(staging, name, pairs, session.spec.lora, precision)
             base_model, revision = base_reference(self._spec.base_model, self.info)
             return write_adapter(
                 staging,
                 name,
-                {key: (pair.a, pair.b) for key, pair in trainables.adapter.items()},
+                pairs,
                 alpha=session.spec.lora.alpha,
                 base_model=base_model,
                 revision=revision,
@@ -345,6 +358,20 @@ class HfTrainEngine(HfEmbeddings):
             if key not in parameters
         }
         return session.writer.save(staging, name, kind, parent, buffers | trainables.masters)
+
+    def _save_merged(
+        self, staging: Path, name: str, pairs: Pairs, lora: LoraSpec, precision: ExportPrecision
+    ) -> SavedSnapshot:
+        folder = Path(self.info.path)
+        with memory_errors():
+            merged = merge_adapter(
+                self._loaded.model,
+                pairs,
+                lora.alpha / lora.rank,
+                stored_dtypes(folder),
+                precision,
+            )
+        return write_merged(staging, name, merged, folder, self._spec.base_model, precision)
 
     def forget_snapshot(self) -> None:
         """Drop what the next delta would stand on: the last snapshot was not published."""

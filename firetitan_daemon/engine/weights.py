@@ -13,6 +13,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -50,6 +51,8 @@ class ModelWeights:
     def __init__(self, loaded: LoadedModel) -> None:
         self._loaded = loaded
         self._parameters = dict(loaded.model.named_parameters())
+        self._twins: dict[str, str] = {}
+        """Parameters that were one with another until a version told them apart; to that other."""
         self._slot: LoraSlot | None = None
         self._wrapped: set[str] = set()
         self._selected: Version | None = None
@@ -93,18 +96,35 @@ class ModelWeights:
             return
         content: Content = version.content
         for name, parameter in self._parameters.items():
-            parameter.data = content.parameters[name]
+            own = content.parameters.get(name)
+            parameter.data = content.parameters[self._twins[name]] if own is None else own
         if self._slot is not None:
             self._slot.active = content.adapter
         self._selected = version
 
     def wrap_for(self, version: Version) -> None:
-        """Give every layer the version adapts a LoRA layer, where it has none yet."""
+        """Make the model able to hold the version.
+
+        Every layer it adapts gets a LoRA layer, and every tied parameter of which it has a weight
+        of its own becomes one, where that is not so yet.
+        """
+        for name in sorted(version.content.parameters.keys() - self._parameters.keys()):
+            self._untie(name)
         new = set(version.content.adapter or ()) - self._wrapped
         if new:
             self._slot = wrap_modules(self._loaded.model, sorted(new))
             self._wrapped |= new
             self._selected = None
+
+    def _untie(self, name: str) -> None:
+        module, _, leaf = name.rpartition(".")
+        owner = self._loaded.model.get_submodule(module)
+        tied = getattr(owner, leaf)
+        (twin,) = (key for key, parameter in self._parameters.items() if parameter is tied)
+        own = torch.nn.Parameter(tied.data, requires_grad=False)
+        setattr(owner, leaf, own)
+        self._parameters[name], self._twins[name] = own, twin
+        self._selected = None
 
     def _build_adapter(self, layer: SnapshotLayer) -> Version:
         durable.verify_folder(layer.path, layer.digest)
@@ -152,14 +172,15 @@ class ModelWeights:
         for version in self._on_base:
             parameters: Tensors = version.content.parameters
             return parameters
-        raise FiretitanError(
-            Reason.UNSUPPORTED,
-            "a full-parameter snapshot has replaced the base model here; serve the adapter from "
-            "another deployment",
-        )
+        # A whole model has taken the base's place since.
+        return self._fitted(read_full(Path(self._loaded.info.path)), "the base model")
 
     def _fitted(self, stored: RawTensors, name: str) -> dict[str, torch.Tensor]:
-        """A tensor for each parameter, in its dtype and on its device; no copy where both fit."""
+        """A tensor for each parameter, in its dtype and on its device; no copy where both fit.
+
+        A tied parameter that is stored under several names with different content has a tensor
+        under each.
+        """
         model = self._loaded.model
         aliases: dict[int, list[str]] = {}
         for alias, parameter in model.named_parameters(remove_duplicate=False):
@@ -171,15 +192,23 @@ class ModelWeights:
         tensors = from_raw(stored)
         fitted = {}
         for key, parameter in self._parameters.items():
-            found = next((alias for alias in aliases[id(parameter)] if alias in stored), None)
-            if found is None:
+            found = [alias for alias in aliases[id(parameter)] if alias in stored]
+            if not found and key in self._twins:
+                continue
+            if not found:
                 raise _misfit(name, f"{key!r} is missing")
-            tensor = tensors[found]
-            if tensor.shape != parameter.shape:
-                raise _misfit(
-                    name, f"{key!r} is {list(tensor.shape)}, here {list(parameter.shape)}"
-                )
-            fitted[key] = tensor.to(parameter.device, parameter.dtype)
+            # The key itself, where it is stored, else the name it is stored under.
+            found.sort(key=lambda alias: alias != key)
+            for alias in found:
+                tensor = tensors[alias]
+                if tensor.shape != parameter.shape:
+                    raise _misfit(
+                        name, f"{alias!r} is {list(tensor.shape)}, here {list(parameter.shape)}"
+                    )
+                if alias == found[0]:
+                    fitted[key] = tensor.to(parameter.device, parameter.dtype)
+                elif not torch.equal(tensor, tensors[found[0]]):
+                    fitted[alias] = tensor.to(parameter.device, parameter.dtype)
         return fitted
 
 
@@ -191,7 +220,7 @@ def _start(
         version = find(layers[index].name)
         if version is not None and version.result_digest == layers[index].result_digest:
             return index + 1, version.content.stored
-        if layers[index].kind is SnapshotKind.BASE:
+        if layers[index].kind is not SnapshotKind.DELTA:
             return index, None
     parent = str(durable.verify_folder(layers[0].path, layers[0].digest).get("parent"))
     version = find(parent)

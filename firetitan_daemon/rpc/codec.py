@@ -56,6 +56,7 @@ class ProtobufCodec(Codec):
             # An unknown number is refused by name, as any other unknown kind.
             convert.KIND_NAMES.get(request.kind, str(request.kind)) if request.kind else "",
             _seconds(request),
+            request.export_precision != 0,
         )
 
     def hotload(self, payload: bytes) -> HotloadArguments:

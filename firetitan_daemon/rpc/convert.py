@@ -62,6 +62,7 @@ _SESSION_STATES = {
 _KINDS = {
     "base": checkpoint_pb2.Snapshot.KIND_BASE,
     "delta": checkpoint_pb2.Snapshot.KIND_DELTA,
+    "merged_base": checkpoint_pb2.Snapshot.KIND_MERGED_BASE,
 }
 KIND_NAMES = {value: name for name, value in _KINDS.items()}
 _MODEL_KINDS = {

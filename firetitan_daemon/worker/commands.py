@@ -23,13 +23,16 @@ from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
 from firetitan_daemon.durable import MANIFEST
-from firetitan_daemon.engine.api import SavedSnapshot, SnapshotKind, TrainEngine
+from firetitan_daemon.engine.api import ExportPrecision, SavedSnapshot, SnapshotKind, TrainEngine
 from firetitan_daemon.worker import convert
 
 MAX_KNOWN_GRAPHS = 4096
 APPLIED = "applied_commit_seq"
 """In a recovery point's manifest: the last command whose effect is in it."""
 
+_PRECISIONS = {
+    checkpoint_service_pb2.SaveSnapshotRequest.EXPORT_PRECISION_BF16: ExportPrecision.BF16,
+}
 REQUESTS: dict[str, type[Message]] = {
     "Forward": training_service_pb2.ForwardRequest,
     "Backward": training_service_pb2.BackwardRequest,
@@ -273,6 +276,8 @@ class CommandRunner:
         self._last_snapshot = ""
 
     def _save_snapshot(self, command: Parsed) -> worker_pb2.ExecuteResponse:
+        request = command.message
+        assert isinstance(request, checkpoint_service_pb2.SaveSnapshotRequest)
         target = self._target(command)
         # A save that fails leaves no parent to build a delta on.
         self._last_snapshot = ""
@@ -281,6 +286,7 @@ class CommandRunner:
             target.name,
             _snapshot_kind(target.kind),
             target.parent or None,
+            _PRECISIONS.get(request.export_precision, ExportPrecision.SOURCE),
         )
         self._last_snapshot = target.name
         failpoint("worker.saved")

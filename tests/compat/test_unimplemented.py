@@ -72,12 +72,6 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
         lambda on: on.policy.load_adapter("gs://my-bucket/adapters/run-42")
     ],
     f"{TRAINING}: weight_sync": [lambda on: on.policy.weight_sync()],
-    "Checkpoints and snapshots: merged_base, export_precision": [
-        lambda on: on.policy.save_weights_for_sampler("m", checkpoint_type="merged_base"),
-        lambda on: on.policy.save_weights_for_sampler_ext(
-            "m", checkpoint_type="merged_base", export_precision="bf16"
-        ),
-    ],
     f"{SAMPLING}: topk_prompt_logprobs, topk_sample_logprobs, target_prompt_logprobs, "
     "prompt_alt_tokens_k": [
         sample(include_prompt_logprobs=True, topk_prompt_logprobs=2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,43 @@ def test_an_adapter_becomes_a_folder_that_peft_loads(
     tuned = PeftModel.from_pretrained(base, model["location"])
     torch.testing.assert_close(own_logprobs(tuned), logprobs(policy), atol=1e-5, rtol=0)
     assert not control.model_is_moe(model["name"])
+
+
+def test_a_merged_base_is_served_promoted_and_trained_on(
+    daemon: DaemonProcess, control: FireworksClient, tiny_llama: Path
+) -> None:
+    policy = client_of(
+        daemon, str(tiny_llama), "lora", 4, create_deployment=True, deployment_id="d"
+    )
+    step(policy)
+    expected = logprobs(policy)
+    saved = policy.save_weights_for_sampler("m", checkpoint_type="Merged_Base").result().path
+    narrow = policy.save_weights_for_sampler_ext(
+        "n", checkpoint_type="merged_base", export_precision="bf16"
+    )
+    adapter = policy.save_weights_for_sampler("a").result().path
+    rows = {row["name"].rpartition("/")[2]: row for row in control.list_checkpoints("lora")}
+    kinds = [rows[one]["checkpointType"] for one in (saved, narrow.path, adapter)]
+    assert kinds == ["CHECKPOINT_TYPE_INFERENCE_BASE"] * 2 + ["CHECKPOINT_TYPE_INFERENCE_LORA"]
+    assert all(rows[one]["promotable"] for one in (saved, narrow.path, adapter))
+    for snapshot in (saved, adapter, saved):
+        sampler = policy.service.create_sampling_client(snapshot)
+        found = sampler.compute_logprobs(tinker.ModelInput.from_ints(TOKENS)).result()[1:]
+        torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=0)
+    promoted = control.promote_checkpoint(name=rows[narrow.path]["name"], output_model_id="m")
+    assert promoted["kind"] == "HF_BASE_MODEL"
+    again = client_of(daemon, promoted["name"], "again")
+    torch.testing.assert_close(logprobs(again), expected, atol=0.3, rtol=0)
+    config = json.loads((Path(promoted["location"]) / "config.json").read_text())
+    assert (config["dtype"], config["tie_word_embeddings"]) == ("bfloat16", False)
+    # What cannot be merged, or not so, is refused in the call.
+    for call in (policy.save_weights_for_sampler, again.save_weights_for_sampler):
+        with pytest.raises(ValueError, match="requires checkpoint_type='merged_base'"):
+            call("x", checkpoint_type="base", export_precision="bf16")
+    with pytest.raises(ValueError, match=r"must be one of \('source', 'bf16'\)"):
+        policy.save_weights_for_sampler("x", None, "merged_base", "fp8")
+    with pytest.raises(ValueError, match="no adapter to merge"):
+        again.save_weights_for_sampler("x", checkpoint_type="merged_base")
 
 
 def test_what_cannot_be_promoted_says_why(daemon: DaemonProcess, control: FireworksClient) -> None:

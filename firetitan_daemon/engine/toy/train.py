@@ -18,6 +18,7 @@ from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import (
     AdamParams,
     Datum,
+    ExportPrecision,
     Float32Array,
     ForwardOutput,
     LossConfig,
@@ -314,14 +315,21 @@ class ToyTrainEngine:
             self._counters = Counters(step=state.counters.step)
 
     def save_snapshot(
-        self, staging: Path, name: str, kind: SnapshotKind, parent: str | None
+        self,
+        staging: Path,
+        name: str,
+        kind: SnapshotKind,
+        parent: str | None,
+        precision: ExportPrecision = ExportPrecision.SOURCE,
     ) -> SavedSnapshot:
         """The two matrices; an adapter is merged and always makes a base."""
         lora = self._session().lora
         whole = model.raw(model.merged(self._base, self._weights, lora))
         own = {k: RawTensor(t.dtype, t.shape, t.data.copy()) for k, t in whole.items()}
         if lora is not None:
-            return write_base(staging, name, own)
+            saved = write_base(staging, name, own)
+            merged = kind is SnapshotKind.MERGED_BASE
+            return replace(saved, kind=kind) if merged else saved
         return self._writer.save(staging, name, kind, parent, own)
 
     def forget_snapshot(self) -> None:

@@ -131,6 +131,8 @@ class Snapshot(google.protobuf.message.Message):
         """Stands alone."""
         KIND_DELTA: Snapshot._Kind.ValueType  # 2
         """Changes against its parent."""
+        KIND_MERGED_BASE: Snapshot._Kind.ValueType  # 3
+        """A LoRA session's whole model, the adapter merged into the base: stands alone."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
         """What a snapshot builds on."""
@@ -141,6 +143,8 @@ class Snapshot(google.protobuf.message.Message):
     """Stands alone."""
     KIND_DELTA: Snapshot.Kind.ValueType  # 2
     """Changes against its parent."""
+    KIND_MERGED_BASE: Snapshot.Kind.ValueType  # 3
+    """A LoRA session's whole model, the adapter merged into the base: stands alone."""
 
     class _Format:
         ValueType = typing.NewType("ValueType", builtins.int)

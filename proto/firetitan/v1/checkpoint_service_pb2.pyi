@@ -11,8 +11,15 @@ import firetitan.v1.operation_pb2
 import google.protobuf.descriptor
 import google.protobuf.duration_pb2
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import sys
 import typing
+
+if sys.version_info >= (3, 10):
+    import typing as typing_extensions
+else:
+    import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
@@ -150,14 +157,40 @@ class SaveSnapshotRequest(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    class _ExportPrecision:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _ExportPrecisionEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[SaveSnapshotRequest._ExportPrecision.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        EXPORT_PRECISION_UNSPECIFIED: SaveSnapshotRequest._ExportPrecision.ValueType  # 0
+        """Not set: as SOURCE."""
+        EXPORT_PRECISION_SOURCE: SaveSnapshotRequest._ExportPrecision.ValueType  # 1
+        """The base model's stored data types."""
+        EXPORT_PRECISION_BF16: SaveSnapshotRequest._ExportPrecision.ValueType  # 2
+        """bfloat16."""
+
+    class ExportPrecision(_ExportPrecision, metaclass=_ExportPrecisionEnumTypeWrapper):
+        """In what a merged base is written."""
+
+    EXPORT_PRECISION_UNSPECIFIED: SaveSnapshotRequest.ExportPrecision.ValueType  # 0
+    """Not set: as SOURCE."""
+    EXPORT_PRECISION_SOURCE: SaveSnapshotRequest.ExportPrecision.ValueType  # 1
+    """The base model's stored data types."""
+    EXPORT_PRECISION_BF16: SaveSnapshotRequest.ExportPrecision.ValueType  # 2
+    """bfloat16."""
+
     HEADER_FIELD_NUMBER: builtins.int
     SNAPSHOT_ID_FIELD_NUMBER: builtins.int
     KIND_FIELD_NUMBER: builtins.int
     TTL_FIELD_NUMBER: builtins.int
+    EXPORT_PRECISION_FIELD_NUMBER: builtins.int
     snapshot_id: builtins.str
     """Wanted name; the session's suffix is appended, and `.2`, `.3` ... before it where it is taken."""
     kind: firetitan.v1.checkpoint_pb2.Snapshot.Kind.ValueType
     """Not set: LoRA a base; full-parameter first a base, then deltas."""
+    export_precision: global___SaveSnapshotRequest.ExportPrecision.ValueType
+    """Only with KIND_MERGED_BASE."""
     @property
     def header(self) -> firetitan.v1.command_pb2.CommandHeader:
         """Who and which."""
@@ -173,9 +206,10 @@ class SaveSnapshotRequest(google.protobuf.message.Message):
         snapshot_id: builtins.str = ...,
         kind: firetitan.v1.checkpoint_pb2.Snapshot.Kind.ValueType = ...,
         ttl: google.protobuf.duration_pb2.Duration | None = ...,
+        export_precision: global___SaveSnapshotRequest.ExportPrecision.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["header", b"header", "ttl", b"ttl"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["header", b"header", "kind", b"kind", "snapshot_id", b"snapshot_id", "ttl", b"ttl"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["export_precision", b"export_precision", "header", b"header", "kind", b"kind", "snapshot_id", b"snapshot_id", "ttl", b"ttl"]) -> None: ...
 
 global___SaveSnapshotRequest = SaveSnapshotRequest
 
