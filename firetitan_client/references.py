@@ -6,7 +6,9 @@ name exists; the daemon says.
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 from firetitan.v1 import checkpoint_pb2, checkpoint_service_pb2
@@ -152,6 +154,22 @@ def checkpoint_reference(path: Any, name: Any = None) -> str:
     if not text:
         raise InvalidArgument("checkpoint path cannot be empty", field="path")
     return text
+
+
+def adapter_reference(adapter_path: Any) -> str:
+    """What load_adapter was given, as the daemon takes it: a folder of this process, absolute.
+
+    Raises:
+        InvalidArgument: Not a text or path, or blank.
+    """
+    text = str(adapter_path) if isinstance(adapter_path, os.PathLike) else adapter_path
+    if not isinstance(text, str) or not text.strip():
+        raise InvalidArgument("adapter_path must be a non-empty string", field="adapter_path")
+    text = text.strip()
+    if "://" in text or "\0" in text:
+        return text
+    folder = Path(text).expanduser()
+    return str(folder.absolute()) if folder.exists() else text
 
 
 def cross_job(checkpoint_name: str, source_job_id: str | None) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from firetitan_daemon.control.adapters import hold_adapter, is_copy
 from firetitan_daemon.control.codec import SaveStateArguments
 from firetitan_daemon.control.services import Services
 from firetitan_daemon.core import chain, names
@@ -28,13 +29,20 @@ class Prepared:
     save: SaveTarget | None = None
     load: LoadSource | None = None
     loads: Checkpoint | None = None
-    """What `load` reads."""
+    """What `load` reads, of LoadState."""
+    adapter: str = ""
+    """What `load` reads as it was asked for, of LoadAdapter."""
     state: SaveStateArguments | None = None
     """Of SaveState."""
     ttl_s: float | None = None
     """Seconds that what is saved is to live; None: until it is deleted."""
     notes: tuple[str, ...] = ()
     """What the user should know of a snapshot."""
+
+    @property
+    def obsolete(self) -> tuple[str, ...]:
+        """Folders that go with the command, however it ends."""
+        return (str(self.load.folder),) if self.load is not None and is_copy(self.load) else ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,8 @@ class CheckpointManager:
             return await self._prepare_snapshot(session, operation, payload)
         if operation.method == "LoadState":
             return await self._prepare_load(session, operation, payload)
+        if operation.method == "LoadAdapter":
+            return await self._prepare_adapter(session, operation, payload)
         return Prepared()
 
     async def finish(
@@ -110,6 +120,9 @@ class CheckpointManager:
         if prepared.loads is not None:
             result = self._services.codec.load_result(prepared.loads, outcome.session.step)
             return Finished(chain.reset(session), result)
+        if prepared.adapter:
+            result = self._services.codec.adapter_result(prepared.adapter, outcome.session.step)
+            return Finished(chain.reset(session), result, obsolete=prepared.obsolete)
         if prepared.save is None or outcome.saved is None:
             assert outcome.result is not None
             return Finished(session, outcome.result)
@@ -186,6 +199,17 @@ class CheckpointManager:
             holds.release(operation.id)  # replaced or removed in between
         source = LoadSource(Path(checkpoint.folder), checkpoint.digest)
         return Prepared(load=source, loads=checkpoint)
+
+    async def _prepare_adapter(
+        self, session: Session, operation: Operation, payload: bytes
+    ) -> Prepared:
+        reference = self._services.codec.load_adapter(payload).adapter
+        if operation.loaded is not None:
+            # It was begun before: with these files, whatever the user's hold by now.
+            source = LoadSource(Path(operation.loaded.folder), operation.loaded.digest)
+        else:
+            source = await hold_adapter(self._services, session, reference, operation.id)
+        return Prepared(load=source, adapter=reference)
 
     async def _prepare_state(
         self, session: Session, operation: Operation, payload: bytes

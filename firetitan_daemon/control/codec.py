@@ -46,6 +46,13 @@ class LoadStateArguments:
 
 
 @dataclass(frozen=True)
+class LoadAdapterArguments:
+    """Of LoadAdapter."""
+
+    adapter: str
+
+
+@dataclass(frozen=True)
 class SaveSnapshotArguments:
     """Of SaveSnapshot."""
 
@@ -78,6 +85,9 @@ class Codec(Protocol):
     def load_state(self, payload: bytes) -> LoadStateArguments:
         """Read a LoadStateRequest."""
 
+    def load_adapter(self, payload: bytes) -> LoadAdapterArguments:
+        """Read a LoadAdapterRequest."""
+
     def save_snapshot(self, payload: bytes) -> SaveSnapshotArguments:
         """Read a SaveSnapshotRequest."""
 
@@ -92,3 +102,6 @@ class Codec(Protocol):
 
     def load_result(self, checkpoint: Checkpoint, step: int) -> bytes:
         """An Operation with only its result set: a LoadResult."""
+
+    def adapter_result(self, adapter: str, step: int) -> bytes:
+        """An Operation with only its result set: a LoadResult of an adapter."""

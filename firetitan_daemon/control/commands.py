@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +46,7 @@ from firetitan_daemon.core.sequencer import SessionSequencer
 
 logger = logging.getLogger("firetitan.commands")
 _DISK_RETRY_S = 1.0
-_READS_PAYLOAD = ("SaveState", "SaveSnapshot", "LoadState")
+_READS_PAYLOAD = ("SaveState", "SaveSnapshot", "LoadState", "LoadAdapter")
 
 
 class CommandPipeline:
@@ -313,8 +314,7 @@ class CommandPipeline:
                 await self._await_space(operation, error)
         self._settled_through = operation.commit_seq
         failpoint("commands.settled")
-        for folder in finished.obsolete:
-            await self._services.operations.holds.retire(Path(folder), self._services.folders)
+        await self._retire(finished.obsolete)
         return done
 
     async def _fail(
@@ -341,8 +341,14 @@ class CommandPipeline:
             except (FiretitanError, OSError) as problem:
                 await self._await_space(operation, problem)
         self._settled_through = operation.commit_seq
-        if prepared is not None and prepared.save is not None:
-            await discard(self._services.folders, prepared.save.staging)
+        if prepared is not None:
+            await self._retire(prepared.obsolete)
+            if prepared.save is not None:
+                await discard(self._services.folders, prepared.save.staging)
+
+    async def _retire(self, folders: Iterable[str]) -> None:
+        for folder in folders:
+            await self._services.operations.holds.retire(Path(folder), self._services.folders)
 
     async def _await_space(self, operation: Operation, error: FiretitanError | OSError) -> None:
         # The worker has run it: saying that it failed would be wrong, so wait for the disk.

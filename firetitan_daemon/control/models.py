@@ -19,10 +19,8 @@ from firetitan_daemon.control.trainers import TrainerManager
 from firetitan_daemon.core import chain, names
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.model_names import ModelId, NamedModel, parse_model_id
-from firetitan_daemon.core.ports import Change, Ledger, LoadSource
+from firetitan_daemon.core.ports import Change, Ledger
 from firetitan_daemon.core.records import Model, Snapshot
-
-ADAPTER_FORMAT = "peft_adapter"
 
 
 @dataclass(frozen=True)
@@ -68,27 +66,6 @@ class ModelRegistry:
             FiretitanError: MODEL_NOT_FOUND.
         """
         return self._services.models.promoted.get(name) or self._services.models.find(name)
-
-    def adapter(self, name: str) -> LoadSource | None:
-        """The folder of a promoted adapter; None where the name is no model's name at all.
-
-        Args:
-            name: A model's name, or a path or an address, which is not looked at.
-
-        Raises:
-            FiretitanError: MODEL_NOT_FOUND; INVALID_ARGUMENT for a model that is no adapter.
-        """
-        found = self._services.models.find(name)
-        if isinstance(found, Model):
-            if found.kind != ADAPTER_FORMAT:
-                raise FiretitanError(
-                    Reason.INVALID_ARGUMENT,
-                    f"adapter_path: {found.full_name} is a whole model, no adapter; create a "
-                    "trainer with it as base_model",
-                    field="adapter_path",
-                )
-            return LoadSource(Path(found.folder), found.digest)
-        return None if found.location == name else LoadSource(Path(found.location), "")
 
     async def promote(self, promotion: Promotion) -> Model:
         """Make a model of a snapshot; the same again is that model.

@@ -175,6 +175,18 @@ class Spool(Protocol):
         """At start: remove every file not in `keep`; returns how many."""
 
 
+ADAPTERS = "adapters"
+"""Kind of the folders with copies of users' adapters."""
+
+
+@dataclass(frozen=True)
+class LoadSource:
+    """What a load reads."""
+
+    folder: Path
+    digest: str
+
+
 class Folders(Protocol):
     """Published checkpoint and snapshot folders."""
 
@@ -204,6 +216,17 @@ class Folders(Protocol):
 
         Raises:
             FiretitanError: CHECKSUM_MISMATCH, STATE_DISK_FULL; nothing was published.
+        """
+
+    async def import_adapter(self, location: str) -> LoadSource:
+        """Copy a PEFT adapter from where a user keeps it and publish the copy.
+
+        Args:
+            location: An absolute path, or an address.
+
+        Raises:
+            FiretitanError: MODEL_NOT_FOUND, INVALID_ARGUMENT, UNSUPPORTED naming the driver that is
+                missing, STATE_DISK_FULL; nothing was published.
         """
 
     async def discard(self, folder: Path) -> None:
@@ -254,14 +277,6 @@ class SaveTarget:
     name: str
     kind: str = ""
     parent: str = ""
-
-
-@dataclass(frozen=True)
-class LoadSource:
-    """What a load reads."""
-
-    folder: Path
-    digest: str
 
 
 @dataclass(frozen=True)

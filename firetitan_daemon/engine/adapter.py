@@ -1,9 +1,7 @@
-"""LoRA adapters as PEFT folders: `PeftModel.from_pretrained` loads what is written here as it is.
+"""Writes LoRA adapters as PEFT folders: `PeftModel.from_pretrained` loads them as they are.
 
-Knows: PEFT's two files and their names. Must not know: training, the model object, the chain.
-
-The other way round, only `adapter_config.json` and safetensors are read, and a setting that plain
-LoRA on linear layers cannot honour is refused by name.
+Knows: torch tensors, PEFT's two files. Must not know: training, the model object, the chain.
+`peft.py` reads them.
 """
 
 from __future__ import annotations
@@ -11,53 +9,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import ModelInfo, SavedSnapshot, SnapshotFormat, SnapshotKind
-from firetitan_daemon.engine.raw import (
-    RawTensor,
-    RawTensors,
-    disk_errors,
-    read_safetensors,
-    result_digest,
-    seal,
-    write_safetensors,
+from firetitan_daemon.engine.peft import (
+    A_SUFFIX,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    B_SUFFIX,
+    PEFT_PREFIX,
 )
+from firetitan_daemon.engine.raw import disk_errors, result_digest, seal, write_safetensors
 from firetitan_daemon.engine.snapshots import about_base
 from firetitan_daemon.engine.tensors import stored_dtypes, to_raw
 
 Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 """A LoRA adapter: A [R, I] and B [O, R] by module name, without any PEFT prefix."""
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."
-A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
-
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "lora_dropout": (),
-    # The others (PiSSA, OLoRA, LoftQ, CorDA) change the base's weights.
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
-    "megatron_core": (),
-    "inference_mode": (),
-    "task_type": (),
-    "peft_type": (),
-    "peft_version": (),
-    "r": (),
-    "lora_alpha": (),
-    "use_rslora": (),
-    "target_modules": (),
-    "base_model_name_or_path": (),
-    "revision": (),
-    "auto_mapping": (),
-    "qalora_group_size": (),
-    "runtime_config": (),
-}
-"""Settings with a value that changes nothing here (empty: any value)."""
 
 
 def base_reference(base_model: str, info: ModelInfo) -> tuple[str, str | None]:
@@ -125,30 +93,6 @@ def write_adapter(
     )
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, RawTensor]]:
-    """Read a PEFT LoRA adapter, ours or another's; never runs code or reads pickle.
-
-    Returns:
-        The settings of its configuration file, all of them honourable; and its tensors by the names
-        in the file, pairs of `base_model.model.<module>.lora_A.weight` [R, I] and `lora_B` [O, R].
-
-    Raises:
-        FiretitanError: INVALID_ARGUMENT naming the missing file or malformed tensor, UNSUPPORTED
-            naming the setting this project cannot honour, CHECKSUM_MISMATCH for a damaged file.
-    """
-    path = folder / ADAPTER_CONFIG
-    if not path.is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
-        raise _bad_adapter(folder, f"needs {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} (safetensors)")
-    try:
-        settings: dict[str, Any] = json.loads(path.read_bytes())
-        rank = _check_settings(folder, settings)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _bad_adapter(folder, f"{ADAPTER_CONFIG} is not readable: {error!r}") from error
-    tensors = read_safetensors(folder / ADAPTER_WEIGHTS)
-    _check_pairs(folder, rank, tensors)
-    return settings, tensors
-
-
 def _target_modules(adapted: Iterable[str], stored: Iterable[str]) -> list[str]:
     """Shortest endings of module names that cover the adapted modules and no other."""
     wanted = set(adapted)
@@ -162,43 +106,3 @@ def _target_modules(adapted: Iterable[str], stored: Iterable[str]) -> list[str]:
                 break
         targets.add(ending)
     return sorted(targets)
-
-
-def _check_settings(folder: Path, settings: dict[str, Any]) -> int:
-    """Refuse what is not plain LoRA; returns the rank."""
-    if settings["peft_type"] != "LORA":
-        raise _unsupported(folder, "peft_type", settings["peft_type"])
-    for key, value in settings.items():
-        known = _NEUTRAL.get(key)
-        if value and (known is None or (known and value not in known)):
-            raise _unsupported(folder, key, value)
-    rank, _ = int(settings["r"]), float(settings["lora_alpha"])
-    if rank < 1:
-        raise _bad_adapter(folder, f"r={rank}; 1 or more")
-    return rank
-
-
-def _check_pairs(folder: Path, rank: int, tensors: RawTensors) -> None:
-    for module in sorted({n.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX) for n in tensors}):
-        a, b = tensors.get(module + A_SUFFIX), tensors.get(module + B_SUFFIX)
-        if a is None or b is None:
-            raise _bad_adapter(folder, f'"{module}" is no pair of lora_A and lora_B weights')
-        if len(a.shape) != 2 or len(b.shape) != 2 or {a.shape[0], b.shape[1]} != {rank}:
-            raise _bad_adapter(
-                folder, f'"{module}" has A {list(a.shape)} and B {list(b.shape)}, r is {rank}'
-            )
-    if not tensors:
-        raise _bad_adapter(folder, "holds no LoRA tensors")
-
-
-def _bad_adapter(folder: Path, what: str) -> FiretitanError:
-    return FiretitanError(Reason.INVALID_ARGUMENT, f"adapter {folder.name}: {what}", field="path")
-
-
-def _unsupported(folder: Path, key: str, value: object) -> FiretitanError:
-    return FiretitanError(
-        Reason.UNSUPPORTED,
-        f"adapter {folder.name}: {ADAPTER_CONFIG} has {key}={value!r}, which is not supported; "
-        "plain LoRA on linear layers is",
-        field=key,
-    )

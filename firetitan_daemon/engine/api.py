@@ -197,6 +197,21 @@ class SessionProgress:
     """Of the weights and both moments, which a save of the session holds."""
 
 
+def check_adapted(spec: SessionSpec) -> None:
+    """Refuse an adapter in a session that trains none.
+
+    Raises:
+        FiretitanError: INVALID_ARGUMENT.
+    """
+    if spec.lora is None:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            "load_adapter: this session trains every parameter (lora_rank=0) and has no adapter; "
+            "create a trainer with the adapter's lora_rank",
+            field="lora_rank",
+        )
+
+
 def check_base_only(spec: SessionSpec, retain_graph: bool) -> None:
     """Refuse to leave out full-parameter training, or to keep the base model's graph.
 
@@ -341,6 +356,16 @@ class TrainEngine(Protocol):
         """Verify every checksum, then replace the weights; clears gradients and graphs.
 
         Without the optimizer the moments and the step count start anew.
+        """
+
+    def load_adapter(self, folder: Path) -> None:
+        """Verify every checksum, then take over a PEFT adapter's weights; moments and steps anew.
+
+        Clears gradients and graphs.
+
+        Raises:
+            FiretitanError: INVALID_ARGUMENT, UNSUPPORTED or NON_FINITE naming what does not fit;
+                CHECKSUM_MISMATCH.
         """
 
     def save_snapshot(

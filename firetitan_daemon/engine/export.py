@@ -5,7 +5,7 @@ trained, which model object they go into, the daemon's chain.
 
 A full snapshot has the base's stored dtype and its config and tokenizer files; float32 masters are
 rounded once, here. `manifest.json` beside them is ours; transformers passes it over. Adapters have
-their own module; its two functions can be had from here too.
+modules of their own.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.adapter import ADAPTER_CONFIG, read_adapter, write_adapter
 from firetitan_daemon.engine.api import SavedSnapshot, SnapshotFormat, SnapshotKind
+from firetitan_daemon.engine.peft import ADAPTER_CONFIG
 from firetitan_daemon.engine.raw import (
     RawTensor,
     RawTensors,
@@ -36,8 +36,6 @@ from firetitan_daemon.engine.raw import (
 from firetitan_daemon.engine.resolve import weight_files
 from firetitan_daemon.engine.snapshots import ChainWriter, about_base
 from firetitan_daemon.engine.tensors import Tensors, from_raw, stored_dtypes, to_raw
-
-__all__ = ["SnapshotWriter", "read_adapter", "read_full", "write_adapter", "write_full"]
 
 MAX_SHARD_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
 from firetitan_daemon.engine.adapter import Pairs, base_reference, write_adapter
@@ -32,6 +33,7 @@ from firetitan_daemon.engine.api import (
     SessionSpec,
     SnapshotKind,
     WriteState,
+    check_adapted,
 )
 from firetitan_daemon.engine.batch import Batch, make_batch
 from firetitan_daemon.engine.embeddings import KeptEmbeddings
@@ -57,6 +59,7 @@ from firetitan_daemon.engine.passes import (
     parameter_gradients,
     run_passes,
 )
+from firetitan_daemon.engine.peft import PeftAdapter, read_adapter
 from firetitan_daemon.engine.state import (
     Counters,
     StateOrigin,
@@ -318,6 +321,44 @@ class HfTrainEngine(HfEmbeddings):
         session.gradients = {}
         session.counters = Counters(step=state.counters.step)
         session.writer.forget()
+
+    def load_adapter(self, folder: Path) -> None:
+        """Verify every checksum, then take over a PEFT adapter's weights; moments and steps anew.
+
+        Raises:
+            FiretitanError: INVALID_ARGUMENT, UNSUPPORTED or NON_FINITE naming what does not fit;
+                CHECKSUM_MISMATCH. Nothing was changed.
+        """
+        session = self._session()
+        check_adapted(session.spec)
+        assert isinstance(session.trainables, LoraTrainables)
+        about = durable.verify_folder(folder)
+        adapter = read_adapter(folder, about.get("source"))
+        self._check_base_weights(adapter)
+        with memory_errors():
+            fitted = session.trainables.fit(adapter, session.spec.seed)
+        self._graphs.clear()
+        with torch.no_grad():
+            for name, tensor in fitted.items():
+                session.trainables.masters[name].copy_(tensor)
+        session.trainables.refresh()
+        session.optimizer.reset()
+        session.gradients = {}
+        session.counters = Counters()
+        session.writer.forget()
+
+    def _check_base_weights(self, adapter: PeftAdapter) -> None:
+        """Refuse an adapter that brings other weights than the base's own."""
+        parameters = dict(self._loaded.model.named_parameters(remove_duplicate=False))
+        for module, tensor in from_raw(adapter.base_weights).items():
+            own = parameters.get(f"{module}.weight")
+            if own is None or own.shape != tensor.shape or not bool((own.cpu() == tensor).all()):
+                raise adapter.refuse(
+                    f'brings weights for "{module}" that are not the base model\'s; an adapter '
+                    "alone can be loaded",
+                    module,
+                    Reason.UNSUPPORTED,
+                )
 
     def save_snapshot(
         self,

@@ -22,9 +22,11 @@ from firetitan_daemon.engine.lora import (
     LoraPair,
     adapter_slot,
     attach_lora,
+    init_adapter,
     unwrap_modules,
 )
 from firetitan_daemon.engine.models import LoadedModel
+from firetitan_daemon.engine.peft import PeftAdapter, fit_adapter
 
 LORA_A = ".lora_A.weight"
 LORA_B = ".lora_B.weight"
@@ -68,6 +70,7 @@ class LoraTrainables:
 
     def __init__(self, loaded: LoadedModel, spec: LoraSpec, seed: int) -> None:
         self._loaded = loaded
+        self._spec = spec
         self.adapter: Mapping[str, LoraPair] = attach_lora(loaded.model, spec, seed)
         slot = adapter_slot(loaded.model)
         assert slot is not None, "an adapter covers at least one layer"
@@ -97,6 +100,31 @@ class LoraTrainables:
     def activate(self) -> None:
         """Put the adapter into the slot that the model's sessions share."""
         self._slot.active = self.adapter
+
+    def fit(self, adapter: PeftAdapter, seed: int) -> dict[str, torch.Tensor]:
+        """The masters with which this session computes what a stored adapter does.
+
+        Args:
+            adapter: What was stored.
+            seed: Of the session: what the adapter leaves out is as it was at the start.
+
+        Raises:
+            FiretitanError: Naming what of the adapter does not fit.
+        """
+        names = list(self.adapter)
+        fresh = init_adapter(self._loaded.model, names, self._spec.rank, self._spec.alpha, seed)
+        fitted = fit_adapter(
+            adapter,
+            {name: (pair.a.cpu().numpy(), pair.b.cpu().numpy()) for name, pair in fresh.items()},
+            self._spec.alpha / self._spec.rank,
+        )
+        masters = {}
+        for name, (a, b) in fitted.items():
+            masters[name + LORA_A], masters[name + LORA_B] = (
+                torch.from_numpy(a),
+                torch.from_numpy(b),
+            )
+        return masters
 
     @contextmanager
     def left_out(self) -> Iterator[None]:

@@ -9,7 +9,6 @@ model's parameters point at its tensors and the LoRA layers at its adapter: no t
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,12 @@ import torch
 
 from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.adapter import A_SUFFIX, B_SUFFIX, PEFT_PREFIX
 from firetitan_daemon.engine.api import SnapshotFormat, SnapshotKind, SnapshotLayer
 from firetitan_daemon.engine.delta import apply_delta
-from firetitan_daemon.engine.export import read_adapter, read_full
+from firetitan_daemon.engine.export import read_full
 from firetitan_daemon.engine.lora import Adapter, LoraPair, LoraSlot, wrap_modules
 from firetitan_daemon.engine.models import LoadedModel
+from firetitan_daemon.engine.peft import read_adapter
 from firetitan_daemon.engine.raw import RawTensors, result_digest
 from firetitan_daemon.engine.tensors import Tensors, from_raw
 from firetitan_daemon.engine.versions import Version
@@ -128,19 +127,12 @@ class ModelWeights:
 
     def _build_adapter(self, layer: SnapshotLayer) -> Version:
         durable.verify_folder(layer.path, layer.digest)
-        settings, raw = read_adapter(layer.path)
-        _check_result(layer, raw)
-        tensors = from_raw(raw)
-        rank = int(settings["r"])
-        divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
-        scaling = float(settings["lora_alpha"]) / divisor
+        stored = read_adapter(layer.path)
+        _check_result(layer, stored.tensors)
         adapter = {}
-        for key in sorted(tensors):
-            if key.endswith(A_SUFFIX):
-                path = key.removesuffix(A_SUFFIX)
-                name = path.removeprefix(PEFT_PREFIX)
-                pair = (tensors[key], tensors[path + B_SUFFIX])
-                adapter[name] = self._pair(layer, name, *pair, scaling)
+        for name in stored.modules:
+            a, b = from_raw(dict(zip("ab", stored.pair(name), strict=True))).values()
+            adapter[name] = self._pair(layer, name, a, b, stored.scaling)
         content = Content(self._base_parameters(), adapter, None)
         version = Version(layer.name, layer.result_digest, False, content)
         self._on_base.add(version)

@@ -19,6 +19,7 @@ from firetitan_daemon.control.codec import (
     Codec,
     Header,
     HotloadArguments,
+    LoadAdapterArguments,
     LoadStateArguments,
     SaveSnapshotArguments,
     SaveStateArguments,
@@ -48,6 +49,12 @@ class ProtobufCodec(Codec):
         request = _parse(checkpoint_service_pb2.LoadStateRequest, payload)
         return LoadStateArguments(request.checkpoint, request.with_optimizer)
 
+    def load_adapter(self, payload: bytes) -> LoadAdapterArguments:
+        """Read a LoadAdapterRequest."""
+        return LoadAdapterArguments(
+            _parse(checkpoint_service_pb2.LoadAdapterRequest, payload).adapter
+        )
+
     def save_snapshot(self, payload: bytes) -> SaveSnapshotArguments:
         """Read a SaveSnapshotRequest."""
         request = _parse(checkpoint_service_pb2.SaveSnapshotRequest, payload)
@@ -76,6 +83,11 @@ class ProtobufCodec(Codec):
     def load_result(self, checkpoint: Checkpoint, step: int) -> bytes:
         """An Operation with only its result set."""
         load = operation_pb2.LoadResult(checkpoint=convert.checkpoint(checkpoint), step=step)
+        return operation_pb2.Operation(load=load).SerializeToString()
+
+    def adapter_result(self, adapter: str, step: int) -> bytes:
+        """An Operation with only its result set."""
+        load = operation_pb2.LoadResult(adapter=adapter, step=step)
         return operation_pb2.Operation(load=load).SerializeToString()
 
 

@@ -7,6 +7,7 @@ Knows: folders below one root. Must not know: what is in them.
     snapshots/{name}-{id}
     points/{name}-{id}           recovery points
     models/{name}-{id}           promoted models; their files are links to the snapshots'
+    adapters/{name}-{id}         copies of users' adapters, while a load may be run again
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from typing import ParamSpec, TypeVar
 
 from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.ports import Folders
+from firetitan_daemon.core.ports import ADAPTERS, Folders, LoadSource
+from firetitan_daemon.store.adapters import fetch_adapter, readable_name
 from firetitan_daemon.store.disk import disk_full, is_full
 
 logger = logging.getLogger("firetitan.folders")
 STAGING = "staging"
-KINDS = ("checkpoints", "snapshots", "points", "models")
+KINDS = ("checkpoints", "snapshots", "points", "models", ADAPTERS)
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -71,6 +73,21 @@ class FileFolders(Folders):
         except FiretitanError:
             await self.discard(staging)
             raise
+
+    async def import_adapter(self, location: str) -> LoadSource:
+        """Copy a user's adapter and publish the copy."""
+        staging = self.staging()
+        try:
+            # May take its time: not in the thread that publishes.
+            digest = await asyncio.to_thread(fetch_adapter, location, staging)
+            folder = await self.publish(staging, ADAPTERS, readable_name(location))
+        except OSError as error:
+            await self.discard(staging)
+            raise self._failure(error) from error
+        except FiretitanError:
+            await self.discard(staging)
+            raise
+        return LoadSource(folder, digest)
 
     async def discard(self, folder: Path) -> None:
         """Remove a staging or a published folder; one that is gone is fine."""

@@ -40,6 +40,7 @@ REQUESTS: dict[str, type[Message]] = {
     "OptimStep": training_service_pb2.OptimStepRequest,
     "SaveState": checkpoint_service_pb2.SaveStateRequest,
     "LoadState": checkpoint_service_pb2.LoadStateRequest,
+    "LoadAdapter": checkpoint_service_pb2.LoadAdapterRequest,
     "SaveSnapshot": checkpoint_service_pb2.SaveSnapshotRequest,
 }
 """The request message of each method; field 1 of all is the CommandHeader."""
@@ -120,6 +121,7 @@ class CommandRunner:
             "OptimStep": self._optim_step,
             "SaveState": self._save_state,
             "LoadState": self._load_state,
+            "LoadAdapter": self._load_adapter,
             "SaveSnapshot": self._save_snapshot,
         }
 
@@ -249,12 +251,27 @@ class CommandRunner:
     def _load_state(self, command: Parsed) -> worker_pb2.ExecuteResponse:
         request = command.message
         assert isinstance(request, checkpoint_service_pb2.LoadStateRequest)
+        folder = self._source(command)
+        self._engine.load_state(folder, with_optimizer=request.with_optimizer)
+        return self._loaded(command)
+
+    def _load_adapter(self, command: Parsed) -> worker_pb2.ExecuteResponse:
+        self._engine.load_adapter(self._source(command))
+        return self._loaded(command)
+
+    @staticmethod
+    def _source(command: Parsed) -> Path:
+        """The folder that a load reads, its manifest compared."""
         if not command.execute.HasField("load"):
-            raise FiretitanError(Reason.INVALID_ARGUMENT, "load: missing; LoadState needs a folder")
+            raise FiretitanError(
+                Reason.INVALID_ARGUMENT, f"load: missing; {command.execute.method} needs a folder"
+            )
         source = command.execute.load
-        folder = Path(source.folder)
-        check_manifest(folder, source.digest)
-        self._load(folder, command.execute.commit_seq, with_optimizer=request.with_optimizer)
+        check_manifest(Path(source.folder), source.digest)
+        return Path(source.folder)
+
+    def _loaded(self, command: Parsed) -> worker_pb2.ExecuteResponse:
+        self._moved(command.execute.commit_seq)
         result = operation_pb2.Operation(load=operation_pb2.LoadResult(step=self._step))
         return _checked(worker_pb2.ExecuteResponse(result=_serialized(result)), 0.0)
 
@@ -268,10 +285,11 @@ class CommandRunner:
         found = json.loads((folder / MANIFEST).read_bytes()).get(APPLIED)
         if found != commit_seq:
             raise _damaged(folder / MANIFEST, f"{APPLIED} {commit_seq}", str(found))
-        self._load(folder, commit_seq, with_optimizer=True)
+        self._engine.load_state(folder, with_optimizer=True)
+        self._moved(commit_seq)
 
-    def _load(self, folder: Path, commit_seq: int, *, with_optimizer: bool) -> None:
-        self._engine.load_state(folder, with_optimizer=with_optimizer)
+    def _moved(self, commit_seq: int) -> None:
+        """Other weights were loaded: no delta can stand on what was saved before."""
         self._weights_version = commit_seq
         self._last_snapshot = ""
 

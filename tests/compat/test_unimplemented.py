@@ -68,9 +68,6 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
         config(hot_load_transition_type="ASYNC"),
     ],
     "FiretitanProvisioningConfig: projection_head_dim": [config(projection_head_dim=8)],
-    f"{TRAINING}: load_adapter, load_adapter_async": [
-        lambda on: on.policy.load_adapter("gs://my-bucket/adapters/run-42")
-    ],
     f"{TRAINING}: weight_sync": [lambda on: on.policy.weight_sync()],
     f"{SAMPLING}: topk_prompt_logprobs, topk_sample_logprobs, target_prompt_logprobs, "
     "prompt_alt_tokens_k": [

@@ -477,8 +477,3 @@ def test_a_script_that_ends_has_sent_its_calls(daemon: DaemonProcess) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     policy.forward(toy_data(), "cross_entropy").result()  # behind it in the session's order
     assert policy.list_checkpoints() == ["last"]
-
-
-def test_what_comes_later_says_so(policy: FiretitanTrainingClient) -> None:
-    with pytest.raises(NotImplementedError, match="not supported yet"):
-        policy.load_adapter("folder")

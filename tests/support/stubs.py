@@ -186,7 +186,7 @@ class LaneClient:
         method = type(message).__name__.removesuffix("Request")
         service = (
             self.stubs.checkpoints
-            if method in ("SaveState", "LoadState", "SaveSnapshot")
+            if method in ("SaveState", "LoadState", "LoadAdapter", "SaveSnapshot")
             else self.stubs.training
         )
         call = getattr(service, method)
@@ -212,6 +212,10 @@ class LaneClient:
         return self.send(
             checkpoint_service_pb2.LoadStateRequest(checkpoint=name, with_optimizer=with_optimizer)
         )
+
+    def load_adapter(self, adapter: str) -> operation_pb2.Operation:
+        """LoadAdapter from a path or an address."""
+        return self.send(checkpoint_service_pb2.LoadAdapterRequest(adapter=adapter))
 
     def save_snapshot(self, name: str, kind: int = 0) -> operation_pb2.Operation:
         """SaveSnapshot under a name."""

@@ -29,6 +29,8 @@ EOS = 0
 
 EMBED = "embed.weight"
 UNEMBED = "unembed.weight"
+ADAPTED = "unembed"
+"""The layer an adapter is on."""
 LORA_A = "unembed.lora_A.weight"
 LORA_B = "unembed.lora_B.weight"
 _SEED = 20240229

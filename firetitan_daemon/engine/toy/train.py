@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import (
     AdamParams,
@@ -33,6 +34,7 @@ from firetitan_daemon.engine.api import (
     SnapshotFormat,
     SnapshotKind,
     WriteState,
+    check_adapted,
     check_base_only,
 )
 from firetitan_daemon.engine.embedding_loss import (
@@ -41,6 +43,7 @@ from firetitan_daemon.engine.embedding_loss import (
     given_gradients,
     output_gradients,
 )
+from firetitan_daemon.engine.peft import fit_adapter, read_adapter
 from firetitan_daemon.engine.raw import (
     RawTensor,
     RawTensors,
@@ -313,6 +316,21 @@ class ToyTrainEngine:
             self._first |= model.arrays(state.first_moment)
             self._second |= model.arrays(state.second_moment)
             self._counters = Counters(step=state.counters.step)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Verify, then take over a PEFT adapter of the layer `unembed`."""
+        spec = self._session()
+        check_adapted(spec)
+        assert spec.lora is not None
+        about = durable.verify_folder(folder)
+        adapter = read_adapter(folder, about.get("source"))
+        for module in adapter.base_weights:
+            raise adapter.refuse(f'brings weights for "{module}"', module, Reason.UNSUPPORTED)
+        own = model.lora_weights(spec.lora, spec.seed)
+        fresh = {model.ADAPTED: (own[model.LORA_A], own[model.LORA_B])}
+        fitted = fit_adapter(adapter, fresh, spec.lora.alpha / spec.lora.rank)
+        a, b = fitted[model.ADAPTED]
+        self._replace({model.LORA_A: a, model.LORA_B: b})
 
     def save_snapshot(
         self,

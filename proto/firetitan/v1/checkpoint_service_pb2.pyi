@@ -152,6 +152,55 @@ class LoadStateResponse(google.protobuf.message.Message):
 global___LoadStateResponse = LoadStateResponse
 
 @typing.final
+class LoadAdapterRequest(google.protobuf.message.Message):
+    """For LoadAdapter."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: builtins.int
+    ADAPTER_FIELD_NUMBER: builtins.int
+    adapter: builtins.str
+    """A folder with adapter_config.json and adapter_model.safetensors: an absolute path of the daemon's
+    machine or a `file://` address, another address whose fsspec driver is installed with the daemon,
+    or a promoted model, `accounts/{account}/models/{model}`.
+    """
+    @property
+    def header(self) -> firetitan.v1.command_pb2.CommandHeader:
+        """Who and which."""
+
+    def __init__(
+        self,
+        *,
+        header: firetitan.v1.command_pb2.CommandHeader | None = ...,
+        adapter: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["header", b"header"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "header", b"header"]) -> None: ...
+
+global___LoadAdapterRequest = LoadAdapterRequest
+
+@typing.final
+class LoadAdapterResponse(google.protobuf.message.Message):
+    """From LoadAdapter."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OPERATION_FIELD_NUMBER: builtins.int
+    @property
+    def operation(self) -> firetitan.v1.operation_pb2.Operation:
+        """Ends with a LoadResult."""
+
+    def __init__(
+        self,
+        *,
+        operation: firetitan.v1.operation_pb2.Operation | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["operation", b"operation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["operation", b"operation"]) -> None: ...
+
+global___LoadAdapterResponse = LoadAdapterResponse
+
+@typing.final
 class SaveSnapshotRequest(google.protobuf.message.Message):
     """For SaveSnapshot."""
 

@@ -45,6 +45,11 @@ class CheckpointServiceStub(object):
                 request_serializer=firetitan_dot_v1_dot_checkpoint__service__pb2.LoadStateRequest.SerializeToString,
                 response_deserializer=firetitan_dot_v1_dot_checkpoint__service__pb2.LoadStateResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/firetitan.v1.CheckpointService/LoadAdapter',
+                request_serializer=firetitan_dot_v1_dot_checkpoint__service__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=firetitan_dot_v1_dot_checkpoint__service__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
         self.SaveSnapshot = channel.unary_unary(
                 '/firetitan.v1.CheckpointService/SaveSnapshot',
                 request_serializer=firetitan_dot_v1_dot_checkpoint__service__pb2.SaveSnapshotRequest.SerializeToString,
@@ -95,6 +100,13 @@ class CheckpointServiceServicer(object):
 
     def LoadState(self, request, context):
         """Loads a checkpoint; clears pending gradients.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadAdapter(self, request, context):
+        """Loads a PEFT adapter's weights; the optimizer starts anew, pending gradients go.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -162,6 +174,11 @@ def add_CheckpointServiceServicer_to_server(servicer, server):
                     servicer.LoadState,
                     request_deserializer=firetitan_dot_v1_dot_checkpoint__service__pb2.LoadStateRequest.FromString,
                     response_serializer=firetitan_dot_v1_dot_checkpoint__service__pb2.LoadStateResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=firetitan_dot_v1_dot_checkpoint__service__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=firetitan_dot_v1_dot_checkpoint__service__pb2.LoadAdapterResponse.SerializeToString,
             ),
             'SaveSnapshot': grpc.unary_unary_rpc_method_handler(
                     servicer.SaveSnapshot,
@@ -254,6 +271,33 @@ class CheckpointService(object):
             '/firetitan.v1.CheckpointService/LoadState',
             firetitan_dot_v1_dot_checkpoint__service__pb2.LoadStateRequest.SerializeToString,
             firetitan_dot_v1_dot_checkpoint__service__pb2.LoadStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/firetitan.v1.CheckpointService/LoadAdapter',
+            firetitan_dot_v1_dot_checkpoint__service__pb2.LoadAdapterRequest.SerializeToString,
+            firetitan_dot_v1_dot_checkpoint__service__pb2.LoadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -33,6 +33,12 @@ class CheckpointServiceStub:
     ]
     """Loads a checkpoint; clears pending gradients."""
 
+    LoadAdapter: grpc.UnaryUnaryMultiCallable[
+        firetitan.v1.checkpoint_service_pb2.LoadAdapterRequest,
+        firetitan.v1.checkpoint_service_pb2.LoadAdapterResponse,
+    ]
+    """Loads a PEFT adapter's weights; the optimizer starts anew, pending gradients go."""
+
     SaveSnapshot: grpc.UnaryUnaryMultiCallable[
         firetitan.v1.checkpoint_service_pb2.SaveSnapshotRequest,
         firetitan.v1.checkpoint_service_pb2.SaveSnapshotResponse,
@@ -91,6 +97,12 @@ class CheckpointServiceAsyncStub:
         firetitan.v1.checkpoint_service_pb2.LoadStateResponse,
     ]
     """Loads a checkpoint; clears pending gradients."""
+
+    LoadAdapter: grpc.aio.UnaryUnaryMultiCallable[
+        firetitan.v1.checkpoint_service_pb2.LoadAdapterRequest,
+        firetitan.v1.checkpoint_service_pb2.LoadAdapterResponse,
+    ]
+    """Loads a PEFT adapter's weights; the optimizer starts anew, pending gradients go."""
 
     SaveSnapshot: grpc.aio.UnaryUnaryMultiCallable[
         firetitan.v1.checkpoint_service_pb2.SaveSnapshotRequest,
@@ -154,6 +166,14 @@ class CheckpointServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[firetitan.v1.checkpoint_service_pb2.LoadStateResponse, collections.abc.Awaitable[firetitan.v1.checkpoint_service_pb2.LoadStateResponse]]:
         """Loads a checkpoint; clears pending gradients."""
+
+    @abc.abstractmethod
+    def LoadAdapter(
+        self,
+        request: firetitan.v1.checkpoint_service_pb2.LoadAdapterRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[firetitan.v1.checkpoint_service_pb2.LoadAdapterResponse, collections.abc.Awaitable[firetitan.v1.checkpoint_service_pb2.LoadAdapterResponse]]:
+        """Loads a PEFT adapter's weights; the optimizer starts anew, pending gradients go."""
 
     @abc.abstractmethod
     def SaveSnapshot(

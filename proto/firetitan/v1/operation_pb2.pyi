@@ -159,26 +159,30 @@ global___OptimStepResult = OptimStepResult
 
 @typing.final
 class LoadResult(google.protobuf.message.Message):
-    """Result of LoadState."""
+    """Result of LoadState and LoadAdapter."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     CHECKPOINT_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
+    ADAPTER_FIELD_NUMBER: builtins.int
     step: builtins.int
     """Steps the session stands at now."""
+    adapter: builtins.str
+    """What LoadAdapter loaded, as it was asked for."""
     @property
     def checkpoint(self) -> firetitan.v1.checkpoint_pb2.Checkpoint:
-        """What was loaded."""
+        """What LoadState loaded."""
 
     def __init__(
         self,
         *,
         checkpoint: firetitan.v1.checkpoint_pb2.Checkpoint | None = ...,
         step: builtins.int = ...,
+        adapter: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "checkpoint", b"checkpoint", "step", b"step"]) -> None: ...
 
 global___LoadResult = LoadResult
 
@@ -252,7 +256,7 @@ class Operation(google.protobuf.message.Message):
 
     @property
     def load(self) -> global___LoadResult:
-        """LoadState."""
+        """LoadState, LoadAdapter."""
 
     @property
     def trainer(self) -> firetitan.v1.trainer_pb2.Trainer:

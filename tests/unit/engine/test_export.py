@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine import export
-from firetitan_daemon.engine.adapter import ADAPTER_CONFIG, read_adapter, write_adapter
+from firetitan_daemon.engine.adapter import write_adapter
 from firetitan_daemon.engine.api import LoraSpec, ModelInfo, SnapshotFormat, SnapshotKind
 from firetitan_daemon.engine.delta import apply_delta
 from firetitan_daemon.engine.export import SnapshotWriter, read_full, write_full
 from firetitan_daemon.engine.lora import attach_lora
+from firetitan_daemon.engine.peft import ADAPTER_CONFIG, read_adapter
 from firetitan_daemon.engine.raw import result_digest, write_safetensors
 from firetitan_daemon.engine.tensors import from_raw, stored_dtypes, to_raw
 
@@ -204,7 +205,7 @@ def test_peft_loads_an_adapter_with_equal_logits(
     assert (_logits(base) - expected).abs().max() > 1e-2
     loaded = PeftModel.from_pretrained(base, adapter)
     torch.testing.assert_close(_logits(loaded), expected, rtol=0, atol=2e-5)
-    _, tensors = read_adapter(adapter)
+    tensors = read_adapter(adapter).tensors
     names = {name.replace(".default.", ".") for name in loaded.state_dict() if "lora_" in name}
     assert names == set(tensors)
 
@@ -216,15 +217,16 @@ def test_adapter_says_what_it_stands_on(tmp_path: Path) -> None:
     assert config["r"] == 4 and config["lora_alpha"] == 8 and config["use_rslora"] is False
     assert config["target_modules"] == sorted(config["target_modules"])
     assert "lm_head" in config["target_modules"]
-    settings, tensors = read_adapter(adapter)
-    assert settings == config
+    read = read_adapter(adapter)
+    tensors = read.tensors
+    assert (read.rank, read.scaling) == (4, 2.0)
     assert durable.verify_folder(adapter)["result_digest"] == result_digest(tensors)
     assert {tensor.dtype for tensor in tensors.values()} == {"F32"}
 
 
 def test_adapter_of_a_bfloat16_base_stays_float32(tmp_path: Path) -> None:
     _, adapter, _ = _adapter(tmp_path, "llama", LoraSpec(4), dtype="bfloat16")
-    assert {tensor.dtype for tensor in read_adapter(adapter)[1].values()} == {"F32"}
+    assert {tensor.dtype for tensor in read_adapter(adapter).tensors.values()} == {"F32"}
 
 
 @pytest.mark.parametrize(
@@ -258,8 +260,8 @@ def test_adapter_written_by_peft_is_read(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, target_modules=["q_proj"])
     )
     model.save_pretrained(tmp_path / "theirs")
-    settings, tensors = read_adapter(tmp_path / "theirs")
-    assert settings["r"] == 4 and len(tensors) == 4
+    read = read_adapter(tmp_path / "theirs")
+    assert read.rank == 4 and len(read.tensors) == 4
 
 
 @pytest.mark.parametrize("damage", ["no weights", "unpaired", "rank", "truncated", "json"])
@@ -270,7 +272,7 @@ def test_malformed_adapters_are_refused(tmp_path: Path, damage: str) -> None:
         case "no weights":
             shutil.move(weights, adapter / "adapter_model.bin")
         case "unpaired":
-            tensors = read_adapter(adapter)[1]
+            tensors = dict(read_adapter(adapter).tensors)
             tensors.pop(next(name for name in tensors if "lora_B" in name))
             write_safetensors(weights, tensors)
         case "rank":

@@ -458,7 +458,7 @@ class LoadSource(google.protobuf.message.Message):
     FOLDER_FIELD_NUMBER: builtins.int
     DIGEST_FIELD_NUMBER: builtins.int
     folder: builtins.str
-    """A published checkpoint folder."""
+    """A published folder."""
     digest: builtins.str
     """BLAKE3 of its manifest, hex."""
     def __init__(
@@ -495,7 +495,7 @@ class ExecuteRequest(google.protobuf.message.Message):
     request_id: builtins.str
     """The request's id."""
     method: builtins.str
-    """"Forward", "Backward", "ForwardBackward", "OptimStep", "SaveState", "LoadState" or
+    """"Forward", "Backward", "ForwardBackward", "OptimStep", "SaveState", "LoadState", "LoadAdapter" or
     "SaveSnapshot".
     """
     request: builtins.bytes
@@ -516,7 +516,7 @@ class ExecuteRequest(google.protobuf.message.Message):
 
     @property
     def load(self) -> global___LoadSource:
-        """For LoadState."""
+        """For LoadState and LoadAdapter."""
 
     def __init__(
         self,
