@@ -14,7 +14,7 @@ POLYGLOT := examples/polyglot
 TINKERS := 0.23.0 0.27.0 0.38.0
 
 .PHONY: help setup demo test test-slow test-tinker polyglot polyglot-node polyglot-go verify verify-lint verify-types verify-imports verify-proto \
-	verify-docs fix-lint fix-proto proto proto-baseline bench examples ci clean
+	verify-docs fix-lint fix-proto proto proto-baseline bench chaos examples ci clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -110,6 +110,9 @@ polyglot-go: $(PROTO_READY)
 
 bench: setup ## Compare speed with PEFT and HF generate, interleaved in one run
 	@$(BIN)/python bench/run.py
+
+chaos: setup ## Train a 135M model while its processes are killed; the weights must not show it (10 min)
+	@$(BIN)/python tests/chaos/run.py
 
 examples: setup ## Run sft.py and grpo.py in full against a daemon of their own
 	@$(BIN)/python examples/demo.py --full

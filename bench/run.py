@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import recovery
 import tinker
 import workload
 from report import Finding, interleaved, show, write
@@ -180,6 +181,12 @@ def hotload(options: Options) -> list[Finding]:
     return findings
 
 
+def deaths(options: Options) -> list[Finding]:
+    """Recovery points and the death of a trainer, against what they may take."""
+    lengths = options.lengths(workload.UNIFORM)
+    return recovery.measure(options.model, options.threads, lengths, options.vocab, options.rounds)
+
+
 def _hotload(options: Options, service: Any, rank: int, name: str) -> Finding:
     policy = service.create_training_client(base_model=options.model, lora_rank=rank)
     (sequence,) = workload.make_batch([16], options.vocab, half=False)
@@ -261,6 +268,7 @@ COMPARISONS: dict[str, Callable[[Options], list[Finding]]] = {
     "custom": custom,
     "sampling": sampling,
     "hotload": hotload,
+    "deaths": deaths,
 }
 
 

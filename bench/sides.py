@@ -87,14 +87,19 @@ class Side:
 
 
 @contextmanager
-def daemon(threads: int) -> Iterator[Path]:
-    """A `firetitand` of its own; yields its home. Ends with everything it started."""
+def daemon(threads: int, **settings: str) -> Iterator[Path]:
+    """A `firetitand` of its own; yields its home. Ends with everything it started.
+
+    Args:
+        threads: Of its workers; 0: as many as there are cores.
+        settings: Added to its environment.
+    """
     home = OUT / "bench"
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     os.environ["FIRETITAN_HOME"] = str(home)
     os.environ.pop("FIRETITAN_ADDRESS", None)
-    variables = dict(os.environ)
+    variables = {**os.environ, **settings}
     if threads:
         variables["OMP_NUM_THREADS"] = str(threads)
     with (home / "daemon.log").open("wb") as log:

@@ -98,8 +98,9 @@ class DaemonProcess:
         if run.parent != self.home:
             shutil.rmtree(run, ignore_errors=True)
 
-    def worker_pids(self) -> list[int]:
-        """Live worker processes whose bundle lies under this home."""
+    def worker_pids(self, kind: str = "") -> list[int]:
+        """Live worker processes whose bundle lies under this home, all or of one kind."""
+        wanted = kind.encode() or b"firetitan_daemon.worker"
         pids = []
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
@@ -108,7 +109,7 @@ class DaemonProcess:
                 command = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"firetitan_daemon.worker" in command and any(
+            if {b"firetitan_daemon.worker", wanted} <= set(command) and any(
                 argument.startswith(str(self.home).encode()) for argument in command
             ):
                 pids.append(int(entry.name))

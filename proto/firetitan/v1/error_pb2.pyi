@@ -248,8 +248,8 @@ class SessionLoss(google.protobuf.message.Message):
     hint: builtins.str
     """What to do."""
     restored_from: builtins.str
-    """Checkpoint with that step, `trainers/{trainer}/checkpoints/{checkpoint}`; empty: the session
-    starts over.
+    """Checkpoint with that step, `trainers/{trainer}/sessions/{session}/checkpoints/{checkpoint}`;
+    empty: the session starts over.
     """
     lost_backwards: builtins.int
     """Finished backward passes, not in the checkpoint, whose gradients no step had taken yet."""
