@@ -51,9 +51,9 @@ class FireworksClient(ControlClient):
             Rows with `name` (`accounts/local/rlorTrainerJobs/<job>/checkpoints/<id>`),
             `createTime`, `updateTime` (RFC 3339), `checkpointType` and `promotable`; and of ours
             `baseModel`, `baseModelRevision`, `baseModelFingerprint`, `tokenizer`, `loraRank`,
-            `step`, `seq` (place in the session's order), `session`, `sizeBytes`, and `expireTime`
-            where it has one. Snapshots for sampling and checkpoints to resume from are told apart
-            by their type.
+            `step`, `seq` (place in the session's order), `session`, `sizeBytes`; `expireTime` where
+            it has one, `userMetadata` of a checkpoint to resume from. Those and snapshots for
+            sampling are told apart by their type.
 
         Raises:
             NotFound: No such trainer, and nothing it would have saved.
@@ -340,7 +340,8 @@ def _model_row(model: model_pb2.Model) -> dict[str, Any]:
 
 
 def _checkpoint_row(trainer_id: str, saved: checkpoint_pb2.Checkpoint) -> dict[str, Any]:
-    return _row(trainer_id, saved, "TRAINING_LORA" if saved.lora_rank else "TRAINING", False)
+    row = _row(trainer_id, saved, "TRAINING_LORA" if saved.lora_rank else "TRAINING", False)
+    return row | {"userMetadata": dict(saved.user_metadata)}
 
 
 def _snapshot_row(trainer_id: str, saved: checkpoint_pb2.Snapshot) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from firetitan.v1 import (
     deployment_service_pb2,
     trainer_pb2,
     trainer_service_pb2,
+    training_service_pb2,
 )
 
 from firetitan_client.errors import InvalidArgument, NotFound, Unsupported
@@ -250,7 +251,19 @@ class RestClient:
             last_request_time=max([_created(trainer), *(one.time for one in saved)]),
             last_checkpoint=states[-1] if states else None,
             last_sampler_checkpoint=snapshots[-1] if snapshots else None,
+            user_metadata=await self._notes(trainer),
         )
+
+    async def _notes(self, trainer: trainer_pb2.Trainer) -> dict[str, str] | None:
+        """The notes of a trainer's session, where it has exactly one."""
+        if not trainer.session:
+            return None
+        answer = await self._transport.call(
+            "TrainingService/GetSession",
+            training_service_pb2.GetSessionRequest(name=trainer.session),
+            training_service_pb2.GetSessionResponse,
+        )
+        return dict(answer.session.user_metadata)
 
     async def _checkpoints(self, run: str) -> list[Any]:
         """What a trainer saved, oldest first."""

@@ -37,6 +37,7 @@ class Opened:
     base_model: str
     lora_rank: int
     suffix: str
+    user_metadata: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,14 @@ async def open_session(
                 found.name,
             )
             found = await _create(transport, trainer, wanted, request_id)
-    return Opened(found.name, trainer, found.base_model, found.lora.rank, found.suffix)
+    return Opened(
+        found.name,
+        trainer,
+        found.base_model,
+        found.lora.rank,
+        found.suffix,
+        dict(found.user_metadata),
+    )
 
 
 async def _create(

@@ -49,6 +49,11 @@ class FiretitanTrainingClient(WeightsCalls, TinkerTrainingCalls):
         return self._opened.session
 
     @property
+    def user_metadata(self) -> dict[str, str]:
+        """The notes of whoever created the session."""
+        return dict(self._opened.user_metadata)
+
+    @property
     def trainer_job_id(self) -> str:
         """Id of the trainer the session is on."""
         return self._opened.trainer.name.rpartition("/")[2]

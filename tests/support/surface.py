@@ -84,7 +84,7 @@ CLASSES = {
         weight_sync()
         result(timeout=None) +async
         future()
-        run_id, run_name, model_id, holder, session_name, trainer_job_id, service
+        run_id, run_name, model_id, holder, session_name, trainer_job_id, service, user_metadata
     """,
     "APIFuture": """
         result(timeout=None) +async
