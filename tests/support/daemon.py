@@ -39,6 +39,18 @@ class DaemonProcess:
 
     def start(self, environment: dict[str, str] | None = None, timeout_s: float = 20.0) -> str:
         """Start and wait until it serves; returns its address."""
+        process = self.launch(environment)
+        deadline = time.monotonic() + timeout_s
+        while not self._serves():
+            if process.poll() is not None:
+                raise RuntimeError(f"firetitand exited {process.returncode}:\n{self.log}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"firetitand does not serve:\n{self.log}")
+            time.sleep(0.02)
+        return self.address
+
+    def launch(self, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """Start it without waiting."""
         self.home.mkdir(parents=True, exist_ok=True)
         variables = {
             **os.environ,
@@ -55,14 +67,7 @@ class DaemonProcess:
                 stdout=log,
                 stderr=log,
             )
-        deadline = time.monotonic() + timeout_s
-        while not self._serves():
-            if self.process.poll() is not None:
-                raise RuntimeError(f"firetitand exited {self.process.returncode}:\n{self.log}")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"firetitand does not serve:\n{self.log}")
-            time.sleep(0.02)
-        return self.address
+        return self.process
 
     def _serves(self) -> bool:
         assert self.process is not None

@@ -110,6 +110,23 @@ def test_every_failpoint_is_described() -> None:
     assert [name for name in NAMES if f"`{name}`" not in text] == []
 
 
+def test_every_promise_names_a_test_or_says_not_yet() -> None:
+    rows = re.findall(
+        r"^\| R(\d+) \| ([^|]+) \| ([^|]+) \| ([^|]*)\|$", page("reliability.md"), re.MULTILINE
+    )
+    assert [int(number) for number, *_ in rows] == list(range(1, 31))
+    missing = []
+    for number, _, shown, _ in rows:
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", shown)
+        assert tests or "not yet" in shown, f"R{number}: neither a test nor `not yet`"
+        missing += [
+            name
+            for path, name in tests
+            if not re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(), re.MULTILINE)
+        ]
+    assert missing == []
+
+
 def test_every_managed_setting_is_in_the_table() -> None:
     from firetitan_client.managed import FiretitanProvisioningConfig
 

@@ -1,0 +1,249 @@
+"""Clients that train without pause and write down what they see: threads, or processes.
+
+`python tests/support/history_client.py ADDRESS SESSION NAME FILE` runs one until it is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from firetitan.v1 import (
+    checkpoint_service_pb2,
+    operation_pb2,
+    operation_service_pb2,
+    tensor_pb2,
+    training_service_pb2,
+)
+
+sys.path[:0] = [] if __package__ else [str(Path(__file__).parents[1])]
+
+from support.commands import toy_datum  # noqa: E402
+from support.history import (  # noqa: E402
+    COMMITTED,
+    FAILED,
+    LOST,
+    READ,
+    STEP,
+    Call,
+    History,
+    Recorder,
+    judge,
+    load,
+)
+from support.stubs import LaneClient, Stubs, optim_request, status_reason  # noqa: E402
+
+WAIT_S = 120.0
+EXPECTED = ("NO_GRADIENTS", "PRECEDING_FAILED")
+
+
+def datum_of(client: str, seq: int) -> tensor_pb2.Datum:
+    """The data of the ForwardBackward at a place of a lane: no two are the same."""
+    mixed = int(hashlib.blake2b(f"{client}-{seq}".encode(), digest_size=4).hexdigest(), 16)
+    tokens = [(mixed >> shift) % 32 for shift in (0, 5, 10, 15)]
+    return toy_datum(tokens[:3], tokens[1:])
+
+
+def message_of(method: str, client: str, seq: int) -> object:
+    """The command at a place of a lane, without its header."""
+    if method == "ForwardBackward":
+        return training_service_pb2.ForwardBackwardRequest(
+            data=[datum_of(client, seq)], loss_fn="cross_entropy"
+        )
+    if method == STEP:
+        return optim_request()
+    return checkpoint_service_pb2.SaveStateRequest(checkpoint_id=f"{client}-{seq}")
+
+
+def call_of(operation: operation_pb2.Operation) -> Call:
+    """An operation as the session itself tells of it."""
+    return Call(
+        client=operation.client_id,
+        method=operation.method,
+        request_id=f"{operation.client_id}-{operation.seq}",
+        invoked=0.0,
+        outcome=_outcome(operation),
+        seq=operation.seq,
+        commit_seq=operation.commit_seq,
+        step=_step(operation),
+        operation=operation.name,
+    )
+
+
+def _outcome(operation: operation_pb2.Operation) -> str:
+    if not operation.HasField("error"):
+        return COMMITTED
+    return LOST if status_reason(operation.error) == "SESSION_LOSS" else FAILED
+
+
+def _step(operation: operation_pb2.Operation) -> int:
+    if operation.method == STEP and operation.HasField("optim_step"):
+        return int(operation.optim_step.metrics["step"])
+    return 0
+
+
+def digest_of(operation: operation_pb2.Operation) -> str:
+    """Of everything an ended operation says."""
+    return hashlib.blake2b(
+        operation.SerializeToString(deterministic=True), digest_size=16
+    ).hexdigest()
+
+
+class TrainingClient(threading.Thread):
+    """One lane: two backward passes and a step, over and over, and a look at the step between.
+
+    Args:
+        address: Of the daemon.
+        session: Its name.
+        name: Of the lane.
+        recorder: Takes what is sent and what comes back.
+        save_every: Steps between two saves of the state; 0: none.
+    """
+
+    def __init__(
+        self, address: str, session: str, name: str, recorder: Recorder, *, save_every: int = 0
+    ) -> None:
+        super().__init__(name=name, daemon=True)
+        self.address = address
+        self.session = session
+        self.recorder = recorder
+        self.save_every = save_every
+        self.stopping = threading.Event()
+        self.steps = 0
+        self.answered: list[float] = []
+        """When calls came back, on the monotonic clock."""
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        """Train until told to stop."""
+        self.stubs = Stubs(self.address)
+        try:
+            self.lane = LaneClient(self.stubs, self.session, self.name)
+            while not self.stopping.is_set():
+                self.send("ForwardBackward", "ForwardBackward", STEP)
+                self.read()
+                self.steps += 1
+                if self.save_every and self.steps % self.save_every == 0:
+                    self.send("SaveState")
+        except BaseException as error:
+            self.failure = error
+        finally:
+            self.stubs.channel.close()
+
+    def send(self, *methods: str) -> None:
+        """Send commands without waiting in between, then wait for each."""
+        sent = []
+        for method in methods:
+            lane, seq = self.lane, self.lane.seq
+            key = self.recorder.invoked(lane.client_id, method, f"{lane.client_id}-{seq}", seq)
+            sent.append((key, lane.send(message_of(method, lane.client_id, seq))))
+        for key, operation in sent:
+            ended = self.stubs.wait(operation.name, WAIT_S)
+            self.answered.append(time.monotonic())
+            note(self.recorder, key, ended)
+            if ended.HasField("error"):
+                # Another client's step may have taken the gradients of this one.
+                assert status_reason(ended.error) in EXPECTED, ended.error
+                self.lane.seen_failure = ended.seq
+
+    def read(self) -> None:
+        """Look at the session's step."""
+        key = self.recorder.invoked(self.name, READ, uuid.uuid4().hex)
+        request = training_service_pb2.GetSessionRequest(name=self.session)
+        found = self.stubs.retry(self.stubs.training.GetSession, request).session
+        self.recorder.returned(key, COMMITTED, step=found.step)
+
+
+def note(recorder: Recorder, key: str, operation: operation_pb2.Operation) -> None:
+    """Write down how a command ended."""
+    recorder.returned(
+        key,
+        _outcome(operation),
+        commit_seq=operation.commit_seq,
+        step=_step(operation),
+        digest=digest_of(operation),
+        operation=operation.name,
+    )
+
+
+@contextlib.contextmanager
+def training(
+    address: str, session: str, folder: Path, count: int, *, save_every: int = 0
+) -> Iterator[Sequence[TrainingClient]]:
+    """Clients that train while the block runs; afterwards what they saw has been judged.
+
+    Raises:
+        AssertionError: A client failed, or the history is not that of a right session.
+    """
+    recorder = Recorder(folder / "history.jsonl")
+    clients = [
+        TrainingClient(address, session, f"client-{index}", recorder, save_every=save_every)
+        for index in range(count)
+    ]
+    for client in clients:
+        client.start()
+    try:
+        yield clients
+    finally:
+        for client in clients:
+            client.stopping.set()
+        for client in clients:
+            client.join(WAIT_S)
+    failures = [one.failure for one in clients if one.failure is not None]
+    assert not failures and not any(one.is_alive() for one in clients), failures
+    recorder.listed(call_of(one) for one in list_operations(address, session))
+    recorder.close()
+    history = load(recorder.path)
+    assert judge(history) == [], f"judge again: python tests/support/history.py {recorder.path}"
+
+
+def list_operations(address: str, session: str) -> list[operation_pb2.Operation]:
+    """Every operation of a session, with its result, in its order."""
+    stubs = Stubs(address)
+    request = operation_service_pb2.ListOperationsRequest(parent=session, page_size=1000)
+    found: list[operation_pb2.Operation] = []
+    while True:
+        page = stubs.retry(stubs.operations.ListOperations, request)
+        for one in page.operations:
+            get = operation_service_pb2.GetOperationRequest(name=one.name)
+            found.append(stubs.retry(stubs.operations.GetOperation, get).operation)
+        request.page_token = page.next_page_token
+        if not request.page_token:
+            stubs.channel.close()
+            return sorted(found, key=lambda one: one.commit_seq)
+
+
+def run_again(stubs: Stubs, session: str, history: History) -> str:
+    """Run what was committed in its order, and nothing else; returns the digest of the state.
+
+    What failed changed nothing, so it is left out.
+    """
+    lane = LaneClient(stubs, session, "again")
+    sent = []
+    for call in sorted(history.listed, key=lambda one: one.commit_seq):
+        if call.outcome == COMMITTED:
+            sent.append(lane.send(message_of(call.method, call.client, call.seq)))
+            if len(sent) % 32 == 0:
+                stubs.done(sent[-1])
+    for operation in sent:
+        stubs.done(operation)
+    return str(stubs.done(lane.save_state("end")).checkpoint.digest)
+
+
+def main() -> None:
+    """Train until killed."""
+    address, session, name, path = sys.argv[1:]
+    client = TrainingClient(address, session, name, Recorder(Path(path)))
+    client.run()
+    if client.failure is not None:
+        raise client.failure
+
+
+if __name__ == "__main__":
+    main()
