@@ -52,8 +52,8 @@ def next_kind(
         max_deltas: Longest run of deltas.
 
     Raises:
-        FiretitanError: INVALID_ARGUMENT for another kind, or where there is nothing to merge;
-            CHAIN_BROKEN where a delta is asked for and there is nothing to build on.
+        FiretitanError: INVALID_ARGUMENT for another kind, where there is nothing to merge, or
+            where a delta is asked for and there is nothing to build on.
     """
     kind = (requested or "").strip().lower()
     if kind not in ("", BASE, DELTA, MERGED_BASE):
@@ -82,7 +82,7 @@ def next_kind(
             return NextSnapshot(BASE, note=session.chain_note)
         if kind == DELTA:
             raise FiretitanError(
-                Reason.CHAIN_BROKEN,
+                Reason.INVALID_ARGUMENT,
                 f"kind: {session.name} has no snapshot a delta could build on (none saved yet, or "
                 "a load, a loss or a failed save since); save one with kind 'base' first, or leave "
                 "the kind out",

@@ -182,6 +182,27 @@ def test_normalization(policy: FiretitanTrainingClient, data: list[Any]) -> None
         policy.optim_step(ADAM, "mean")
 
 
+def test_rows_are_counted(llama: FiretitanTrainingClient) -> None:
+    """A position with several candidates is one token; none that counts divides by 1."""
+
+    def norm(weights: list[list[float]], mode: GradAccNormalization) -> float:
+        datum = tinker.Datum(
+            model_input=tinker.ModelInput.from_ints([1, 2, 3]),
+            loss_fn_inputs={
+                "target_tokens": np.array([[2, 3], [3, 4], [4, 5]]),
+                "weights": np.array(weights, np.float32),
+            },
+        )
+        llama.forward_backward([datum], "cross_entropy")
+        still = tinker.AdamParams(learning_rate=0.0)
+        return float(llama.optim_step(still, mode).result().metrics["grad_norm"])
+
+    two_rows = [[1.0, 0.5], [0.0, 0.0], [0.0, 1.0]]
+    raw = norm(two_rows, GradAccNormalization.NONE)
+    assert norm(two_rows, GradAccNormalization.NUM_LOSS_TOKENS) == pytest.approx(raw / 2, rel=1e-5)
+    assert norm([[0.0] * 2] * 3, GradAccNormalization.NUM_LOSS_TOKENS) == 0
+
+
 def test_gradient_norm_metrics(policy: FiretitanTrainingClient, data: list[Any]) -> None:
     modes = [None, True, False, *GradNormMetricsMode, "basic"]
     for step, mode in enumerate(modes, start=1):

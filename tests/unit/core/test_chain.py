@@ -66,9 +66,9 @@ def test_lora_is_always_a_base() -> None:
 
 def test_a_delta_needs_something_to_build_on() -> None:
     rows = line(1)
-    assert reason(chain.next_kind, session(), "delta", rows.get) == Reason.CHAIN_BROKEN
+    assert reason(chain.next_kind, session(), "delta", rows.get) == Reason.INVALID_ARGUMENT
     lost = session(head="gone")
-    assert reason(chain.next_kind, lost, "delta", rows.get) == Reason.CHAIN_BROKEN
+    assert reason(chain.next_kind, lost, "delta", rows.get) == Reason.INVALID_ARGUMENT
     assert chain.next_kind(lost, None, rows.get).kind == "base"
     built = chain.next_kind(session(head="s1"), "DELTA ", rows.get)
     assert built == chain.NextSnapshot("delta", parent="s1")
