@@ -55,6 +55,7 @@ def deployment_info(deployment: deployment_pb2.Deployment) -> DeploymentInfo:
         name=name,
         state=STATES.get(deployment.state, "STATE_UNSPECIFIED"),
         hot_load_trainer_job=job_name_of(trainer) if trainer else None,
+        deployment_shape_version=deployment.shape.name or None,
         inference_model=name,
         base_model=deployment.base_model,
     )
@@ -69,7 +70,7 @@ class DeploymentConfig:
     """Hugging Face id or local folder."""
     description: str | None = None
     deployment_shape: str | None = None
-    """This machine is the shape, whatever its name."""
+    """Name of a deployment shape; None: derived from model and host."""
     expected_deployment_shape: str | None = None
     """What `deployment_shape` must be; a guard against mixing two profiles."""
     region: str | None = None

@@ -258,7 +258,8 @@ class DeploymentManager(Hotloading):
             await self._check_trainer(trainer_id, config.base_model)
         if force_recreate:
             await self._delete(deployment_id)
-        await self._create(deployment_id, config.base_model, trainer_id)
+        shape = config.deployment_shape or ""
+        await self._create(deployment_id, config.base_model, trainer_id, shape)
         return deployment_info(await self._find_deployment(deployment_id))
 
     async def _attach(self, deployment_id: str, base_model: str, trainer_id: str) -> None:
@@ -273,7 +274,9 @@ class DeploymentManager(Hotloading):
                 f"{base_model!r}; choose a trainer or a deployment of the same base model"
             )
 
-    async def _create(self, deployment_id: str, base_model: str, trainer_id: str) -> None:
+    async def _create(
+        self, deployment_id: str, base_model: str, trainer_id: str, shape: str = ""
+    ) -> None:
         await self._transport.call(
             "DeploymentService/CreateDeployment",
             deployment_service_pb2.CreateDeploymentRequest(
@@ -281,6 +284,7 @@ class DeploymentManager(Hotloading):
                 base_model=base_model,
                 trainer=f"trainers/{trainer_id}" if trainer_id else "",
                 request_id=uuid.uuid4().hex,
+                deployment_shape=shape,
             ),
             deployment_service_pb2.CreateDeploymentResponse,
         )

@@ -14,6 +14,7 @@ from firetitan.v1 import (
     checkpoint_service_pb2,
     model_pb2,
     model_service_pb2,
+    shape_service_pb2,
     trainer_service_pb2,
 )
 
@@ -30,7 +31,7 @@ from firetitan_client.training_profile import (
     TrainingShapeProfile,
     context_length,
     is_moe,
-    local_profile,
+    profile_of,
     read_config,
 )
 
@@ -272,23 +273,31 @@ class FireworksClient(ControlClient):
     def resolve_training_profile(
         self, training_shape_id: str, *, base_model: str | None = None, **_: Any
     ) -> TrainingShapeProfile:
-        """What a training shape is here: this machine, whatever the shape's name says.
+        """A training shape of the daemon, pinned to its version.
 
         Args:
-            training_shape_id: Any name; kept.
-            base_model: Model whose own limit becomes `max_supported_context_length`; None: that
-                is 0, for the limit of whatever is trained.
+            training_shape_id: `accounts/<a>/trainingShapes/<id>`, with or without
+                `/versions/<n>`, or the id. For what is not configured this machine stands in,
+                unless the name says account "local".
+            base_model: Model whose own limit becomes `max_supported_context_length` where the
+                shape has none; None: that is 0, for the limit of whatever is trained.
 
         Raises:
-            ValueError: No name.
+            ValueError: No such shape, or another version.
             NotFound: `base_model` is not on this machine yet.
         """
         if not isinstance(training_shape_id, str) or not training_shape_id.strip():
-            raise ValueError("training_shape_id: is empty; any name will do, e.g. 'local'")
+            raise ValueError("training_shape_id: is empty; give a name, e.g. 'local'")
+        work = self._transport.call(
+            "ShapeService/GetShape",
+            shape_service_pb2.GetShapeRequest(name=training_shape_id.strip()),
+            shape_service_pb2.GetShapeResponse,
+        )
+        shape = self._run("resolve_training_profile", work).shape
         length = 0
         if base_model is not None and base_model != _TOY:
             length = context_length(self._run("resolve_training_profile", self._config(base_model)))
-        return local_profile(training_shape_id.strip(), length)
+        return profile_of(shape, length)
 
     def promote_session_checkpoint(self, *_: Any, **__: Any) -> dict[str, Any]:
         """Not supported: there are no serverless sessions."""

@@ -21,6 +21,7 @@ from firetitan.v1 import (
     deployment_service_pb2,
     operation_pb2,
     operation_service_pb2,
+    shape_service_pb2,
     trainer_pb2,
     trainer_service_pb2,
 )
@@ -61,11 +62,11 @@ class FiretitanProvisioningConfig(AcceptedSettings):
     deployment_id: str | None = None
     """Attached where it exists, else created under this id."""
     training_shape_id: str | None = None
-    """Accepted: this machine is the shape."""
+    """Of a new trainer; None: derived from model and host. See `docs/operations.md`."""
     deployment_shape: str | None = None
-    """Accepted: this machine is the shape."""
+    """Of the deployment; None: the one that belongs to `training_shape_id`, or derived."""
     reference_training_shape_id: str | None = None
-    """Set: the reference has a forward-only trainer of its own; this machine is the shape."""
+    """Set: the reference has a forward-only trainer of its own, of this shape."""
     reference_trainer_job_id: str | None = None
     """Set: the reference is this forward-only trainer; joined where it exists, else created."""
     reference_required: bool = False
@@ -341,6 +342,7 @@ class Provisioner:
                 max_context_length=config.max_context_length or 0,
                 forward_only=found.forward_only if found else config.forward_only,
                 max_lora_rank=found.max_lora_rank if found else config.max_lora_rank or 0,
+                training_shape="" if found else config.training_shape_id or "",
                 request_id=uuid.uuid4().hex,
             ),
             trainer_service_pb2.CreateTrainerResponse,
@@ -348,7 +350,16 @@ class Provisioner:
         self._trainer_known.set()
         operation = await wait_operation(self.transport, answer.operation)
         made: trainer_pb2.Trainer = operation.trainer
-        logger.info("trainer %s: %s from %s", made.name, made.base_model, made.model.source)
+        logger.info(
+            "trainer %s: %s from %s, shape %s (%d tokens, %s on %s)",
+            made.name,
+            made.base_model,
+            made.model.source,
+            made.shape.name,
+            made.shape.max_context_length,
+            made.shape.dtype,
+            made.shape.device,
+        )
         return made
 
     async def _make_deployment(self) -> deployment_pb2.Deployment:
@@ -383,6 +394,7 @@ class Provisioner:
                 base_model=base_model,
                 max_context_length=config.max_context_length or 0,
                 trainer=joined_for,
+                deployment_shape=await self._deployment_shape(),
                 request_id=uuid.uuid4().hex,
             ),
             deployment_service_pb2.CreateDeploymentResponse,
@@ -395,6 +407,18 @@ class Provisioner:
             await trainer
         self._joined_for = joined_for
         return made
+
+    async def _deployment_shape(self) -> str:
+        """The shape asked for, or the one that belongs to the named training shape."""
+        config = self.config
+        if config.deployment_shape or not config.training_shape_id:
+            return config.deployment_shape or ""
+        answer = await self.transport.call(
+            "ShapeService/GetShape",
+            shape_service_pb2.GetShapeRequest(name=config.training_shape_id),
+            shape_service_pb2.GetShapeResponse,
+        )
+        return str(answer.shape.deployment_shape)
 
     @property
     def _wants_trainer(self) -> bool:

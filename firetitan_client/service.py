@@ -23,6 +23,7 @@ from firetitan_client.service_references import ReferenceClients
 from firetitan_client.service_sampling import SamplingClients
 from firetitan_client.sessions import checkpoint_names
 from firetitan_client.tinker_calls import TinkerServiceCalls
+from firetitan_client.training_profile import TrainingShapeProfile, profile_of
 
 logger = logging.getLogger("firetitan")
 
@@ -136,8 +137,8 @@ class FiretitanServiceClient(ReferenceClients, SamplingClients, ControlCalls, Ti
 
     @property
     def deployment_shape(self) -> str:
-        """The shape as configured; this machine serves any."""
-        return self._config.deployment_shape or "local"
+        """The deployment's shape, without its version."""
+        return str(self._resolved("deployment_shape", self.managed_deployment_shape))
 
     @property
     def managed_trainer_job_id(self) -> str | None:
@@ -159,8 +160,11 @@ class FiretitanServiceClient(ReferenceClients, SamplingClients, ControlCalls, Ti
 
     @property
     def managed_deployment_shape(self) -> str | None:
-        """As `deployment_shape`; None before the deployment exists."""
-        return self.deployment_shape if self._provisioner.deployment else None
+        """As `deployment_shape`; None before the deployment, or its trainer, exists."""
+        deployment, trainer = self._provisioner.deployment, self._provisioner.trainer
+        name = deployment.shape.name if deployment else ""
+        name = name or (trainer.shape.deployment_shape if trainer else "")
+        return name.partition("/versions/")[0] or None
 
     @property
     def config(self) -> FiretitanProvisioningConfig:
@@ -168,8 +172,10 @@ class FiretitanServiceClient(ReferenceClients, SamplingClients, ControlCalls, Ti
         return copy.copy(self._config)
 
     @property
-    def training_profile(self) -> None:
-        """None: no shape was scheduled."""
+    def training_profile(self) -> TrainingShapeProfile | None:
+        """The trainer's shape: the one named, or derived from model and host; None before."""
+        trainer = self._provisioner.trainer
+        return profile_of(trainer.shape) if trainer and trainer.shape.name else None
 
     @property
     def accelerator_type(self) -> None:

@@ -170,6 +170,7 @@ class ReferenceClients(TrainingClients):
                 base_model=base_model,
                 trainer_job_id=config.reference_trainer_job_id,
                 max_context_length=config.max_context_length,
+                training_shape_id=config.reference_training_shape_id,
                 create_deployment=False,
                 forward_only=True,
             )

@@ -13,6 +13,7 @@ from firetitan.v1 import (
     model_service_pb2_grpc,
     operation_service_pb2_grpc,
     sampling_service_pb2_grpc,
+    shape_service_pb2_grpc,
     system_service_pb2_grpc,
     trainer_service_pb2_grpc,
     training_service_pb2_grpc,
@@ -56,6 +57,11 @@ class Stubs:
     def models(self) -> model_service_pb2_grpc.ModelServiceStub:
         """The registry of models."""
         return model_service_pb2_grpc.ModelServiceStub(self._transport.channel)
+
+    @cached_property
+    def shapes(self) -> shape_service_pb2_grpc.ShapeServiceStub:
+        """Shapes by name."""
+        return shape_service_pb2_grpc.ShapeServiceStub(self._transport.channel)
 
     @cached_property
     def operations(self) -> operation_service_pb2_grpc.OperationServiceStub:

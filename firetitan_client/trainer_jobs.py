@@ -198,6 +198,7 @@ class TrainerJobManager(FireworksClient):
                 lora_rank=config.lora_rank,
                 max_context_length=config.max_context_length or 0,
                 forward_only=config.forward_only,
+                training_shape=config.training_shape_ref or "",
             )
         )
         if deployment is not None:

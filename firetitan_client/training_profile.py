@@ -1,6 +1,6 @@
-"""TrainingShapeProfile: what a training shape of the managed service means on one machine.
+"""TrainingShapeProfile: a training shape of the daemon in documented terms.
 
-Knows: the documented fields, a model's config.json. Must not know: the daemon.
+Knows: the documented fields, a model's config.json. Must not know: how the daemon is asked.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from firetitan.v1 import shape_pb2
+
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 @dataclass(frozen=True)
 class TrainingShapeProfile:
-    """A training shape, resolved. Here every shape is this machine."""
+    """A training shape, resolved to its pinned version."""
 
     training_shape_version: str
     trainer_image_tag: str
@@ -48,29 +50,26 @@ class TrainingShapeProfile:
         return self.trainer_mode in ("", "LORA_TRAINER")
 
 
-def local_profile(training_shape_id: str, max_context_length: int) -> TrainingShapeProfile:
-    """The profile of any shape: this machine.
+def profile_of(shape: shape_pb2.Shape, max_context_length: int = 0) -> TrainingShapeProfile:
+    """The profile of a training shape.
 
     Args:
-        training_shape_id: Kept as it is, with a version added where it has none.
-        max_context_length: Tokens; 0: the base model's own limit.
+        shape: As the daemon tells it.
+        max_context_length: Tokens, where the shape leaves it to the model; 0: unknown.
     """
     return TrainingShapeProfile(
-        training_shape_version=_versioned(training_shape_id),
+        training_shape_version=shape.name,
         trainer_image_tag="",
-        max_supported_context_length=max_context_length,
+        max_supported_context_length=shape.max_context_length or max_context_length,
         node_count=1,
-        deployment_shape_version="accounts/local/deploymentShapes/local/versions/1",
+        deployment_shape_version=shape.deployment_shape,
         deployment_image_tag="",
-        accelerator_type="",
-        accelerator_count=0,
-        base_model_weight_precision="auto",
+        accelerator_type=shape.device.upper() if shape.num_devices else "",
+        accelerator_count=shape.num_devices,
+        base_model_weight_precision=shape.dtype,
         pipeline_parallelism=1,
+        trainer_mode=shape.trainer_mode,
     )
-
-
-def _versioned(shape: str) -> str:
-    return shape if "/versions/" in shape else f"{shape}/versions/1"
 
 
 def _unversioned(shape: str) -> str | None:

@@ -33,6 +33,8 @@ from firetitan_daemon.control.weight_sync import WeightSyncer
 from firetitan_daemon.control.workers import WorkerPool
 from firetitan_daemon.core.model_names import ModelNames
 from firetitan_daemon.core.ports import Clock, WorkerLauncher
+from firetitan_daemon.core.shapes import Shapes
+from firetitan_daemon.host import count_gpus
 from firetitan_daemon.launch.local import LocalLauncher
 from firetitan_daemon.places import Places
 from firetitan_daemon.rpc.checkpoints import CheckpointServicer
@@ -42,6 +44,7 @@ from firetitan_daemon.rpc.models import ModelServicer
 from firetitan_daemon.rpc.operations import OperationMessages, OperationServicer
 from firetitan_daemon.rpc.sampling import SamplingServicer
 from firetitan_daemon.rpc.server import RpcServer
+from firetitan_daemon.rpc.shapes import ShapeServicer
 from firetitan_daemon.rpc.system import Identity, SystemServicer
 from firetitan_daemon.rpc.trainers import TrainerServicer
 from firetitan_daemon.rpc.training import Commands, TrainingServicer
@@ -118,6 +121,7 @@ class Daemon:
             operations=OperationRegistry(self._store, self._spool, config.limits),
             recovery=config.recovery,
             models=ModelNames(config.models),
+            shapes=Shapes(config.training_shapes, config.deployment_shapes, count_gpus()),
             num_threads=config.workers.num_threads,
             adopt_timeout_s=config.workers.adopt_timeout_s,
         )
@@ -159,6 +163,7 @@ class Daemon:
             TrainingServicer(sessions, trainers, supervisor),
             CheckpointServicer(checkpoints, remover),
             ModelServicer(models, supervisor),
+            ShapeServicer(services.shapes),
             OperationServicer(services.operations, sessions, messages),
             SamplingServicer(SamplingRouter(deployments), supervisor),
             DeploymentServicer(deployments, syncer, messages, supervisor),

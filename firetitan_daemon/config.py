@@ -14,10 +14,13 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from firetitan_daemon.core.model_names import NamedModel
 from firetitan_daemon.core.ports import Limits
+from firetitan_daemon.core.records import Shape
 from firetitan_daemon.core.recovery import RecoveryLimits
+from firetitan_daemon.core.shapes import DEVICES, DTYPES, MODES
 
 
 class ConfigError(ValueError):
@@ -66,6 +69,8 @@ class DaemonConfig:
     log: LogConfig = field(default_factory=LogConfig)
     models: Mapping[str, NamedModel] = field(default_factory=dict)
     """What a name of a model stands for, beside the built-in ones."""
+    training_shapes: tuple[Shape, ...] = ()
+    deployment_shapes: tuple[Shape, ...] = ()
 
 
 _SECTIONS = ("server", "limits", "workers", "recovery", "log")
@@ -140,13 +145,24 @@ def load_config(
         name = key.removeprefix(_MODELS)
         models[name] = _named_model(given[key])
         settings.append(given.pop(key))
+    shapes: dict[str, list[Shape]] = {"training_shapes": [], "deployment_shapes": []}
+    for section, found in shapes.items():
+        for key in [key for key in given if key.startswith(f"{section}.")]:
+            found.append(_shape(section, given[key]))
+            settings.append(given.pop(key))
     if given:
         unknown = next(iter(given.values()))
         raise ConfigError(
             f"{unknown.key}: no such setting (from {unknown.origin}); "
             "`firetitand config` lists all of them"
         )
-    config = DaemonConfig(home=root, models=models, **sections)  # type: ignore[arg-type]
+    config = DaemonConfig(
+        home=root,
+        models=models,
+        training_shapes=tuple(shapes["training_shapes"]),
+        deployment_shapes=tuple(shapes["deployment_shapes"]),
+        **sections,  # type: ignore[arg-type]
+    )
     return config, sorted(settings, key=lambda one: one.key)
 
 
@@ -164,6 +180,27 @@ def _named_model(setting: Setting) -> NamedModel:
             'Hugging Face id, or { location = "...", revision = "..." }'
         )
     return NamedModel(**value)
+
+
+def _shape(section: str, setting: Setting) -> Shape:
+    value, where = setting.value, f"{setting.key} = {setting.value!r} (from {setting.origin})"
+    hints = typing.get_type_hints(Shape)
+    names = set(hints) - {"name", "notes"}
+    if section == "deployment_shapes":
+        names -= {"trainer_mode", "deployment_shape"}
+    if not isinstance(value, dict) or value.keys() - names:
+        raise ConfigError(f"{where}: must be a table of {', '.join(sorted(names))}")
+    defaults: dict[str, Any] = {"deployment_shape": "local" if "trainer_mode" in names else ""}
+    values = {
+        name: _convert(Setting(f"{setting.key}.{name}", one, setting.origin), hints[name])
+        for name, one in value.items()
+    }
+    shape = Shape(setting.key.removeprefix(f"{section}."), **{**defaults, **values})
+    allowed = {"trainer_mode": MODES, "dtype": DTYPES, "device": DEVICES}
+    for name, words in allowed.items():
+        if getattr(shape, name) not in words:
+            raise ConfigError(f"{where}: {name} must be one of {', '.join(filter(None, words))}")
+    return shape
 
 
 def _section_classes() -> dict[str, type]:

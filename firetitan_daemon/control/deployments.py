@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from firetitan_daemon.control.provisioning import (
+    check_equal,
+    check_etag,
     check_request,
     check_text,
     choose_id,
+    log_shape,
+    new_etag,
     new_operation,
     settled,
 )
@@ -36,9 +39,11 @@ from firetitan_daemon.core.records import (
     ErrorRecord,
     Operation,
     ResourceState,
+    Shape,
     WorkerKind,
     WorkerSpec,
 )
+from firetitan_daemon.core.shapes import DEPLOYMENT, Wish, unversioned
 
 METHOD = "CreateDeployment"
 _RESTARTS = 3
@@ -61,6 +66,10 @@ class DeploymentRequest:
     dtype: str
     request_id: str
     payload_digest: str
+    shape_name: str = ""
+    """Of its deployment shape; empty: derived."""
+    shape: Shape | None = None
+    """Set by the manager."""
 
 
 class DeploymentManager:
@@ -176,7 +185,16 @@ class DeploymentManager:
         deployment_id = names.check_id(
             choose_id("d", request.deployment_id, request.request_id), "deployment_id"
         )
-        creation = asyncio.create_task(self._create(replace(request, deployment_id=deployment_id)))
+        wish = Wish(request.base_model, request.max_context_length, request.dtype)
+        shape = self._services.shapes.choose(DEPLOYMENT, request.shape_name, wish)
+        request = replace(
+            request,
+            deployment_id=deployment_id,
+            shape=shape,
+            max_context_length=shape.max_context_length,
+            dtype=shape.dtype,
+        )
+        creation = asyncio.create_task(self._create(request))
         return await asyncio.shield(creation)
 
     async def _create(self, request: DeploymentRequest) -> Operation:
@@ -202,6 +220,7 @@ class DeploymentManager:
                 request.base_model,
                 request.dtype,
                 request.max_context_length,
+                request.shape,
             )
             deployment = Deployment(
                 id=request.deployment_id,
@@ -212,8 +231,9 @@ class DeploymentManager:
                 create_time=now,
                 trainer_id=trainer_id,
                 active_snapshot=existing.active_snapshot if existing is not None else "",
-                etag=_etag(),
+                etag=new_etag(),
                 worker_id=spec.worker_id,
+                shape=request.shape,
             )
             await services.operations.write(
                 Change(
@@ -269,6 +289,7 @@ class DeploymentManager:
                 self.update, deployment_id, state=ResourceState.ACTIVE, model=model, error=None
             )
             await when_there_is_space(deployment.name, active)
+            log_shape(deployment.name, deployment.shape, model)
             self._watch(deployment_id, worker)
 
     async def _fail(self, deployment_id: str, error: ErrorRecord) -> None:
@@ -308,8 +329,8 @@ class DeploymentManager:
         """
         async with self._rows:
             former = self.get(deployment_id)
-            _check_etag(former, if_etag)
-            deployment = replace(former, **changes, etag=_etag())
+            check_etag(former.name, former.etag, if_etag)
+            deployment = replace(former, **changes, etag=new_etag())
             operations = [operation] if operation is not None else []
             if deployment.state in (ResourceState.ACTIVE, ResourceState.FAILED):
                 now = self._services.clock.now()
@@ -361,6 +382,7 @@ class DeploymentManager:
             deployment.base_model,
             deployment.dtype,
             deployment.max_context_length,
+            deployment.shape,
         )
         await self.update(
             deployment.id,
@@ -474,26 +496,7 @@ class DeploymentManager:
         compared = [("base_model", existing.base_model, request.base_model)]
         if request.dtype != "auto":
             compared.append(("dtype", existing.dtype, request.dtype))
-        for field_path, found, asked in compared:
-            if found != asked:
-                raise FiretitanError(
-                    Reason.ALREADY_EXISTS,
-                    f"{field_path}: {asked!r}, but {existing.name} exists with {found!r}; use "
-                    "that, another deployment_id, or delete the deployment first",
-                    field=field_path,
-                )
-
-
-def _check_etag(deployment: Deployment, etag: str) -> None:
-    if etag and etag != deployment.etag:
-        raise FiretitanError(
-            Reason.ETAG_MISMATCH,
-            f"etag: {etag!r}, but {deployment.name} has {deployment.etag!r} now: someone changed "
-            "it since; read it again and decide anew",
-            field="etag",
-            etag=deployment.etag,
-        )
-
-
-def _etag() -> str:
-    return uuid.uuid4().hex[:16]
+        if request.shape_name and existing.shape and request.shape:
+            found, asked = unversioned(existing.shape.name), unversioned(request.shape.name)
+            compared.append(("deployment_shape", found, asked))
+        check_equal(existing.name, compared, "deployment_id")

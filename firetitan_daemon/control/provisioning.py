@@ -6,14 +6,24 @@ Knows: records. Must not know: managers.
 from __future__ import annotations
 
 import hashlib
+import logging
 import uuid
+from collections.abc import Iterable
 from dataclasses import replace
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.records import ErrorRecord, Operation, OperationState, SpoolRef
+from firetitan_daemon.core.records import (
+    ErrorRecord,
+    ModelInfo,
+    Operation,
+    OperationState,
+    Shape,
+    SpoolRef,
+)
 from firetitan_daemon.core.sequencer import MAX_TEXT
+from firetitan_daemon.core.shapes import DTYPES, as_loaded
 
-DTYPES = ("auto", "float32", "bfloat16")
+logger = logging.getLogger("firetitan.shapes")
 
 
 def check_request(base_model: str, max_context_length: int, dtype: str) -> None:
@@ -42,6 +52,53 @@ def check_request(base_model: str, max_context_length: int, dtype: str) -> None:
         )
 
 
+def check_equal(name: str, compared: Iterable[tuple[str, object, object]], id_field: str) -> None:
+    """Refuse to create what exists as something else.
+
+    Args:
+        name: Of what exists.
+        compared: (field, as it is, as asked for) of each setting.
+        id_field: The field that another id goes in.
+
+    Raises:
+        FiretitanError: ALREADY_EXISTS naming the field that differs.
+    """
+    for field_path, found, asked in compared:
+        if found != asked:
+            raise FiretitanError(
+                Reason.ALREADY_EXISTS,
+                f"{field_path}: {asked!r}, but {name} exists with {found!r}; use that, another "
+                f"{id_field}, or delete it first",
+                field=field_path,
+            )
+
+
+def check_etag(name: str, found: str, wanted: str) -> None:
+    """Refuse to change what somebody else has changed.
+
+    Args:
+        name: Of what is to change.
+        found: Its etag.
+        wanted: The etag it must have; empty: any.
+
+    Raises:
+        FiretitanError: ETAG_MISMATCH.
+    """
+    if wanted and wanted != found:
+        raise FiretitanError(
+            Reason.ETAG_MISMATCH,
+            f"etag: {wanted!r}, but {name} has {found!r} now: someone changed it since; read it "
+            "again and decide anew",
+            field="etag",
+            etag=found,
+        )
+
+
+def new_etag() -> str:
+    """An etag nobody has seen."""
+    return uuid.uuid4().hex[:16]
+
+
 def check_text(text: str, field: str) -> None:
     """Refuse a request id or the like that is too long to be kept.
 
@@ -63,6 +120,22 @@ def choose_id(prefix: str, wanted: str, request_id: str) -> str:
     if not request_id:
         return f"{prefix}-{uuid.uuid4().hex[:8]}"
     return f"{prefix}-{hashlib.blake2b(request_id.encode(), digest_size=4).hexdigest()}"
+
+
+def log_shape(name: str, shape: Shape | None, model: ModelInfo) -> None:
+    """Say what was chosen for a trainer or a deployment."""
+    if shape is not None:
+        chosen = as_loaded(shape, model)
+        logger.info(
+            "shape of %s shape=%s model=%s source=%s max_context_length=%d dtype=%s device=%s",
+            name,
+            chosen.name,
+            chosen.base_model,
+            model.source,
+            chosen.max_context_length,
+            chosen.dtype,
+            chosen.device,
+        )
 
 
 def new_operation(

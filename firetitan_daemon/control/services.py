@@ -19,6 +19,7 @@ from firetitan_daemon.core.model_names import ModelNames
 from firetitan_daemon.core.ports import Clock, Folders, Limits, Spool, Store, WorkerLauncher
 from firetitan_daemon.core.records import ErrorRecord
 from firetitan_daemon.core.recovery import RecoveryLimits
+from firetitan_daemon.core.shapes import Shapes
 
 logger = logging.getLogger("firetitan.control")
 DISK_RETRY_S = 1.0
@@ -41,6 +42,7 @@ class Services:
     num_threads: int = 0
     """Threads a worker computes with; 0: as many as there are cores."""
     models: ModelNames = field(default_factory=ModelNames)
+    shapes: Shapes = field(default_factory=Shapes)
     adopt_timeout_s: float = 5.0
     """How long one attempt to reach a worker of a former daemon may take."""
 

@@ -12,9 +12,11 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 
 from firetitan_daemon.control.provisioning import (
+    check_equal,
     check_request,
     check_text,
     choose_id,
+    log_shape,
     new_operation,
     settled,
 )
@@ -34,9 +36,11 @@ from firetitan_daemon.core.records import (
     ErrorRecord,
     Operation,
     ResourceState,
+    Shape,
     Trainer,
     WorkerKind,
 )
+from firetitan_daemon.core.shapes import FORWARD_MODE, FULL_MODE, LORA_MODE, TRAINING, Wish
 
 METHOD = "CreateTrainer"
 _REPLACE_PAUSES_S = (0.0, 0.2, 1.0, 3.0)
@@ -60,6 +64,10 @@ class TrainerRequest:
     payload_digest: str
     forward_only: bool = False
     max_lora_rank: int = 0
+    shape_name: str = ""
+    """Of its training shape; empty: derived."""
+    shape: Shape | None = None
+    """Set by the manager."""
 
 
 class TrainerManager:
@@ -172,8 +180,18 @@ class TrainerManager:
         trainer_id = names.check_id(
             choose_id("t", request.trainer_id, request.request_id), "trainer_id"
         )
-        creation = asyncio.create_task(self._create(replace(request, trainer_id=trainer_id)))
+        request = self._shaped(replace(request, trainer_id=trainer_id))
+        creation = asyncio.create_task(self._create(request))
         return await asyncio.shield(creation)
+
+    def _shaped(self, request: TrainerRequest) -> TrainerRequest:
+        mode = LORA_MODE if request.lora_rank or request.max_lora_rank else FULL_MODE
+        mode = FORWARD_MODE if request.forward_only else mode
+        wish = Wish(request.base_model, request.max_context_length, request.dtype, mode)
+        shape = self._services.shapes.choose(TRAINING, request.shape_name, wish)
+        return replace(
+            request, shape=shape, max_context_length=shape.max_context_length, dtype=shape.dtype
+        )
 
     async def _create(self, request: TrainerRequest) -> Operation:
         services, name = self._services, names.trainer_name(request.trainer_id)
@@ -189,6 +207,8 @@ class TrainerManager:
             existing = self._trainers.get(request.trainer_id)
             if existing is not None:
                 self._check_same(existing, request)
+                if not request.shape_name:
+                    request = replace(request, shape=existing.shape or request.shape)
                 if existing.state in (ResourceState.ACTIVE, ResourceState.RECOVERING):
                     operation = settled(operation, services.clock.now())
                 if existing.state is not ResourceState.FAILED:
@@ -201,6 +221,7 @@ class TrainerManager:
                 request.base_model,
                 request.dtype,
                 request.max_context_length,
+                request.shape,
             )
             trainer = Trainer(
                 id=request.trainer_id,
@@ -213,6 +234,7 @@ class TrainerManager:
                 worker_id=spec.worker_id,
                 forward_only=request.forward_only,
                 max_lora_rank=request.max_lora_rank,
+                shape=request.shape,
             )
             await services.operations.write(
                 Change(trainers=[trainer], workers=[spec], operations=[operation], durable=True)
@@ -247,6 +269,7 @@ class TrainerManager:
         failpoint("create.loaded")
         active = replace(trainer, state=ResourceState.ACTIVE, model=model, error=None)
         await self._write(active)
+        log_shape(active.name, active.shape, model)
         self._watch(trainer_id, worker)
 
     async def _failed(self, trainer: Trainer, error: ErrorRecord) -> None:
@@ -330,6 +353,7 @@ class TrainerManager:
             trainer.base_model,
             trainer.dtype,
             trainer.max_context_length,
+            trainer.shape,
         )
         trainer = replace(trainer, state=ResourceState.RECOVERING, worker_id=spec.worker_id)
         await self._services.operations.write(
@@ -472,11 +496,4 @@ class TrainerManager:
             )
         if request.dtype != "auto":
             compared.append(("dtype", existing.dtype, request.dtype))
-        for field_path, found, asked in compared:
-            if found != asked:
-                raise FiretitanError(
-                    Reason.ALREADY_EXISTS,
-                    f"{field_path}: {asked!r}, but {existing.name} exists with {found!r}; use "
-                    "that, another trainer_id, or delete the trainer first",
-                    field=field_path,
-                )
+        check_equal(existing.name, compared, "trainer_id")

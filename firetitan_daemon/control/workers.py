@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from firetitan_daemon.control.services import Services, internal_error
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Change, Ledger, Worker
-from firetitan_daemon.core.records import ModelInfo, WorkerKind, WorkerSpec
+from firetitan_daemon.core.records import ModelInfo, Shape, WorkerKind, WorkerSpec
 
 logger = logging.getLogger("firetitan.workers")
 _ADOPT_RETRY_S = 1.0
@@ -57,7 +57,13 @@ class WorkerPool:
         return worker.pid if worker is not None else 0
 
     def new_spec(
-        self, kind: WorkerKind, target: str, base_model: str, dtype: str, max_context_length: int
+        self,
+        kind: WorkerKind,
+        target: str,
+        base_model: str,
+        dtype: str,
+        max_context_length: int,
+        shape: Shape | None = None,
     ) -> WorkerSpec:
         """A specification under a fresh id; its row is for the caller to write before `start`."""
         spec = WorkerSpec(
@@ -68,6 +74,7 @@ class WorkerPool:
             dtype=dtype,
             max_context_length=max_context_length,
             num_threads=self._services.num_threads,
+            device=shape.device if shape is not None else "auto",
         )
         self._specs[spec.worker_id] = spec
         return spec

@@ -123,6 +123,26 @@ class ErrorRecord:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """What a trainer or a deployment of this name is; 0, empty and `auto` leave it open."""
+
+    name: str
+    version: int = 1
+    base_model: str = ""
+    trainer_mode: str = ""
+    """`LORA_TRAINER`, `POLICY_TRAINER` (every parameter) or `FORWARD_ONLY`; of trainers."""
+    max_context_length: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    num_devices: int = 0
+    """GPUs it needs."""
+    deployment_shape: str = "local"
+    """The deployment shape that belongs to a training shape."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Trainer:
     """A base model in a worker, ready to be trained."""
 
@@ -140,6 +160,8 @@ class Trainer:
     """Its session trains nothing."""
     max_lora_rank: int = 0
     """Above 0: many sessions, each with an adapter of its own of at most this rank."""
+    shape: Shape | None = None
+    """What it was made as; None: before there were shapes."""
 
     @property
     def name(self) -> str:
@@ -389,6 +411,8 @@ class Deployment:
     model: ModelInfo | None = None
     error: ErrorRecord | None = None
     worker_id: str | None = None
+    shape: Shape | None = None
+    """What it was made as; None: before there were shapes."""
 
     @property
     def name(self) -> str:
@@ -416,3 +440,5 @@ class WorkerSpec:
     max_context_length: int
     num_threads: int = 0
     """0: as many as there are cores."""
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""

@@ -51,6 +51,7 @@ def load_request(spec: WorkerSpec) -> worker_pb2.LoadModelRequest:
         base_model=spec.base_model,
         dtype=spec.dtype,
         max_context_length=spec.max_context_length,
+        device=spec.device,
     )
 
 

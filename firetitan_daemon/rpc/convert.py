@@ -15,6 +15,7 @@ from firetitan.v1 import (
     model_pb2,
     operation_pb2,
     session_pb2,
+    shape_pb2,
     trainer_pb2,
 )
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -32,9 +33,11 @@ from firetitan_daemon.core.records import (
     ResourceState,
     Session,
     SessionState,
+    Shape,
     Snapshot,
     Trainer,
 )
+from firetitan_daemon.core.shapes import as_loaded
 from firetitan_daemon.rpc.errors import record_to_status
 
 _Saved = TypeVar("_Saved", checkpoint_pb2.Checkpoint, checkpoint_pb2.Snapshot)
@@ -157,6 +160,8 @@ def trainer(record: Trainer, worker_pid: int, session: str) -> trainer_pb2.Train
         forward_only=record.forward_only,
         max_lora_rank=record.max_lora_rank,
     )
+    if record.shape is not None:
+        message.shape.CopyFrom(shape(as_loaded(record.shape, record.model)))
     if record.error is not None:
         message.error.CopyFrom(record_to_status(record.error))
     if record.model is not None:
@@ -179,12 +184,29 @@ def deployment(record: Deployment, worker_pid: int) -> deployment_pb2.Deployment
         create_time=timestamp(record.create_time),
         worker_pid=worker_pid,
     )
+    if record.shape is not None:
+        message.shape.CopyFrom(shape(as_loaded(record.shape, record.model)))
     if record.error is not None:
         message.error.CopyFrom(record_to_status(record.error))
     if record.model is not None:
         message.model.CopyFrom(model_info(record.base_model, record.model))
         message.max_context_length = record.max_context_length or record.model.max_context_length
     return message
+
+
+def shape(record: Shape) -> shape_pb2.Shape:
+    """A shape."""
+    return shape_pb2.Shape(
+        name=record.name,
+        base_model=record.base_model,
+        trainer_mode=record.trainer_mode,
+        max_context_length=record.max_context_length,
+        dtype=record.dtype,
+        device=record.device,
+        num_devices=record.num_devices,
+        deployment_shape=record.deployment_shape,
+        notes=record.notes,
+    )
 
 
 def session(record: Session) -> session_pb2.Session:

@@ -46,6 +46,7 @@ class DeploymentServicer:
                 trainer=request.trainer,
                 dtype=request.dtype or "auto",
                 request_id=request.request_id,
+                shape_name=request.deployment_shape,
                 payload_digest=blake3(request.SerializeToString(deterministic=True)).hexdigest(),
             )
         )

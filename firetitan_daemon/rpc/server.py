@@ -18,6 +18,7 @@ from firetitan.v1 import (
     model_service_pb2,
     operation_service_pb2,
     sampling_service_pb2,
+    shape_service_pb2,
     system_service_pb2,
     trainer_service_pb2,
     training_service_pb2,
@@ -32,6 +33,7 @@ from firetitan_daemon.rpc.deployments import DeploymentServicer
 from firetitan_daemon.rpc.models import ModelServicer
 from firetitan_daemon.rpc.operations import OperationServicer
 from firetitan_daemon.rpc.sampling import SamplingServicer
+from firetitan_daemon.rpc.shapes import ShapeServicer
 from firetitan_daemon.rpc.system import SystemServicer
 from firetitan_daemon.rpc.trainers import TrainerServicer
 from firetitan_daemon.rpc.training import TrainingServicer
@@ -47,6 +49,7 @@ _FILES = (
     (deployment_service_pb2, "DeploymentService", DeploymentServicer),
     (trainer_service_pb2, "TrainerService", TrainerServicer),
     (model_service_pb2, "ModelService", ModelServicer),
+    (shape_service_pb2, "ShapeService", ShapeServicer),
     (system_service_pb2, "SystemService", SystemServicer),
 )
 
@@ -58,6 +61,7 @@ Servicer = (
     | DeploymentServicer
     | TrainerServicer
     | ModelServicer
+    | ShapeServicer
     | SystemServicer
 )
 

@@ -47,6 +47,7 @@ class TrainerServicer:
                 request_id=request.request_id,
                 forward_only=request.forward_only,
                 max_lora_rank=request.max_lora_rank,
+                shape_name=request.training_shape,
                 payload_digest=blake3(request.SerializeToString(deterministic=True)).hexdigest(),
             )
         )

@@ -121,6 +121,7 @@ class EngineHost(Generic[EngineT]):
             base_model=request.base_model,
             dtype=request.dtype or "auto",
             max_context_length=request.max_context_length or None,
+            device=request.device or "auto",
         )
         self._engine = await self.run(lambda: self._make(spec))
         return self._engine

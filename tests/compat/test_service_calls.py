@@ -56,10 +56,10 @@ def test_what_was_resolved(make_service: MakeService) -> None:
     assert service.trainer_job_id == service.reference_client_job_id == "resolved"
     assert service.deployment_id == "resolved-serving"
     assert service.max_context_length > 0
-    assert service.deployment_shape == "local"
+    assert service.deployment_shape == "accounts/local/deploymentShapes/local"
+    assert service.training_profile.trainer_mode == "POLICY_TRAINER"
     assert service.reference_trainer_job_id is None
     for name in (
-        "training_profile",
         "accelerator_type",
         "accelerator_count",
         "training_session_id",

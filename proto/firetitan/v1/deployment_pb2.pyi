@@ -4,6 +4,7 @@ isort:skip_file
 Deployments: a base model served for sampling, and the snapshot it serves now."""
 
 import builtins
+import firetitan.v1.shape_pb2
 import firetitan.v1.trainer_pb2
 import google.protobuf.descriptor
 import google.protobuf.internal.enum_type_wrapper
@@ -76,6 +77,7 @@ class Deployment(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
     WORKER_PID_FIELD_NUMBER: builtins.int
+    SHAPE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """`deployments/{deployment}`."""
     base_model: builtins.str
@@ -104,6 +106,10 @@ class Deployment(google.protobuf.message.Message):
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it was created."""
 
+    @property
+    def shape(self) -> firetitan.v1.shape_pb2.Shape:
+        """What it was made as, with what that left open as it came out."""
+
     def __init__(
         self,
         *,
@@ -118,8 +124,9 @@ class Deployment(google.protobuf.message.Message):
         model: firetitan.v1.trainer_pb2.ModelInfo | None = ...,
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         worker_pid: builtins.int = ...,
+        shape: firetitan.v1.shape_pb2.Shape | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "error", b"error", "model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["active_snapshot", b"active_snapshot", "base_model", b"base_model", "create_time", b"create_time", "error", b"error", "etag", b"etag", "max_context_length", b"max_context_length", "model", b"model", "name", b"name", "state", b"state", "trainer", b"trainer", "worker_pid", b"worker_pid"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "error", b"error", "model", b"model", "shape", b"shape"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["active_snapshot", b"active_snapshot", "base_model", b"base_model", "create_time", b"create_time", "error", b"error", "etag", b"etag", "max_context_length", b"max_context_length", "model", b"model", "name", b"name", "shape", b"shape", "state", b"state", "trainer", b"trainer", "worker_pid", b"worker_pid"]) -> None: ...
 
 global___Deployment = Deployment

@@ -26,6 +26,7 @@ class CreateDeploymentRequest(google.protobuf.message.Message):
     TRAINER_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    DEPLOYMENT_SHAPE_FIELD_NUMBER: builtins.int
     deployment_id: builtins.str
     """Last segment of the name; empty: the daemon chooses."""
     base_model: builtins.str
@@ -38,6 +39,10 @@ class CreateDeploymentRequest(google.protobuf.message.Message):
     """"auto" (as stored, the default), "float32" or "bfloat16"."""
     request_id: builtins.str
     """Makes a retry safe."""
+    deployment_shape: builtins.str
+    """Name of a deployment shape; refused where it cannot serve what is asked for. Empty: one is
+    derived from the model and the host.
+    """
     def __init__(
         self,
         *,
@@ -47,8 +52,9 @@ class CreateDeploymentRequest(google.protobuf.message.Message):
         trainer: builtins.str = ...,
         dtype: builtins.str = ...,
         request_id: builtins.str = ...,
+        deployment_shape: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "deployment_id", b"deployment_id", "dtype", b"dtype", "max_context_length", b"max_context_length", "request_id", b"request_id", "trainer", b"trainer"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "deployment_id", b"deployment_id", "deployment_shape", b"deployment_shape", "dtype", b"dtype", "max_context_length", b"max_context_length", "request_id", b"request_id", "trainer", b"trainer"]) -> None: ...
 
 global___CreateDeploymentRequest = CreateDeploymentRequest
 

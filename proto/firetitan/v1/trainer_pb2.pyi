@@ -5,6 +5,7 @@ Trainers: a base model, held by one worker process, ready to be trained."""
 
 import builtins
 import collections.abc
+import firetitan.v1.shape_pb2
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
@@ -205,6 +206,7 @@ class Trainer(google.protobuf.message.Message):
     SESSION_FIELD_NUMBER: builtins.int
     FORWARD_ONLY_FIELD_NUMBER: builtins.int
     MAX_LORA_RANK_FIELD_NUMBER: builtins.int
+    SHAPE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """`trainers/{trainer}`."""
     base_model: builtins.str
@@ -237,6 +239,10 @@ class Trainer(google.protobuf.message.Message):
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it was created."""
 
+    @property
+    def shape(self) -> firetitan.v1.shape_pb2.Shape:
+        """What it was made as, with what that left open as it came out."""
+
     def __init__(
         self,
         *,
@@ -252,8 +258,9 @@ class Trainer(google.protobuf.message.Message):
         session: builtins.str = ...,
         forward_only: builtins.bool = ...,
         max_lora_rank: builtins.int = ...,
+        shape: firetitan.v1.shape_pb2.Shape | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "error", b"error", "model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "create_time", b"create_time", "error", b"error", "forward_only", b"forward_only", "lora_rank", b"lora_rank", "max_context_length", b"max_context_length", "max_lora_rank", b"max_lora_rank", "model", b"model", "name", b"name", "session", b"session", "state", b"state", "worker_pid", b"worker_pid"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "error", b"error", "model", b"model", "shape", b"shape"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "create_time", b"create_time", "error", b"error", "forward_only", b"forward_only", "lora_rank", b"lora_rank", "max_context_length", b"max_context_length", "max_lora_rank", b"max_lora_rank", "model", b"model", "name", b"name", "session", b"session", "shape", b"shape", "state", b"state", "worker_pid", b"worker_pid"]) -> None: ...
 
 global___Trainer = Trainer

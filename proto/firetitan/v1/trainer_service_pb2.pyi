@@ -28,6 +28,7 @@ class CreateTrainerRequest(google.protobuf.message.Message):
     REQUEST_ID_FIELD_NUMBER: builtins.int
     FORWARD_ONLY_FIELD_NUMBER: builtins.int
     MAX_LORA_RANK_FIELD_NUMBER: builtins.int
+    TRAINING_SHAPE_FIELD_NUMBER: builtins.int
     trainer_id: builtins.str
     """Last segment of the name; empty: the daemon chooses."""
     base_model: builtins.str
@@ -46,6 +47,10 @@ class CreateTrainerRequest(google.protobuf.message.Message):
     """Above 0: many sessions, each with an adapter of its own of at most this rank; `lora_rank` is 0
     then.
     """
+    training_shape: builtins.str
+    """Name of a training shape; refused where it cannot serve what is asked for. Empty: one is
+    derived from the model and the host.
+    """
     def __init__(
         self,
         *,
@@ -57,8 +62,9 @@ class CreateTrainerRequest(google.protobuf.message.Message):
         request_id: builtins.str = ...,
         forward_only: builtins.bool = ...,
         max_lora_rank: builtins.int = ...,
+        training_shape: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "dtype", b"dtype", "forward_only", b"forward_only", "lora_rank", b"lora_rank", "max_context_length", b"max_context_length", "max_lora_rank", b"max_lora_rank", "request_id", b"request_id", "trainer_id", b"trainer_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "dtype", b"dtype", "forward_only", b"forward_only", "lora_rank", b"lora_rank", "max_context_length", b"max_context_length", "max_lora_rank", b"max_lora_rank", "request_id", b"request_id", "trainer_id", b"trainer_id", "training_shape", b"training_shape"]) -> None: ...
 
 global___CreateTrainerRequest = CreateTrainerRequest
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from firetitan.v1 import shape_pb2
 
 from firetitan_client import (
     DeploymentConfig,
@@ -23,7 +24,7 @@ from firetitan_client import (
     WeightSyncer,
 )
 from firetitan_client.control_client import deployment_id_of, job_id_of
-from firetitan_client.training_profile import context_length, is_moe
+from firetitan_client.training_profile import context_length, is_moe, profile_of
 
 
 @pytest.fixture
@@ -108,10 +109,16 @@ def test_a_deployments_bad_settings(
 
 
 def test_a_deployment_of_a_profile(client: FireworksClient) -> None:
-    profile = client.resolve_training_profile("accounts/a/trainingShapes/s/versions/7")
+    shape = shape_pb2.Shape(
+        name="accounts/a/trainingShapes/s/versions/7",
+        deployment_shape="accounts/a/deploymentShapes/d/versions/2",
+        dtype="auto",
+    )
+    profile = profile_of(shape)
     assert profile.training_shape == "accounts/a/trainingShapes/s"
     assert profile.supports_lora
     assert profile.max_supported_context_length == 0
+    assert profile.deployment_shape == "accounts/a/deploymentShapes/d"
     config = DeploymentConfig.from_training_profile(
         deployment_id="d", base_model="m", profile=profile
     )
@@ -157,8 +164,6 @@ def test_what_a_config_says(
     assert (is_moe(config), context_length(config)) == (moe, length)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert client.model_is_moe(str(tmp_path)) is moe
-    profile = client.resolve_training_profile("s", base_model=str(tmp_path))
-    assert profile.max_supported_context_length == length
 
 
 def test_a_model_of_the_hugging_face_cache(

@@ -76,3 +76,26 @@ def test_names_of_models_are_read_from_their_table(tmp_path: Path) -> None:
         (tmp_path / "config.toml").write_text(f"[models]\na = {wrong}\n")
         with pytest.raises(ConfigError, match=r"models\.a"):
             load_config(home=tmp_path, environment={})
+
+
+def test_shapes_are_read_from_their_tables(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(
+        "[training_shapes.small]\n"
+        'version = 2\nmax_context_length = 64\ntrainer_mode = "LORA_TRAINER"\n'
+        '[deployment_shapes."accounts/me/deploymentShapes/d"]\ndevice = "cpu"\n'
+    )
+    config, _ = load_config(home=tmp_path, environment={})
+    (training,), (deployment,) = config.training_shapes, config.deployment_shapes
+    assert (training.name, training.version, training.max_context_length) == ("small", 2, 64)
+    assert training.deployment_shape == "local"
+    assert (deployment.device, deployment.deployment_shape) == ("cpu", "")
+    for wrong in (
+        "[training_shapes]\na = 1\n",
+        "[training_shapes.a]\nmore = 1\n",
+        "[training_shapes.a]\ndevice = 'tpu'\n",
+        "[training_shapes.a]\nmax_context_length = 'x'\n",
+        "[deployment_shapes.a]\ntrainer_mode = 'LORA_TRAINER'\n",
+    ):
+        (tmp_path / "config.toml").write_text(wrong)
+        with pytest.raises(ConfigError, match=r"_shapes\.a"):
+            load_config(home=tmp_path, environment={})

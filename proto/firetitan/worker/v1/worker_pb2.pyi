@@ -234,20 +234,24 @@ class LoadModelRequest(google.protobuf.message.Message):
     BASE_MODEL_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
     MAX_CONTEXT_LENGTH_FIELD_NUMBER: builtins.int
+    DEVICE_FIELD_NUMBER: builtins.int
     base_model: builtins.str
     """Hugging Face id or local folder."""
     dtype: builtins.str
     """"auto", "float32" or "bfloat16"."""
     max_context_length: builtins.int
     """Longest sequence in tokens; 0: the model's own limit."""
+    device: builtins.str
+    """"auto" (also empty), "cpu" or "cuda"."""
     def __init__(
         self,
         *,
         base_model: builtins.str = ...,
         dtype: builtins.str = ...,
         max_context_length: builtins.int = ...,
+        device: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "dtype", b"dtype", "max_context_length", b"max_context_length"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "device", b"device", "dtype", b"dtype", "max_context_length", b"max_context_length"]) -> None: ...
 
 global___LoadModelRequest = LoadModelRequest
 
