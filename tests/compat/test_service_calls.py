@@ -57,7 +57,7 @@ def test_what_was_resolved(make_service: MakeService) -> None:
     assert service.deployment_id == "resolved-serving"
     assert service.max_context_length > 0
     assert service.deployment_shape == "accounts/local/deploymentShapes/local"
-    assert service.training_profile.trainer_mode == "POLICY_TRAINER"
+    assert service.training_profile.trainer_mode == "LORA_TRAINER"
     assert service.reference_trainer_job_id is None
     for name in (
         "accelerator_type",
