@@ -5,6 +5,7 @@ Knows: hotloading, pinning. Must not know: how samples travel.
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,8 @@ from firetitan_client.managed import wait_operation
 from firetitan_client.sample_requests import Target, follow
 from firetitan_client.sampling import FiretitanSamplingClient
 from firetitan_client.service_core import ServiceCore
+
+logger = logging.getLogger("firetitan")
 
 
 class SamplingClients(ServiceCore):
@@ -41,7 +44,7 @@ class SamplingClients(ServiceCore):
         Args:
             model_path: Snapshot to bring to the deployment first; None: whatever it serves.
             base_model: Must be the service's.
-            retry_config: Ignored: retries need no settings here.
+            retry_config: Ignored, with a warning: retries need no settings here.
             deployment_sampler: Sample from where this one does.
             tokenizer: Tokenizer, folder or id; None: the service's.
             concurrency_controller: Ignored; the daemon batches what it gets.
@@ -54,6 +57,8 @@ class SamplingClients(ServiceCore):
         self._check_open()
         if pinned and model_path is None:
             raise ValueError("pinned=True needs model_path, the snapshot to stay with")
+        if retry_config is not None:
+            logger.warning("retry_config is ignored: retries need no settings here")
         self._agree("base_model", base_model, self._config.base_model)
         if base_model is not None:
             self._config.base_model = base_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,15 @@ def test_what_a_sampling_client_is(service: FiretitanServiceClient, tiny_llama: 
     (made,) = asyncio.run(native.sample_with_prompt_tokens([1, 2], max_tokens=6, seed=3))
     answer = sampler.sample([1, 2], 1, PARAMS).result()
     assert made.full_tokens == [1, 2, *answer.sequences[0].tokens]
+
+
+def test_retry_settings_are_told(
+    service: FiretitanServiceClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "firetitan"):
+        sampler = service.create_sampling_client(retry_config=object())
+    assert "retry_config is ignored" in caplog.text
+    assert sampler.sample([1], 1, PARAMS).result().sequences
 
 
 def test_closing_a_sampling_client(service: FiretitanServiceClient) -> None:

@@ -109,8 +109,34 @@ def test_settings_reach_the_trainer(make_service: MakeService) -> None:
     assert service.max_context_length == service.managed_max_context_length == 32
 
 
+def test_alpha_of_the_call(make_service: MakeService) -> None:
+    for number, (config, call, alpha) in enumerate(
+        (
+            ({}, {}, 32),
+            ({"lora_alpha": 12}, {}, 12),
+            ({"lora_alpha": 12}, {"lora_alpha": 20}, 20),
+            ({}, {"lora_alpha": None}, 8),
+        )
+    ):
+        service = make_service(create_deployment=False, trainer_job_id=f"alpha-{number}", **config)
+        client = service.create_training_client(**call)
+        session = service.stubs.training.GetSession(
+            training_service_pb2.GetSessionRequest(name=client.session_name)
+        ).session
+        assert session.lora.alpha == alpha
+
+
 def test_what_has_no_use_here_is_kept_and_shown(make_service: MakeService) -> None:
-    service = make_service(**WITHOUT_USE)
+    service = make_service(
+        **WITHOUT_USE,
+        api_key="key",
+        base_url="https://api.fireworks.ai",
+        inference_url="https://inference.fireworks.ai",
+        hotload_api_url="https://hotload.fireworks.ai",
+        additional_headers={"X-Team": "me"},
+        verify_ssl=False,
+        project_id="p",
+    )
     policy = service.create_training_client()
     assert policy.save_weights_for_sampler_ext("s").path
     shown = dataclasses.asdict(service.config)
