@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ HUB_TIMEOUT_S = 3.0
 
 _CONVERTER = "1"
 _SINGLE = "model.safetensors"
+_ADAPTER = "adapter_config.json"
 _INDEX = "model.safetensors.index.json"
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 _UNWANTED = ["*/*", "consolidated*"]
@@ -64,8 +65,9 @@ def resolve_model(base_model: str) -> ResolvedModel:
     """Find a base model, fetching or converting it where it is not on this machine yet.
 
     Args:
-        base_model: A folder, or a Hugging Face id such as `Qwen/Qwen3-0.6B`, with `@` and a
-            commit, tag or branch behind it where it is not to be the main branch.
+        base_model: A folder (a PEFT adapter's too: it is merged into its base model), or a Hugging
+            Face id such as `Qwen/Qwen3-0.6B`, with `@` and a commit, tag or branch behind it where
+            it is not to be the main branch.
 
     Raises:
         FiretitanError: MODEL_NOT_FOUND, naming what is missing and what to do.
@@ -73,6 +75,8 @@ def resolve_model(base_model: str) -> ResolvedModel:
     folder = Path(base_model).expanduser()
     if folder.is_dir():
         folder = folder.resolve()
+        if (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file():
+            return _merged(folder)
         missing = missing_files(folder)
         if missing:
             raise _not_found(base_model, f"the folder {folder} has {missing}")
@@ -94,8 +98,6 @@ def resolve_model(base_model: str) -> ResolvedModel:
 def missing_files(folder: Path) -> str | None:
     """Say in words what a folder lacks to be a loadable model; None where it is whole."""
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            return "a PEFT adapter but no model; give the adapter's base model instead"
         return "no config.json"
     if (folder / _INDEX).is_file():
         lost = [name for name in _shards(folder) if not (folder / name).is_file()]
@@ -146,6 +148,12 @@ def _not_found(base_model: str, what: str) -> FiretitanError:
         field="base_model",
         base_model=base_model,
     )
+
+
+def _merged(adapter: Path) -> ResolvedModel:
+    from firetitan_daemon.engine.merged import merged_model
+
+    return merged_model(adapter)
 
 
 def _shards(folder: Path) -> list[str]:
@@ -250,11 +258,25 @@ def _gguf_file() -> Path | None:
 def _from_gguf() -> Path:
     gguf = _gguf_file()
     assert gguf is not None, "the caller has looked"
+
+    def build(staging: Path) -> None:
+        _convert_gguf(gguf, staging)
+        durable.seal_folder(staging, {"kind": "model", "source": GGUF_SOURCE})
+
+    return made_model(SMOLLM.split("/")[1], f"{_CONVERTER}\0{_remembered_hash(gguf)}", build)
+
+
+def made_model(name: str, made_from: str, build: Callable[[Path], None]) -> Path:
+    """A model folder in the cache, built where it is not there yet; of several processes by one.
+
+    Args:
+        name: Readable part of the folder's name.
+        made_from: Everything its content depends on.
+        build: Fills and seals an empty folder.
+    """
     models = cache_folder() / "models"
     models.mkdir(parents=True, exist_ok=True)
-    name = SMOLLM.split("/")[1]
-    identity = blake3(f"{_CONVERTER}\0{_remembered_hash(gguf)}".encode()).hexdigest()[:16]
-    final = models / f"{name}-{identity}"
+    final = models / f"{name}-{blake3(made_from.encode()).hexdigest()[:16]}"
     with _locked(models / f".lock-{final.name}"):
         if final.is_dir():
             return final
@@ -263,8 +285,7 @@ def _from_gguf() -> Path:
         staging = models / f"{durable.TEMPORARY_PREFIX}{final.name}-{uuid.uuid4().hex[:8]}"
         staging.mkdir()
         try:
-            _convert_gguf(gguf, staging)
-            durable.seal_folder(staging, {"kind": "model", "source": GGUF_SOURCE})
+            build(staging)
             durable.publish_folder(staging, final)
         finally:
             if staging.is_dir():

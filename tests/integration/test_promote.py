@@ -129,6 +129,17 @@ def test_an_adapter_becomes_a_folder_that_peft_loads(
     tuned = PeftModel.from_pretrained(base, model["location"])
     torch.testing.assert_close(own_logprobs(tuned), logprobs(policy), atol=1e-5, rtol=0)
     assert not control.model_is_moe(model["name"])
+    # Trained on and served by its name it is the whole model.
+    expected = logprobs(policy)
+    again = client_of(daemon, model["name"], "again", create_deployment=True, deployment_id="d")
+    torch.testing.assert_close(logprobs(again), expected, atol=1e-4, rtol=0)
+    sampler = again.service.create_sampling_client()
+    found = sampler.compute_logprobs(tinker.ModelInput.from_ints(TOKENS)).result()[1:]
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=0)
+    # And an adapter for another session of its base.
+    other = client_of(daemon, str(tiny_llama), "other", 4)
+    other.load_adapter(model["name"]).result()
+    torch.testing.assert_close(logprobs(other), expected, atol=1e-5, rtol=0)
 
 
 def test_a_merged_base_is_served_promoted_and_trained_on(

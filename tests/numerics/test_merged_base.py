@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from support.models import save_tiny
 from transformers import AutoModelForCausalLM
 
+from firetitan_daemon.core.errors import FiretitanError
 from firetitan_daemon.engine.api import (
     AdamParams,
     Datum,
@@ -30,6 +31,7 @@ from firetitan_daemon.engine.api import (
 )
 from firetitan_daemon.engine.hf_sample import HfSampleEngine
 from firetitan_daemon.engine.hf_train import HfTrainEngine
+from firetitan_daemon.engine.resolve import resolve_model
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -90,6 +92,48 @@ def test_a_merged_base_computes_what_peft_does(
     stored = load_file(folder / "model.safetensors")
     assert ("lm_head.weight" in stored) == (unembed or not tied)
     engine.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapters_folder_is_a_model_merged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setenv("FIRETITAN_CACHE", str(tmp_path / "cache"))
+    base = save_tiny(tmp_path / "base", dtype=dtype)
+    engine = trained(base)
+    adapter, _ = save(engine, tmp_path, "adapter", SnapshotKind.BASE)
+    expected, _ = save(engine, tmp_path, "merged", SnapshotKind.MERGED_BASE)
+    engine.close()
+    model = resolve_model(str(adapter))
+    assert model.source == f"adapter merged into {base}"
+    found, wanted = (load_file(one / "model.safetensors") for one in (model.path, expected))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    assert resolve_model(str(adapter)) == model
+    assert [one.name for one in (tmp_path / "cache" / "models").glob("m*")] == [model.path.name]
+    # Its own adapters name a folder that PEFT finds.
+    again = HfTrainEngine(ModelSpec(str(adapter)))
+    again.open_session(SessionSpec(1, LoraSpec(2)))
+    fresh, _ = save(again, tmp_path, "fresh", SnapshotKind.BASE)
+    again.close()
+    config = json.loads((fresh / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(model.path)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [(None, "names no base model"), ("/nowhere", "no such folder")]
+)
+def test_an_adapter_without_its_base_says_so(tmp_path: Path, name: str | None, why: str) -> None:
+    base = save_tiny(tmp_path / "base")
+    engine = trained(base)
+    adapter, _ = save(engine, tmp_path, "adapter", SnapshotKind.BASE)
+    engine.close()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": name})
+    )
+    with pytest.raises(FiretitanError, match=why):
+        resolve_model(str(adapter))
 
 
 def test_precision_is_the_bases_own_or_bfloat16(tmp_path: Path) -> None:

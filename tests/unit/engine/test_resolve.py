@@ -61,9 +61,10 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
     assert "is not a safetensors index" in _refusal(str(folder))
 
 
-def test_adapter_folder_is_told_apart(tmp_path: Path) -> None:
+def test_adapter_folder_is_read_as_one(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "PEFT adapter" in _refusal(str(tmp_path))
+    with pytest.raises(FiretitanError, match="needs adapter_config"):
+        resolve_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["/does/not/exist", "./here", "a/b/c", "https://x/y", ""])
