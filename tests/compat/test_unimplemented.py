@@ -48,9 +48,13 @@ def native(**options: Any) -> Callable[[SimpleNamespace], Any]:
     return lambda place: place.native.sample_with_prompt_tokens([1, 2], **options)
 
 
+def manager(place: SimpleNamespace) -> DeploymentManager:
+    return DeploymentManager(address=place.address)
+
+
 def deployment(transition: str) -> Callable[[SimpleNamespace], Any]:
     config = DeploymentConfig("later", TOY, hot_load_transition_type=transition)
-    return lambda place: DeploymentManager(address=place.address).create_or_get(config)
+    return lambda place: manager(place).create_or_get(config)
 
 
 SERVICE = "FiretitanServiceClient"
@@ -66,6 +70,18 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
     "FiretitanProvisioningConfig: hot_load_transition_type": [
         config(hot_load_transition_type="sync"),
         config(hot_load_transition_type="ASYNC"),
+    ],
+    f"{SERVICE}: projection_head_dim, lora_init_method of the call": [
+        lambda on: on.service.create_training_client(projection_head_dim=8),
+        lambda on: on.service.create_training_client(lora_init_method="pissa"),
+    ],
+    "FiretitanProvisioningConfig: several samplers of one deployment": [config(replica_count=2)],
+    "FiretitanProvisioningConfig: several ranks of one trainer": [config(trainer_replica_count=2)],
+    "DeploymentManager: path, cmek_resource of a hotload; update of other fields than trainer and "
+    "replicas": [
+        lambda on: manager(on).hotload("serving", TOY, "s", path="gs://bucket"),
+        lambda on: manager(on).hotload("serving", TOY, "s", cmek_resource="key"),
+        lambda on: manager(on).update("serving", {"displayName": "n"}, "displayName"),
     ],
     "FiretitanProvisioningConfig: projection_head_dim": [config(projection_head_dim=8)],
     f"{TRAINING}: weight_sync": [lambda on: on.policy.weight_sync()],
