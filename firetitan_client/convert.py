@@ -29,6 +29,11 @@ _NORMALIZATIONS: dict[str, training_service_pb2.GradAccNormalization.ValueType] 
     "num_loss_tokens": training_service_pb2.GRAD_ACC_NORMALIZATION_NUM_LOSS_TOKENS,
     "num_sequences": training_service_pb2.GRAD_ACC_NORMALIZATION_NUM_SEQUENCES,
 }
+_GRAD_NORM_METRICS: dict[str, training_service_pb2.GradNormMetrics.ValueType] = {
+    "off": training_service_pb2.GRAD_NORM_METRICS_OFF,
+    "basic": training_service_pb2.GRAD_NORM_METRICS_BASIC,
+    "detailed": training_service_pb2.GRAD_NORM_METRICS_DETAILED,
+}
 _POOLINGS: dict[str, training_service_pb2.Pooling.ValueType] = {
     "mean": training_service_pb2.POOLING_MEAN,
     "last": training_service_pb2.POOLING_LAST,
@@ -340,6 +345,24 @@ def adam_params_to_proto(params: Any) -> training_service_pb2.AdamParams:
         value = getattr(params, name, getattr(defaults, name))
         values[name] = real_number(value, f"adam_params.{name}")
     return training_service_pb2.AdamParams(**values)
+
+
+def grad_norm_metrics_to_proto(value: Any) -> training_service_pb2.GradNormMetrics.ValueType:
+    """A `GradNormMetricsMode`, its text in any case, True for basic, or None or False for off.
+
+    Raises:
+        InvalidArgument: Something else.
+    """
+    if value is None or isinstance(value, bool):
+        value = "basic" if value else "off"
+    found = _GRAD_NORM_METRICS.get(str(getattr(value, "value", value)).lower())
+    if found is None:
+        raise InvalidArgument(
+            f"Unknown emit_grad_norm_metrics {value!r}; expected a bool or one of "
+            f"{', '.join(_GRAD_NORM_METRICS)}",
+            field="emit_grad_norm_metrics",
+        )
+    return found
 
 
 def normalization_to_proto(

@@ -256,11 +256,14 @@ class FiretitanTrainingClient(WeightsCalls, TinkerTrainingCalls):
         Args:
             adam_params: `tinker.AdamParams`.
             grad_accumulation_normalization: How the accumulated sum is scaled; None: not at all.
-            emit_grad_norm_metrics: Accepted; `grad_norm` (before clipping) is always there.
+            emit_grad_norm_metrics: More about the gradients: "basic" or True their `grad_rms`,
+                "detailed" both by part of the model (`grad_norm/attn`, ...), "off" or False
+                nothing; None: as `adam_params` says.
             optim_params: tinker's newer name of `adam_params`.
 
         Returns:
-            A future of `OptimStepResponse`; its metrics hold `step` and `grad_norm`.
+            A future of `OptimStepResponse`; its metrics hold `step` and `grad_norm`, normalised
+            and before clipping.
 
         Raises:
             ValueError: Both or a malformed one given.
@@ -271,9 +274,14 @@ class FiretitanTrainingClient(WeightsCalls, TinkerTrainingCalls):
         params = adam_params if adam_params is not None else optim_params
         if params is None:
             raise TypeError("optim_step() needs adam_params, e.g. tinker.AdamParams()")
+        if emit_grad_norm_metrics is None:
+            emit_grad_norm_metrics = getattr(params, "emit_grad_norm_metrics", None)
         request = training_service_pb2.OptimStepRequest(
             adam_params=convert.adam_params_to_proto(params),
             grad_acc_normalization=convert.normalization_to_proto(grad_accumulation_normalization),
+        )
+        request.adam_params.grad_norm_metrics = convert.grad_norm_metrics_to_proto(
+            emit_grad_norm_metrics
         )
         return self._submit(
             "TrainingService/OptimStep",

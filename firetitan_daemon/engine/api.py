@@ -24,6 +24,7 @@ import numpy.typing as npt
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.records import ModelInfo as ModelInfo
 from firetitan_daemon.core.records import RoutingShape as RoutingShape
+from firetitan_daemon.engine.grad_norms import GradNormMetrics
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
@@ -122,6 +123,7 @@ class AdamParams:
     eps: float = 1e-12
     weight_decay: float = 0.0
     grad_clip_norm: float = 0.0
+    grad_norm_metrics: GradNormMetrics = GradNormMetrics.OFF
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from firetitan_daemon.engine.api import (
 from firetitan_daemon.engine.batch import Batch, make_batch
 from firetitan_daemon.engine.embeddings import KeptEmbeddings
 from firetitan_daemon.engine.export import SnapshotWriter
+from firetitan_daemon.engine.grad_norms import GradNormMetrics, grad_norm_metrics
 from firetitan_daemon.engine.graph_bytes import SavedBytes
 from firetitan_daemon.engine.head import Head
 from firetitan_daemon.engine.hf_core import KeptLogprobs, Session
@@ -45,7 +46,7 @@ from firetitan_daemon.engine.hf_embeddings import HfEmbeddings
 from firetitan_daemon.engine.losses import choose_loss
 from firetitan_daemon.engine.merge import merge_adapter, write_merged
 from firetitan_daemon.engine.models import load_model
-from firetitan_daemon.engine.optim import AdamW, check_params
+from firetitan_daemon.engine.optim import AdamW, check_params, tensor_norms
 from firetitan_daemon.engine.passes import (
     Gradients,
     add_gradient,
@@ -236,7 +237,8 @@ class HfTrainEngine(HfEmbeddings):
         """Normalise, clip, AdamW, zero gradients.
 
         Returns:
-            `step` after it, and `grad_norm`: normalised, before clipping.
+            `step` after it, and `grad_norm`: normalised, before clipping; more of the gradients
+            where `params.grad_norm_metrics` asks for it.
 
         Raises:
             FiretitanError: NO_GRADIENTS, NO_LOSS_TOKENS, STEP_MISMATCH, NON_FINITE,
@@ -260,13 +262,14 @@ class HfTrainEngine(HfEmbeddings):
             }
             session.optimizer.prepare()
         norm = session.optimizer.norm(gradients, denominator)
+        more = _grad_norms(params.grad_norm_metrics, gradients, denominator)
         self._graphs.clear()
         session.optimizer.update(gradients, params, norm, denominator)
         failpoint("engine.step")
         session.trainables.refresh()
         session.gradients = {}
         session.counters = Counters(step=session.optimizer.step_count)
-        return {"step": float(session.counters.step), "grad_norm": norm}
+        return {"step": float(session.counters.step), "grad_norm": norm, **more}
 
     def save_state(self, staging: Path) -> SavedFiles:
         """Weights, optimizer, pending gradients and counters into an empty folder."""
@@ -443,6 +446,15 @@ def _output(
     total = sum(float(part.double().sum()) for part in terms)
     arrays = batch.outputs(torch.cat(logprobs))
     return ForwardOutput([{"logprobs": array} for array in arrays], {"loss:sum": total}, graph)
+
+
+def _grad_norms(
+    mode: GradNormMetrics, gradients: Gradients, denominator: float
+) -> dict[str, float]:
+    if mode is GradNormMetrics.OFF:
+        return {}
+    norms = {name: norm / denominator for name, norm in tensor_norms(gradients).items()}
+    return grad_norm_metrics(mode, norms, {name: one.numel() for name, one in gradients.items()})
 
 
 def _response_tokens(weights_TK: torch.Tensor) -> float:

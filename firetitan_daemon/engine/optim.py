@@ -61,11 +61,11 @@ class AdamW:
         Raises:
             FiretitanError: NON_FINITE naming a parameter.
         """
-        norms = [float(value) for value in torch._foreach_norm(list(gradients.values()))]
-        total = math.sqrt(sum(value**2 for value in norms)) / denominator
+        norms = tensor_norms(gradients)
+        total = math.sqrt(sum(value**2 for value in norms.values())) / denominator
         if math.isfinite(total):
             return total
-        bad = [name for name, value in zip(gradients, norms, strict=True) if value - value != 0]
+        bad = [name for name, value in norms.items() if value - value != 0]
         raise FiretitanError(
             Reason.NON_FINITE,
             f"the accumulated gradient of {bad[0] if bad else 'the model'} is not finite; nothing "
@@ -113,6 +113,13 @@ class AdamW:
             amsgrad=False,
             maximize=False,
         )
+
+
+@torch.no_grad()
+def tensor_norms(gradients: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """L2 norm of each gradient."""
+    norms = torch._foreach_norm(list(gradients.values()))
+    return {name: float(norm) for name, norm in zip(gradients, norms, strict=True)}
 
 
 def check_params(params: AdamParams) -> None:

@@ -34,6 +34,7 @@ from firetitan_daemon.engine.api import (
     Normalization,
     Pooling,
 )
+from firetitan_daemon.engine.grad_norms import GradNormMetrics
 
 TOKEN_BYTES = 4
 MAX_DIMENSIONS = 8
@@ -49,6 +50,12 @@ _NORMALIZATIONS = {
     training_service_pb2.GRAD_ACC_NORMALIZATION_NONE: Normalization.NONE,
     training_service_pb2.GRAD_ACC_NORMALIZATION_NUM_LOSS_TOKENS: Normalization.NUM_LOSS_TOKENS,
     training_service_pb2.GRAD_ACC_NORMALIZATION_NUM_SEQUENCES: Normalization.NUM_SEQUENCES,
+}
+_GRAD_NORM_METRICS: dict[int, GradNormMetrics] = {
+    training_service_pb2.GRAD_NORM_METRICS_UNSPECIFIED: GradNormMetrics.OFF,
+    training_service_pb2.GRAD_NORM_METRICS_OFF: GradNormMetrics.OFF,
+    training_service_pb2.GRAD_NORM_METRICS_BASIC: GradNormMetrics.BASIC,
+    training_service_pb2.GRAD_NORM_METRICS_DETAILED: GradNormMetrics.DETAILED,
 }
 _POOLINGS: dict[int, Pooling | None] = {
     training_service_pb2.POOLING_UNSPECIFIED: None,
@@ -195,19 +202,27 @@ def adam_params_from_proto(request: training_service_pb2.OptimStepRequest) -> Ad
     """The optimizer's settings.
 
     Raises:
-        FiretitanError: INVALID_ARGUMENT where there are none.
+        FiretitanError: INVALID_ARGUMENT where there are none, or for unknown metrics.
     """
     if not request.HasField("adam_params"):
         raise FiretitanError(
             Reason.INVALID_ARGUMENT, "adam_params: missing; give all of them", field="adam_params"
         )
     params = request.adam_params
+    metrics = _GRAD_NORM_METRICS.get(params.grad_norm_metrics)
+    if metrics is None:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"adam_params.grad_norm_metrics: {params.grad_norm_metrics} is unknown",
+            field="adam_params.grad_norm_metrics",
+        )
     return AdamParams(
         learning_rate=params.learning_rate,
         beta1=params.beta1,
         beta2=params.beta2,
         eps=params.eps,
         weight_decay=params.weight_decay,
+        grad_norm_metrics=metrics,
         grad_clip_norm=params.grad_clip_norm,
     )
 

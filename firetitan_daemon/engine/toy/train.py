@@ -43,6 +43,7 @@ from firetitan_daemon.engine.embedding_loss import (
     given_gradients,
     output_gradients,
 )
+from firetitan_daemon.engine.grad_norms import grad_norm_metrics
 from firetitan_daemon.engine.peft import fit_adapter, read_adapter
 from firetitan_daemon.engine.raw import (
     RawTensor,
@@ -280,6 +281,10 @@ class ToyTrainEngine:
         norm = float(np.sqrt(sum(float((g**2).sum()) for g in gradients.values())))
         if not np.isfinite(norm):
             raise FiretitanError(Reason.NON_FINITE, f"gradient norm is {norm}; nothing was changed")
+        norms = {name: float(np.linalg.norm(g)) for name, g in gradients.items()}
+        more = grad_norm_metrics(
+            params.grad_norm_metrics, norms, {name: g.size for name, g in gradients.items()}
+        )
         clip = params.grad_clip_norm
         scale = clip / norm if clip > 0 and norm > clip else 1.0
         step = counters.step + 1
@@ -287,7 +292,7 @@ class ToyTrainEngine:
         adamw(self._weights, self._first, self._second, scaled, params, step)
         self._counters = Counters(step=step)
         self._moved()
-        return {"step": float(step), "grad_norm": norm}
+        return {"step": float(step), "grad_norm": norm, **more}
 
     def save_state(self, staging: Path) -> SavedFiles:
         """Weights, moments, pending gradients and counters into an empty folder."""

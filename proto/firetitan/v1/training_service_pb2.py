@@ -29,7 +29,7 @@ from firetitan.v1 import tensor_pb2 as firetitan_dot_v1_dot_tensor__pb2
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#firetitan/v1/training_service.proto\x12\x0c\x66iretitan.v1\x1a\x1a\x66iretitan/v1/command.proto\x1a\x1c\x66iretitan/v1/operation.proto\x1a\x1a\x66iretitan/v1/session.proto\x1a\x19\x66iretitan/v1/tensor.proto\x1a\x1cgoogle/protobuf/struct.proto\"|\n\nAdamParams\x12\x15\n\rlearning_rate\x18\x01 \x01(\x01\x12\r\n\x05\x62\x65ta1\x18\x02 \x01(\x01\x12\r\n\x05\x62\x65ta2\x18\x03 \x01(\x01\x12\x0b\n\x03\x65ps\x18\x04 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x05 \x01(\x01\x12\x16\n\x0egrad_clip_norm\x18\x06 \x01(\x01\"\xab\x02\n\x14\x43reateSessionRequest\x12\x0f\n\x07trainer\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12&\n\x04lora\x18\x03 \x01(\x0b\x32\x18.firetitan.v1.LoraConfig\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12K\n\ruser_metadata\x18\x05 \x03(\x0b\x32\x34.firetitan.v1.CreateSessionRequest.UserMetadataEntry\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x14\n\x0c\x66orward_only\x18\x07 \x01(\x08\x1a\x33\n\x11UserMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x07\n\x05_seed\"P\n\x15\x43reateSessionResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.firetitan.v1.Session\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"#\n\x13\x43loseSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14\x43loseSessionResponse\"\x8f\x01\n\x14\x41ttachSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12&\n\x04lora\x18\x04 \x01(\x0b\x32\x18.firetitan.v1.LoraConfig\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x00\x88\x01\x01\x42\x07\n\x05_seed\"Q\n\x15\x41ttachSessionResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.firetitan.v1.Session\x12\x10\n\x08next_seq\x18\x02 \x01(\x04\"!\n\x11GetSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x12GetSessionResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.firetitan.v1.Session\"L\n\x13ListSessionsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"X\n\x14ListSessionsResponse\x12\'\n\x08sessions\x18\x01 \x03(\x0b\x32\x15.firetitan.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xf3\x01\n\x0e\x46orwardRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.firetitan.v1.CommandHeader\x12!\n\x04\x64\x61ta\x18\x02 \x03(\x0b\x32\x13.firetitan.v1.Datum\x12\x0f\n\x07loss_fn\x18\x03 \x01(\t\x12/\n\x0eloss_fn_config\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x14\n\x0cretain_graph\x18\x05 \x01(\x08\x12\x11\n\tbase_only\x18\x06 \x01(\x08\x12&\n\x07pooling\x18\x07 \x01(\x0e\x32\x15.firetitan.v1.Pooling\"=\n\x0f\x46orwardResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"y\n\x0f\x42\x61\x63kwardRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.firetitan.v1.CommandHeader\x12\r\n\x05graph\x18\x02 \x01(\t\x12*\n\x0coutput_grads\x18\x03 \x03(\x0b\x32\x14.firetitan.v1.Tensor\">\n\x10\x42\x61\x63kwardResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"\xc4\x02\n\x16\x46orwardBackwardRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.firetitan.v1.CommandHeader\x12!\n\x04\x64\x61ta\x18\x02 \x03(\x0b\x32\x13.firetitan.v1.Datum\x12\x0f\n\x07loss_fn\x18\x03 \x01(\t\x12/\n\x0eloss_fn_config\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x1a\n\rexpected_step\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12%\n\x18\x65xpected_weights_version\x18\x06 \x01(\x04H\x01\x88\x01\x01\x12&\n\x07pooling\x18\x07 \x01(\x0e\x32\x15.firetitan.v1.PoolingB\x10\n\x0e_expected_stepB\x1b\n\x19_expected_weights_version\"E\n\x17\x46orwardBackwardResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"\xe0\x01\n\x10OptimStepRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.firetitan.v1.CommandHeader\x12-\n\x0b\x61\x64\x61m_params\x18\x02 \x01(\x0b\x32\x18.firetitan.v1.AdamParams\x12\x42\n\x16grad_acc_normalization\x18\x03 \x01(\x0e\x32\".firetitan.v1.GradAccNormalization\x12\x1a\n\rexpected_step\x18\x04 \x01(\x03H\x00\x88\x01\x01\x42\x10\n\x0e_expected_step\"?\n\x11OptimStepResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation*\xb5\x01\n\x14GradAccNormalization\x12&\n\"GRAD_ACC_NORMALIZATION_UNSPECIFIED\x10\x00\x12\x1f\n\x1bGRAD_ACC_NORMALIZATION_NONE\x10\x01\x12*\n&GRAD_ACC_NORMALIZATION_NUM_LOSS_TOKENS\x10\x02\x12(\n$GRAD_ACC_NORMALIZATION_NUM_SEQUENCES\x10\x03*F\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOOLING_MEAN\x10\x01\x12\x10\n\x0cPOOLING_LAST\x10\x02\x32\x85\x06\n\x0fTrainingService\x12X\n\rCreateSession\x12\".firetitan.v1.CreateSessionRequest\x1a#.firetitan.v1.CreateSessionResponse\x12U\n\x0c\x43loseSession\x12!.firetitan.v1.CloseSessionRequest\x1a\".firetitan.v1.CloseSessionResponse\x12X\n\rAttachSession\x12\".firetitan.v1.AttachSessionRequest\x1a#.firetitan.v1.AttachSessionResponse\x12O\n\nGetSession\x12\x1f.firetitan.v1.GetSessionRequest\x1a .firetitan.v1.GetSessionResponse\x12U\n\x0cListSessions\x12!.firetitan.v1.ListSessionsRequest\x1a\".firetitan.v1.ListSessionsResponse\x12\x46\n\x07\x46orward\x12\x1c.firetitan.v1.ForwardRequest\x1a\x1d.firetitan.v1.ForwardResponse\x12I\n\x08\x42\x61\x63kward\x12\x1d.firetitan.v1.BackwardRequest\x1a\x1e.firetitan.v1.BackwardResponse\x12^\n\x0f\x46orwardBackward\x12$.firetitan.v1.ForwardBackwardRequest\x1a%.firetitan.v1.ForwardBackwardResponse\x12L\n\tOptimStep\x12\x1e.firetitan.v1.OptimStepRequest\x1a\x1f.firetitan.v1.OptimStepResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#firetitan/v1/training_service.proto\x12\x0c\x66iretitan.v1\x1a\x1a\x66iretitan/v1/command.proto\x1a\x1c\x66iretitan/v1/operation.proto\x1a\x1a\x66iretitan/v1/session.proto\x1a\x19\x66iretitan/v1/tensor.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xb6\x01\n\nAdamParams\x12\x15\n\rlearning_rate\x18\x01 \x01(\x01\x12\r\n\x05\x62\x65ta1\x18\x02 \x01(\x01\x12\r\n\x05\x62\x65ta2\x18\x03 \x01(\x01\x12\x0b\n\x03\x65ps\x18\x04 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x05 \x01(\x01\x12\x16\n\x0egrad_clip_norm\x18\x06 \x01(\x01\x12\x38\n\x11grad_norm_metrics\x18\x07 \x01(\x0e\x32\x1d.firetitan.v1.GradNormMetrics\"\xab\x02\n\x14\x43reateSessionRequest\x12\x0f\n\x07trainer\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12&\n\x04lora\x18\x03 \x01(\x0b\x32\x18.firetitan.v1.LoraConfig\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12K\n\ruser_metadata\x18\x05 \x03(\x0b\x32\x34.firetitan.v1.CreateSessionRequest.UserMetadataEntry\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x14\n\x0c\x66orward_only\x18\x07 \x01(\x08\x1a\x33\n\x11UserMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x07\n\x05_seed\"P\n\x15\x43reateSessionResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.firetitan.v1.Session\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"#\n\x13\x43loseSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14\x43loseSessionResponse\"\x8f\x01\n\x14\x41ttachSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12&\n\x04lora\x18\x04 \x01(\x0b\x32\x18.firetitan.v1.LoraConfig\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x00\x88\x01\x01\x42\x07\n\x05_seed\"Q\n\x15\x41ttachSessionResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.firetitan.v1.Session\x12\x10\n\x08next_seq\x18\x02 \x01(\x04\"!\n\x11GetSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x12GetSessionResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.firetitan.v1.Session\"L\n\x13ListSessionsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"X\n\x14ListSessionsResponse\x12\'\n\x08sessions\x18\x01 \x03(\x0b\x32\x15.firetitan.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xf3\x01\n\x0e\x46orwardRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.firetitan.v1.CommandHeader\x12!\n\x04\x64\x61ta\x18\x02 \x03(\x0b\x32\x13.firetitan.v1.Datum\x12\x0f\n\x07loss_fn\x18\x03 \x01(\t\x12/\n\x0eloss_fn_config\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x14\n\x0cretain_graph\x18\x05 \x01(\x08\x12\x11\n\tbase_only\x18\x06 \x01(\x08\x12&\n\x07pooling\x18\x07 \x01(\x0e\x32\x15.firetitan.v1.Pooling\"=\n\x0f\x46orwardResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"y\n\x0f\x42\x61\x63kwardRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.firetitan.v1.CommandHeader\x12\r\n\x05graph\x18\x02 \x01(\t\x12*\n\x0coutput_grads\x18\x03 \x03(\x0b\x32\x14.firetitan.v1.Tensor\">\n\x10\x42\x61\x63kwardResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"\xc4\x02\n\x16\x46orwardBackwardRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.firetitan.v1.CommandHeader\x12!\n\x04\x64\x61ta\x18\x02 \x03(\x0b\x32\x13.firetitan.v1.Datum\x12\x0f\n\x07loss_fn\x18\x03 \x01(\t\x12/\n\x0eloss_fn_config\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x1a\n\rexpected_step\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12%\n\x18\x65xpected_weights_version\x18\x06 \x01(\x04H\x01\x88\x01\x01\x12&\n\x07pooling\x18\x07 \x01(\x0e\x32\x15.firetitan.v1.PoolingB\x10\n\x0e_expected_stepB\x1b\n\x19_expected_weights_version\"E\n\x17\x46orwardBackwardResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"\xe0\x01\n\x10OptimStepRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.firetitan.v1.CommandHeader\x12-\n\x0b\x61\x64\x61m_params\x18\x02 \x01(\x0b\x32\x18.firetitan.v1.AdamParams\x12\x42\n\x16grad_acc_normalization\x18\x03 \x01(\x0e\x32\".firetitan.v1.GradAccNormalization\x12\x1a\n\rexpected_step\x18\x04 \x01(\x03H\x00\x88\x01\x01\x42\x10\n\x0e_expected_step\"?\n\x11OptimStepResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation*\xb5\x01\n\x14GradAccNormalization\x12&\n\"GRAD_ACC_NORMALIZATION_UNSPECIFIED\x10\x00\x12\x1f\n\x1bGRAD_ACC_NORMALIZATION_NONE\x10\x01\x12*\n&GRAD_ACC_NORMALIZATION_NUM_LOSS_TOKENS\x10\x02\x12(\n$GRAD_ACC_NORMALIZATION_NUM_SEQUENCES\x10\x03*F\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOOLING_MEAN\x10\x01\x12\x10\n\x0cPOOLING_LAST\x10\x02*\x8c\x01\n\x0fGradNormMetrics\x12!\n\x1dGRAD_NORM_METRICS_UNSPECIFIED\x10\x00\x12\x19\n\x15GRAD_NORM_METRICS_OFF\x10\x01\x12\x1b\n\x17GRAD_NORM_METRICS_BASIC\x10\x02\x12\x1e\n\x1aGRAD_NORM_METRICS_DETAILED\x10\x03\x32\x85\x06\n\x0fTrainingService\x12X\n\rCreateSession\x12\".firetitan.v1.CreateSessionRequest\x1a#.firetitan.v1.CreateSessionResponse\x12U\n\x0c\x43loseSession\x12!.firetitan.v1.CloseSessionRequest\x1a\".firetitan.v1.CloseSessionResponse\x12X\n\rAttachSession\x12\".firetitan.v1.AttachSessionRequest\x1a#.firetitan.v1.AttachSessionResponse\x12O\n\nGetSession\x12\x1f.firetitan.v1.GetSessionRequest\x1a .firetitan.v1.GetSessionResponse\x12U\n\x0cListSessions\x12!.firetitan.v1.ListSessionsRequest\x1a\".firetitan.v1.ListSessionsResponse\x12\x46\n\x07\x46orward\x12\x1c.firetitan.v1.ForwardRequest\x1a\x1d.firetitan.v1.ForwardResponse\x12I\n\x08\x42\x61\x63kward\x12\x1d.firetitan.v1.BackwardRequest\x1a\x1e.firetitan.v1.BackwardResponse\x12^\n\x0f\x46orwardBackward\x12$.firetitan.v1.ForwardBackwardRequest\x1a%.firetitan.v1.ForwardBackwardResponse\x12L\n\tOptimStep\x12\x1e.firetitan.v1.OptimStepRequest\x1a\x1f.firetitan.v1.OptimStepResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,50 +38,52 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CREATESESSIONREQUEST_USERMETADATAENTRY']._loaded_options = None
   _globals['_CREATESESSIONREQUEST_USERMETADATAENTRY']._serialized_options = b'8\001'
-  _globals['_GRADACCNORMALIZATION']._serialized_start=2448
-  _globals['_GRADACCNORMALIZATION']._serialized_end=2629
-  _globals['_POOLING']._serialized_start=2631
-  _globals['_POOLING']._serialized_end=2701
-  _globals['_ADAMPARAMS']._serialized_start=196
-  _globals['_ADAMPARAMS']._serialized_end=320
-  _globals['_CREATESESSIONREQUEST']._serialized_start=323
-  _globals['_CREATESESSIONREQUEST']._serialized_end=622
-  _globals['_CREATESESSIONREQUEST_USERMETADATAENTRY']._serialized_start=562
-  _globals['_CREATESESSIONREQUEST_USERMETADATAENTRY']._serialized_end=613
-  _globals['_CREATESESSIONRESPONSE']._serialized_start=624
-  _globals['_CREATESESSIONRESPONSE']._serialized_end=704
-  _globals['_CLOSESESSIONREQUEST']._serialized_start=706
-  _globals['_CLOSESESSIONREQUEST']._serialized_end=741
-  _globals['_CLOSESESSIONRESPONSE']._serialized_start=743
-  _globals['_CLOSESESSIONRESPONSE']._serialized_end=765
-  _globals['_ATTACHSESSIONREQUEST']._serialized_start=768
-  _globals['_ATTACHSESSIONREQUEST']._serialized_end=911
-  _globals['_ATTACHSESSIONRESPONSE']._serialized_start=913
-  _globals['_ATTACHSESSIONRESPONSE']._serialized_end=994
-  _globals['_GETSESSIONREQUEST']._serialized_start=996
-  _globals['_GETSESSIONREQUEST']._serialized_end=1029
-  _globals['_GETSESSIONRESPONSE']._serialized_start=1031
-  _globals['_GETSESSIONRESPONSE']._serialized_end=1091
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=1093
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=1169
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1171
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1259
-  _globals['_FORWARDREQUEST']._serialized_start=1262
-  _globals['_FORWARDREQUEST']._serialized_end=1505
-  _globals['_FORWARDRESPONSE']._serialized_start=1507
-  _globals['_FORWARDRESPONSE']._serialized_end=1568
-  _globals['_BACKWARDREQUEST']._serialized_start=1570
-  _globals['_BACKWARDREQUEST']._serialized_end=1691
-  _globals['_BACKWARDRESPONSE']._serialized_start=1693
-  _globals['_BACKWARDRESPONSE']._serialized_end=1755
-  _globals['_FORWARDBACKWARDREQUEST']._serialized_start=1758
-  _globals['_FORWARDBACKWARDREQUEST']._serialized_end=2082
-  _globals['_FORWARDBACKWARDRESPONSE']._serialized_start=2084
-  _globals['_FORWARDBACKWARDRESPONSE']._serialized_end=2153
-  _globals['_OPTIMSTEPREQUEST']._serialized_start=2156
-  _globals['_OPTIMSTEPREQUEST']._serialized_end=2380
-  _globals['_OPTIMSTEPRESPONSE']._serialized_start=2382
-  _globals['_OPTIMSTEPRESPONSE']._serialized_end=2445
-  _globals['_TRAININGSERVICE']._serialized_start=2704
-  _globals['_TRAININGSERVICE']._serialized_end=3477
+  _globals['_GRADACCNORMALIZATION']._serialized_start=2507
+  _globals['_GRADACCNORMALIZATION']._serialized_end=2688
+  _globals['_POOLING']._serialized_start=2690
+  _globals['_POOLING']._serialized_end=2760
+  _globals['_GRADNORMMETRICS']._serialized_start=2763
+  _globals['_GRADNORMMETRICS']._serialized_end=2903
+  _globals['_ADAMPARAMS']._serialized_start=197
+  _globals['_ADAMPARAMS']._serialized_end=379
+  _globals['_CREATESESSIONREQUEST']._serialized_start=382
+  _globals['_CREATESESSIONREQUEST']._serialized_end=681
+  _globals['_CREATESESSIONREQUEST_USERMETADATAENTRY']._serialized_start=621
+  _globals['_CREATESESSIONREQUEST_USERMETADATAENTRY']._serialized_end=672
+  _globals['_CREATESESSIONRESPONSE']._serialized_start=683
+  _globals['_CREATESESSIONRESPONSE']._serialized_end=763
+  _globals['_CLOSESESSIONREQUEST']._serialized_start=765
+  _globals['_CLOSESESSIONREQUEST']._serialized_end=800
+  _globals['_CLOSESESSIONRESPONSE']._serialized_start=802
+  _globals['_CLOSESESSIONRESPONSE']._serialized_end=824
+  _globals['_ATTACHSESSIONREQUEST']._serialized_start=827
+  _globals['_ATTACHSESSIONREQUEST']._serialized_end=970
+  _globals['_ATTACHSESSIONRESPONSE']._serialized_start=972
+  _globals['_ATTACHSESSIONRESPONSE']._serialized_end=1053
+  _globals['_GETSESSIONREQUEST']._serialized_start=1055
+  _globals['_GETSESSIONREQUEST']._serialized_end=1088
+  _globals['_GETSESSIONRESPONSE']._serialized_start=1090
+  _globals['_GETSESSIONRESPONSE']._serialized_end=1150
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1152
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1228
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1230
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1318
+  _globals['_FORWARDREQUEST']._serialized_start=1321
+  _globals['_FORWARDREQUEST']._serialized_end=1564
+  _globals['_FORWARDRESPONSE']._serialized_start=1566
+  _globals['_FORWARDRESPONSE']._serialized_end=1627
+  _globals['_BACKWARDREQUEST']._serialized_start=1629
+  _globals['_BACKWARDREQUEST']._serialized_end=1750
+  _globals['_BACKWARDRESPONSE']._serialized_start=1752
+  _globals['_BACKWARDRESPONSE']._serialized_end=1814
+  _globals['_FORWARDBACKWARDREQUEST']._serialized_start=1817
+  _globals['_FORWARDBACKWARDREQUEST']._serialized_end=2141
+  _globals['_FORWARDBACKWARDRESPONSE']._serialized_start=2143
+  _globals['_FORWARDBACKWARDRESPONSE']._serialized_end=2212
+  _globals['_OPTIMSTEPREQUEST']._serialized_start=2215
+  _globals['_OPTIMSTEPREQUEST']._serialized_end=2439
+  _globals['_OPTIMSTEPRESPONSE']._serialized_start=2441
+  _globals['_OPTIMSTEPRESPONSE']._serialized_end=2504
+  _globals['_TRAININGSERVICE']._serialized_start=2906
+  _globals['_TRAININGSERVICE']._serialized_end=3679
 # @@protoc_insertion_point(module_scope)

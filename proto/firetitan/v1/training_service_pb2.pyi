@@ -76,6 +76,34 @@ POOLING_LAST: Pooling.ValueType  # 2
 """The last position's."""
 global___Pooling = Pooling
 
+class _GradNormMetrics:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _GradNormMetricsEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_GradNormMetrics.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    GRAD_NORM_METRICS_UNSPECIFIED: _GradNormMetrics.ValueType  # 0
+    """Not set: as OFF."""
+    GRAD_NORM_METRICS_OFF: _GradNormMetrics.ValueType  # 1
+    """Nothing."""
+    GRAD_NORM_METRICS_BASIC: _GradNormMetrics.ValueType  # 2
+    """`grad_rms`, the root mean square of their elements."""
+    GRAD_NORM_METRICS_DETAILED: _GradNormMetrics.ValueType  # 3
+    """And both for each part of the model: `grad_norm/attn`, `grad_rms/attn`, `.../mlp`, ..."""
+
+class GradNormMetrics(_GradNormMetrics, metaclass=_GradNormMetricsEnumTypeWrapper):
+    """What a step tells of the gradients beside `step` and `grad_norm`."""
+
+GRAD_NORM_METRICS_UNSPECIFIED: GradNormMetrics.ValueType  # 0
+"""Not set: as OFF."""
+GRAD_NORM_METRICS_OFF: GradNormMetrics.ValueType  # 1
+"""Nothing."""
+GRAD_NORM_METRICS_BASIC: GradNormMetrics.ValueType  # 2
+"""`grad_rms`, the root mean square of their elements."""
+GRAD_NORM_METRICS_DETAILED: GradNormMetrics.ValueType  # 3
+"""And both for each part of the model: `grad_norm/attn`, `grad_rms/attn`, `.../mlp`, ..."""
+global___GradNormMetrics = GradNormMetrics
+
 @typing.final
 class AdamParams(google.protobuf.message.Message):
     """AdamW with decoupled weight decay."""
@@ -88,6 +116,7 @@ class AdamParams(google.protobuf.message.Message):
     EPS_FIELD_NUMBER: builtins.int
     WEIGHT_DECAY_FIELD_NUMBER: builtins.int
     GRAD_CLIP_NORM_FIELD_NUMBER: builtins.int
+    GRAD_NORM_METRICS_FIELD_NUMBER: builtins.int
     learning_rate: builtins.float
     """Learning rate."""
     beta1: builtins.float
@@ -100,6 +129,8 @@ class AdamParams(google.protobuf.message.Message):
     """Decoupled weight decay."""
     grad_clip_norm: builtins.float
     """Global L2 norm to clip to; 0: off."""
+    grad_norm_metrics: global___GradNormMetrics.ValueType
+    """More about the gradients in the result's metrics."""
     def __init__(
         self,
         *,
@@ -109,8 +140,9 @@ class AdamParams(google.protobuf.message.Message):
         eps: builtins.float = ...,
         weight_decay: builtins.float = ...,
         grad_clip_norm: builtins.float = ...,
+        grad_norm_metrics: global___GradNormMetrics.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["beta1", b"beta1", "beta2", b"beta2", "eps", b"eps", "grad_clip_norm", b"grad_clip_norm", "learning_rate", b"learning_rate", "weight_decay", b"weight_decay"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["beta1", b"beta1", "beta2", b"beta2", "eps", b"eps", "grad_clip_norm", b"grad_clip_norm", "grad_norm_metrics", b"grad_norm_metrics", "learning_rate", b"learning_rate", "weight_decay", b"weight_decay"]) -> None: ...
 
 global___AdamParams = AdamParams
 
