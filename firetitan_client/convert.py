@@ -340,7 +340,7 @@ def adam_params_to_proto(params: Any) -> training_service_pb2.AdamParams:
     if not hasattr(params, "learning_rate"):
         raise invalid("adam_params", f"is a {type(params).__name__}; give tinker.AdamParams(...)")
     defaults = types.AdamParams()
-    values = {}
+    values: dict[str, Any] = {}
     for name in ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm"):
         value = getattr(params, name, getattr(defaults, name))
         values[name] = real_number(value, f"adam_params.{name}")

@@ -61,6 +61,16 @@ def time_to_live(ttl_seconds: float | None) -> Duration | None:
     return duration
 
 
+def refuse_token(weights_access_token: str | None) -> None:
+    """Refuse an access token rather than ignore it.
+
+    Raises:
+        Unsupported: One was given.
+    """
+    if weights_access_token is not None:
+        raise Unsupported("weights_access_token: there are no access tokens on a local daemon")
+
+
 def snapshot_kind(checkpoint_type: str | None) -> checkpoint_pb2.Snapshot.Kind.ValueType:
     """The kind a `checkpoint_type` asks for.
 

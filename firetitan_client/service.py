@@ -20,6 +20,7 @@ from firetitan_client.sample_requests import follow, load_tokenizer
 from firetitan_client.service_control import ControlCalls
 from firetitan_client.service_core import SILENCE_S
 from firetitan_client.service_references import ReferenceClients
+from firetitan_client.service_resuming import ResumingClients
 from firetitan_client.service_sampling import SamplingClients
 from firetitan_client.sessions import checkpoint_names
 from firetitan_client.tinker_calls import TinkerServiceCalls
@@ -28,7 +29,9 @@ from firetitan_client.training_profile import TrainingShapeProfile, profile_of
 logger = logging.getLogger("firetitan")
 
 
-class FiretitanServiceClient(ReferenceClients, SamplingClients, ControlCalls, TinkerServiceCalls):
+class FiretitanServiceClient(
+    ReferenceClients, ResumingClients, SamplingClients, ControlCalls, TinkerServiceCalls
+):
     """One trainer and one deployment on the local daemon, and the clients that use them.
 
     Made lazily: nothing is asked of the daemon before the first client is created. Prefer

@@ -1,4 +1,4 @@
-"""A service's training clients: made, joined, begun from a checkpoint.
+"""A service's training clients: made and joined.
 
 Knows: what a training client is asked for and what it must agree with. Must not know: how commands
 travel.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from firetitan_client import references
 from firetitan_client.convert import whole_number
 from firetitan_client.errors import Unavailable, Unsupported
 from firetitan_client.forward_only import ForwardOnlyClient
@@ -43,6 +42,16 @@ class _Unset:
 
 
 UNSET = _Unset()
+
+
+@dataclass(frozen=True)
+class Resume:
+    """How a client begins with a checkpoint."""
+
+    open: Callable[[], Coroutine[Any, Any, Opened]]
+    """Opens the session the checkpoint is for."""
+    load: Callable[[FiretitanTrainingClient], APIFuture[Any]]
+    """Loads it, once the session is open."""
 
 
 class TrainingClients(ServiceCore):
@@ -116,49 +125,6 @@ class TrainingClients(ServiceCore):
             base_model, rank, seed, train_mlp, train_attn, train_unembed, alpha, user_metadata
         )
 
-    def create_training_client_from_state(
-        self,
-        path: Any = None,
-        user_metadata: Mapping[str, str] | None = None,
-        weights_access_token: str | None = None,
-        *,
-        name: Any = None,
-    ) -> FiretitanTrainingClient:
-        """A client that begins with a checkpoint's weights and a fresh optimizer."""
-        reference = references.checkpoint_reference(path, name)
-        return self._create_from(
-            lambda client: client.load_state(reference, weights_access_token), user_metadata
-        )
-
-    def create_training_client_from_state_with_optimizer(
-        self,
-        path: Any = None,
-        user_metadata: Mapping[str, str] | None = None,
-        weights_access_token: str | None = None,
-        *,
-        name: Any = None,
-    ) -> FiretitanTrainingClient:
-        """A client that goes on where a checkpoint was saved."""
-        reference = references.checkpoint_reference(path, name)
-        return self._create_from(
-            lambda client: client.load_state_with_optimizer(reference, weights_access_token),
-            user_metadata,
-        )
-
-    def _create_from(
-        self,
-        load: Callable[[FiretitanTrainingClient], APIFuture[Any]],
-        user_metadata: Mapping[str, str] | None,
-    ) -> FiretitanTrainingClient:
-        if self._config.max_lora_rank is not None:
-            raise Unsupported(
-                "create_training_client_from_state: a checkpoint does not say which adapter it is "
-                "for where the service has several (max_lora_rank); create the training client "
-                "with its settings, then load_state"
-            )
-        metadata = {**self._user_metadata, **(user_metadata or {})}
-        return self._create(None, None, Wanted(user_metadata=metadata), None, load)
-
     def _configured(
         self,
         lora_rank: int | None = None,
@@ -205,7 +171,7 @@ class TrainingClients(ServiceCore):
         lora_rank: int | None,
         wanted: Wanted,
         session: str | None,
-        load: Callable[[FiretitanTrainingClient], APIFuture[Any]] | None = None,
+        resume: Resume | None = None,
     ) -> FiretitanTrainingClient:
         self._check_open()
         config = self._config
@@ -214,7 +180,7 @@ class TrainingClients(ServiceCore):
         self._agree("base_model", base_model, config.base_model)
         self._agree("lora_rank", lora_rank, config.lora_rank)
         base_model = config.base_model if base_model is None else base_model
-        if base_model is None and config.trainer_job_id is None:
+        if base_model is None and config.trainer_job_id is None and resume is None:
             raise ValueError("base_model is required for a direct training client")
         if config.max_lora_rank is None:
             lora_rank = config.lora_rank if lora_rank is None else lora_rank
@@ -241,9 +207,9 @@ class TrainingClients(ServiceCore):
             self._training.remove(client)
             config.base_model, config.lora_rank = before
 
-        follow(self._open(session, wanted), opened)
-        if load is not None:
-            client._ready = self._loaded(client, opened, load)
+        follow(self._open(session, wanted) if resume is None else resume.open(), opened)
+        if resume is not None:
+            client._ready = self._loaded(client, opened, resume)
         self._await_ready(client, "the trainer", failed)
         return client
 
@@ -261,14 +227,12 @@ class TrainingClients(ServiceCore):
         label = self._config.base_model or self._config.trainer_job_id or ""
         return kind(cast("FiretitanServiceClient", self), lane, opened, label)
 
+    @staticmethod
     def _loaded(
-        self,
-        client: FiretitanTrainingClient,
-        opened: APIFuture[Opened],
-        load: Callable[[FiretitanTrainingClient], APIFuture[Any]],
+        client: FiretitanTrainingClient, opened: APIFuture[Opened], resume: Resume
     ) -> APIFuture[Opened]:
         ready: APIFuture[Opened] = APIFuture("create_training_client_from_state")
-        loading = load(client)
+        loading = resume.load(client)
 
         async def both() -> Opened:
             place = await opened
@@ -370,15 +334,3 @@ class TrainingClients(ServiceCore):
     ) -> FiretitanTrainingClient:
         """As `create_lora_training_client`."""
         return await self.create_lora_training_client(*args, **kwargs)
-
-    async def create_training_client_from_state_async(
-        self, *args: Any, **kwargs: Any
-    ) -> FiretitanTrainingClient:
-        """As `create_training_client_from_state`."""
-        return await self.create_training_client_from_state(*args, **kwargs)
-
-    async def create_training_client_from_state_with_optimizer_async(
-        self, *args: Any, **kwargs: Any
-    ) -> FiretitanTrainingClient:
-        """As `create_training_client_from_state_with_optimizer`."""
-        return await self.create_training_client_from_state_with_optimizer(*args, **kwargs)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from firetitan.v1 import (
+    checkpoint_pb2,
     checkpoint_service_pb2,
     session_pb2,
     trainer_pb2,
@@ -195,9 +196,35 @@ async def get_trainer(transport: Transport, name: str) -> trainer_pb2.Trainer:
     return found
 
 
-async def checkpoint_names(transport: Transport, parent: str) -> list[str]:
-    """Last segments of the checkpoints of a trainer or session, in natural order."""
-    names: list[str] = []
+async def find_checkpoint(transport: Transport, reference: str) -> checkpoint_pb2.Checkpoint | None:
+    """What the daemon knows of a checkpoint; None for a bare name, which needs a trainer.
+
+    Args:
+        transport: The daemon.
+        reference: A full name, or `cross_job://trainer/name`.
+
+    Raises:
+        FiretitanError: CHECKPOINT_NOT_FOUND, NAME_INVALID.
+    """
+    job, _, name = reference.removeprefix("cross_job://").rpartition("/")
+    if reference.startswith("cross_job://"):
+        rows = await checkpoints(transport, f"trainers/{job}")
+        found = [row for row in rows if row.name.rpartition("/")[2] == name]
+        return max(found, key=lambda row: row.create_time.ToNanoseconds(), default=None)
+    if "/" not in reference:
+        return None
+    answer = await transport.call(
+        "CheckpointService/GetCheckpoint",
+        checkpoint_service_pb2.GetCheckpointRequest(name=reference),
+        checkpoint_service_pb2.GetCheckpointResponse,
+    )
+    row: checkpoint_pb2.Checkpoint = answer.checkpoint
+    return row
+
+
+async def checkpoints(transport: Transport, parent: str) -> list[checkpoint_pb2.Checkpoint]:
+    """The checkpoints of a trainer or session, in natural order of their names."""
+    rows: list[checkpoint_pb2.Checkpoint] = []
     token: Any = ""
     while True:
         answer = await transport.call(
@@ -205,7 +232,13 @@ async def checkpoint_names(transport: Transport, parent: str) -> list[str]:
             checkpoint_service_pb2.ListCheckpointsRequest(parent=parent, page_token=token),
             checkpoint_service_pb2.ListCheckpointsResponse,
         )
-        names += [checkpoint.name.rpartition("/")[2] for checkpoint in answer.checkpoints]
+        rows += answer.checkpoints
         token = answer.next_page_token
         if not token:
-            return list(dict.fromkeys(names))
+            return rows
+
+
+async def checkpoint_names(transport: Transport, parent: str) -> list[str]:
+    """Last segments of the checkpoints of a trainer or session, in natural order."""
+    rows = await checkpoints(transport, parent)
+    return list(dict.fromkeys(row.name.rpartition("/")[2] for row in rows))

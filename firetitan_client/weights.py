@@ -233,8 +233,7 @@ class WeightsCalls(SelfFuture[Opened]):
     def _load(
         self, path: Any, name: Any, token: str | None, *, with_optimizer: bool
     ) -> APIFuture[Any]:
-        if token is not None:
-            raise Unsupported("weights_access_token: there are no access tokens on a local daemon")
+        references.refuse_token(token)
         request = checkpoint_service_pb2.LoadStateRequest(
             checkpoint=references.checkpoint_reference(path, name), with_optimizer=with_optimizer
         )

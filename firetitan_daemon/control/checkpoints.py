@@ -275,6 +275,7 @@ class CheckpointManager:
             session=session.name,
             base_model=session.base_model,
             lora_rank=session.lora.rank,
+            lora=session.lora,
             step=session.step,
             commit_seq=operation.commit_seq,
             folder=str(folder),

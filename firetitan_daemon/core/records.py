@@ -316,6 +316,8 @@ class Checkpoint:
     base: BaseFacts = field(default_factory=BaseFacts)
     expiry: Expiry | None = None
     """None: it stays until it is deleted."""
+    lora: LoraSettings | None = None
+    """None in rows of older versions."""
 
 
 @dataclass(frozen=True)

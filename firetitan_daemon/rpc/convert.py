@@ -27,6 +27,7 @@ from firetitan_daemon.core.expiry import expire_time
 from firetitan_daemon.core.records import (
     Checkpoint,
     Deployment,
+    LoraSettings,
     Model,
     ModelInfo,
     Operation,
@@ -209,18 +210,23 @@ def shape(record: Shape) -> shape_pb2.Shape:
     )
 
 
+def lora(settings: LoraSettings) -> session_pb2.LoraConfig:
+    """An adapter."""
+    return session_pb2.LoraConfig(
+        rank=settings.rank,
+        alpha=settings.alpha,
+        train_attn=settings.train_attn,
+        train_mlp=settings.train_mlp,
+        train_unembed=settings.train_unembed,
+    )
+
+
 def session(record: Session) -> session_pb2.Session:
     """A session."""
     return session_pb2.Session(
         name=record.name,
         base_model=record.base_model,
-        lora=session_pb2.LoraConfig(
-            rank=record.lora.rank,
-            alpha=record.lora.alpha,
-            train_attn=record.lora.train_attn,
-            train_mlp=record.lora.train_mlp,
-            train_unembed=record.lora.train_unembed,
-        ),
+        lora=lora(record.lora),
         seed=record.seed,
         state=_SESSION_STATES[record.state],
         epoch=record.epoch,
@@ -249,6 +255,7 @@ def checkpoint(record: Checkpoint) -> checkpoint_pb2.Checkpoint:
         tokenizer=record.base.tokenizer,
         base_revision=record.base.revision,
         base_fingerprint=record.base.fingerprint,
+        lora=None if record.lora is None else lora(record.lora),
     )
     return _with_expiry(message, record)
 

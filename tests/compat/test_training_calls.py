@@ -204,11 +204,26 @@ def test_rows_are_counted(llama: FiretitanTrainingClient) -> None:
 
 
 def test_gradient_norm_metrics(policy: FiretitanTrainingClient, data: list[Any]) -> None:
-    modes = [None, True, False, *GradNormMetricsMode, "basic"]
-    for step, mode in enumerate(modes, start=1):
+    basic, detailed = {"grad_rms"}, {"grad_rms", "grad_norm/unembed", "grad_rms/unembed"}
+    modes = {
+        None: set(),
+        False: set(),
+        True: basic,
+        "Basic": basic,
+        GradNormMetricsMode.OFF: set(),
+        GradNormMetricsMode.BASIC: basic,
+        GradNormMetricsMode.DETAILED: detailed,
+    }
+    for step, (mode, more) in enumerate(modes.items(), start=1):
         policy.forward_backward(data, "cross_entropy")
         metrics = policy.optim_step(ADAM, emit_grad_norm_metrics=mode).result().metrics
         assert metrics["step"] == step and metrics["grad_norm"] > 0
+        assert set(metrics) == {"step", "grad_norm", *more}
+    policy.forward_backward(data, "cross_entropy")
+    asking = SimpleNamespace(learning_rate=1e-2, emit_grad_norm_metrics="detailed")
+    assert detailed < set(policy.optim_step(asking).result().metrics)
+    with pytest.raises(ValueError, match="Unknown emit_grad_norm_metrics 'all'; expected"):
+        policy.optim_step(ADAM, emit_grad_norm_metrics="all")
 
 
 def test_schedules_set_each_steps_rate(policy: FiretitanTrainingClient, data: list[Any]) -> None:

@@ -23,6 +23,7 @@ from firetitan_daemon.engine.api import (
     SnapshotKind,
     TrainEngine,
 )
+from firetitan_daemon.engine.grad_norms import GradNormMetrics
 
 ADAM = AdamParams(learning_rate=1e-2, weight_decay=0.1, grad_clip_norm=5.0)
 FULL = SessionSpec(seed=1, lora=None)
@@ -242,6 +243,29 @@ def test_normalization_divides_by_its_count(make: MakeEngine) -> None:
     whole = norms[Normalization.NONE]
     assert norms[Normalization.NUM_LOSS_TOKENS] == pytest.approx(whole / tokens, rel=1e-5)
     assert norms[Normalization.NUM_SEQUENCES] == pytest.approx(whole / 9, rel=1e-5)
+
+
+@SESSIONS
+def test_a_step_tells_more_of_its_gradients_where_it_is_asked(
+    make: MakeEngine, session: SessionSpec
+) -> None:
+    told = {}
+    for mode in GradNormMetrics:
+        engine = make()
+        engine.open_session(session)
+        engine.forward_backward(_data(3), "cross_entropy", {})
+        params = replace(ADAM, grad_norm_metrics=mode)
+        told[mode] = engine.optim_step(params, Normalization.NUM_LOSS_TOKENS)
+    off, basic, detailed = told.values()
+    assert set(off) == {"step", "grad_norm"}
+    assert basic.items() > off.items() and detailed.items() > basic.items()
+    assert 0 < basic["grad_rms"] < basic["grad_norm"]
+    if session is FULL:
+        elements = engine.info.num_parameters
+        assert basic["grad_rms"] == pytest.approx(basic["grad_norm"] / elements**0.5)
+    parts = [value for name, value in detailed.items() if name.startswith("grad_norm/")]
+    assert len(parts) >= 1
+    assert sum(value**2 for value in parts) == pytest.approx(basic["grad_norm"] ** 2)
 
 
 def test_all_zero_gradients_count_as_gradients(engine: TrainEngine) -> None:

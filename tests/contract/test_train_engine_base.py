@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,37 +13,17 @@ from firetitan_daemon.engine.api import (
     AdamParams,
     Datum,
     LoraSpec,
-    ModelSpec,
     Normalization,
     SessionSpec,
     TrainEngine,
 )
-from firetitan_daemon.engine.factory import TOY_MODEL, make_train_engine
 
-KINDS = ["toy"]
-if importlib.util.find_spec("torch") is not None:
-    KINDS.append("hf")
 ADAM = AdamParams(learning_rate=5e-2)
 FULL = SessionSpec(seed=1, lora=None)
 FROZEN = SessionSpec(seed=1, lora=None, forward_only=True)
 LORA = SessionSpec(seed=1, lora=LoraSpec(4))
 
 MakeEngine = Callable[[], TrainEngine]
-
-
-@pytest.fixture(params=KINDS)
-def make(request: pytest.FixtureRequest) -> Iterator[MakeEngine]:
-    """Make engines of one kind, closed afterwards."""
-    base = TOY_MODEL if request.param == "toy" else str(request.getfixturevalue("tiny_llama"))
-    engines: list[TrainEngine] = []
-
-    def new() -> TrainEngine:
-        engines.append(make_train_engine(ModelSpec(base, device="cpu")))
-        return engines[-1]
-
-    yield new
-    for engine in engines:
-        engine.close()
 
 
 def _data(seed: int = 0) -> list[Datum]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +13,12 @@ from firetitan_daemon.engine.api import (
     AdamParams,
     Datum,
     LoraSpec,
-    ModelSpec,
     Normalization,
     SessionSpec,
     SnapshotKind,
     TrainEngine,
 )
-from firetitan_daemon.engine.factory import TOY_MODEL, make_train_engine
 
-KINDS = ["toy"]
-if importlib.util.find_spec("torch") is not None:
-    KINDS.append("hf")
 ADAM = AdamParams(learning_rate=5e-2)
 SPECS = [
     SessionSpec(seed=1, lora=LoraSpec(4)),
@@ -34,21 +28,6 @@ SPECS = [
 FROZEN = SessionSpec(seed=0, lora=None, forward_only=True)
 
 MakeEngine = Callable[[], TrainEngine]
-
-
-@pytest.fixture(params=KINDS)
-def make(request: pytest.FixtureRequest) -> Iterator[MakeEngine]:
-    """Make engines of one kind, closed afterwards."""
-    base = TOY_MODEL if request.param == "toy" else str(request.getfixturevalue("tiny_llama"))
-    engines: list[TrainEngine] = []
-
-    def new() -> TrainEngine:
-        engines.append(make_train_engine(ModelSpec(base, device="cpu")))
-        return engines[-1]
-
-    yield new
-    for engine in engines:
-        engine.close()
 
 
 def _data(seed: int) -> list[Datum]:

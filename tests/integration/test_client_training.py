@@ -324,6 +324,49 @@ def test_create_from_state(daemon: DaemonProcess, policy: FiretitanTrainingClien
         service.create_training_client_from_state("nowhere")
 
 
+def test_create_from_state_where_only_the_checkpoint_says_what_it_is_of(
+    daemon: DaemonProcess,
+) -> None:
+    data = toy_data()
+    lora = {"lora_rank": 2, "lora_alpha": 8, "train_attn": False}
+    with make_service(daemon, cleanup_trainer_on_close=True, **lora) as service:
+        policy = service.create_training_client()
+        job = policy.trainer_job_id
+        policy.forward_backward(data, "cross_entropy")
+        policy.optim_step(ADAM)
+        saved = policy.save_state("kept").result()
+        policy.forward_backward(data, "cross_entropy")
+        policy.optim_step(ADAM).result()
+        uninterrupted = loss_of(policy, data)
+    # Its trainer is gone, and nobody says model, rank, alpha or layers again.
+    for reference in (saved.path, f"cross_job://{job}/kept", f"tinker://{job}/weights/kept"):
+        with FiretitanServiceClient(address=daemon.address) as bare:
+            other = bare.create_training_client_from_state_with_optimizer(reference)
+            assert other.get_info().lora_rank == 2
+            other.forward_backward(data, "cross_entropy")
+            assert other.optim_step(ADAM).result().metrics["step"] == 2.0
+            assert loss_of(other, data) == uninterrupted
+
+
+def test_create_from_state_says_what_is_wrong(
+    daemon: DaemonProcess, policy: FiretitanTrainingClient
+) -> None:
+    saved = policy.save_state("begin").result()
+    with make_service(daemon) as service:
+        with pytest.raises(NotImplementedError, match="weights_access_token"):
+            service.create_training_client_from_state(saved.path, weights_access_token="t")
+        with pytest.raises(ValueError, match="base_model: 'other'"):
+            service.create_training_client_from_state(saved.path, base_model="other")
+        with pytest.raises(KeyError, match="never"):
+            service.create_training_client_from_state(saved.path.replace("begin", "never"))
+        # Nothing of it is left in the way.
+        assert service.create_training_client_from_state(saved.path, base_model=TOY)
+    with FiretitanServiceClient(address=daemon.address) as bare:
+        for reference in ("begin", "cross_job://nobody/begin"):
+            with pytest.raises(ValueError, match="base_model is required"):
+                bare.create_training_client_from_state(reference)
+
+
 def test_joining_by_trainer_by_session_and_by_endpoint(
     daemon: DaemonProcess, policy: FiretitanTrainingClient
 ) -> None:

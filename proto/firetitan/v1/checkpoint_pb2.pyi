@@ -5,6 +5,7 @@ Checkpoints (to resume from) and snapshots (to serve)."""
 
 import builtins
 import collections.abc
+import firetitan.v1.session_pb2
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
@@ -56,6 +57,7 @@ class Checkpoint(google.protobuf.message.Message):
     TOKENIZER_FIELD_NUMBER: builtins.int
     BASE_REVISION_FIELD_NUMBER: builtins.int
     BASE_FINGERPRINT_FIELD_NUMBER: builtins.int
+    LORA_FIELD_NUMBER: builtins.int
     name: builtins.str
     """`trainers/{trainer}/sessions/{session}/checkpoints/{checkpoint}`."""
     session: builtins.str
@@ -90,6 +92,10 @@ class Checkpoint(google.protobuf.message.Message):
     def user_metadata(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """The user's own notes."""
 
+    @property
+    def lora(self) -> firetitan.v1.session_pb2.LoraConfig:
+        """The adapter of that session, as one that loads it has to be; absent in rows of older versions."""
+
     def __init__(
         self,
         *,
@@ -107,9 +113,10 @@ class Checkpoint(google.protobuf.message.Message):
         tokenizer: builtins.str = ...,
         base_revision: builtins.str = ...,
         base_fingerprint: builtins.str = ...,
+        lora: firetitan.v1.session_pb2.LoraConfig | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["base_fingerprint", b"base_fingerprint", "base_model", b"base_model", "base_revision", b"base_revision", "commit_seq", b"commit_seq", "create_time", b"create_time", "digest", b"digest", "expire_time", b"expire_time", "lora_rank", b"lora_rank", "name", b"name", "session", b"session", "size_bytes", b"size_bytes", "step", b"step", "tokenizer", b"tokenizer", "user_metadata", b"user_metadata"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "lora", b"lora"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["base_fingerprint", b"base_fingerprint", "base_model", b"base_model", "base_revision", b"base_revision", "commit_seq", b"commit_seq", "create_time", b"create_time", "digest", b"digest", "expire_time", b"expire_time", "lora", b"lora", "lora_rank", b"lora_rank", "name", b"name", "session", b"session", "size_bytes", b"size_bytes", "step", b"step", "tokenizer", b"tokenizer", "user_metadata", b"user_metadata"]) -> None: ...
 
 global___Checkpoint = Checkpoint
 
