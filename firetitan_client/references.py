@@ -14,7 +14,7 @@ from typing import Any
 from firetitan.v1 import checkpoint_pb2, checkpoint_service_pb2
 from google.protobuf.duration_pb2 import Duration
 
-from firetitan_client.errors import InvalidArgument
+from firetitan_client.errors import InvalidArgument, Unsupported
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RULE = "use 1 to 128 letters, digits, '.', '_' and '-', a letter or digit first"

@@ -23,9 +23,9 @@ CLASSES = {
         create_lora_training_client(base_model=None, rank=None, seed=None, train_mlp=None,
             train_attn=None, train_unembed=None, user_metadata=None, alpha=<as configured>) +async
         create_training_client_from_state(path=None, user_metadata=None,
-            weights_access_token=None, *, name=None) +async
+            weights_access_token=None, *, name=None, base_model=None) +async
         create_training_client_from_state_with_optimizer(path=None, user_metadata=None,
-            weights_access_token=None, *, name=None) +async
+            weights_access_token=None, *, name=None, base_model=None) +async
         create_base_training_client(base_model=None, user_metadata=None) +async
         create_reference_client(base_model=None, lora_rank=None, user_metadata=None, *,
             policy_client=None) +async
