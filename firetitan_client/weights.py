@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from firetitan.v1 import checkpoint_pb2, checkpoint_service_pb2, operation_pb2
 
 from firetitan_client import references, types
-from firetitan_client.errors import Unsupported
 from firetitan_client.futures import APIFuture, SelfFuture
 from firetitan_client.lane import Lane
 from firetitan_client.sessions import Opened

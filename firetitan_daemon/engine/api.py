@@ -21,7 +21,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.records import ModelInfo as ModelInfo
 from firetitan_daemon.core.records import RoutingShape as RoutingShape
 from firetitan_daemon.engine.grad_norms import GradNormMetrics
@@ -197,42 +196,6 @@ class SessionProgress:
     """Model forwards run since the session was opened; shows that a custom loss costs one."""
     state_bytes: int
     """Of the weights and both moments, which a save of the session holds."""
-
-
-def check_adapted(spec: SessionSpec) -> None:
-    """Refuse an adapter in a session that trains none.
-
-    Raises:
-        FiretitanError: INVALID_ARGUMENT.
-    """
-    if spec.lora is None:
-        raise FiretitanError(
-            Reason.INVALID_ARGUMENT,
-            "load_adapter: this session trains every parameter (lora_rank=0) and has no adapter; "
-            "create a trainer with the adapter's lora_rank",
-            field="lora_rank",
-        )
-
-
-def check_base_only(spec: SessionSpec, retain_graph: bool) -> None:
-    """Refuse to leave out full-parameter training, or to keep the base model's graph.
-
-    Raises:
-        FiretitanError: INVALID_ARGUMENT.
-    """
-    if spec.trains_all:
-        raise FiretitanError(
-            Reason.INVALID_ARGUMENT,
-            "base_only: this session trains every parameter, so there is no adapter to leave out; "
-            "create_reference_client() runs the base model in a trainer of its own",
-            field="base_only",
-        )
-    if retain_graph:
-        raise FiretitanError(
-            Reason.INVALID_ARGUMENT,
-            "retain_graph: nothing of the base model is trained; leave it out with base_only",
-            field="retain_graph",
-        )
 
 
 class TrainEngine(Protocol):

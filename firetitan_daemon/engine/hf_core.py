@@ -17,9 +17,9 @@ from firetitan_daemon.engine.api import (
     ModelSpec,
     SessionProgress,
     SessionSpec,
-    check_base_only,
 )
 from firetitan_daemon.engine.batch import Batch, Limits
+from firetitan_daemon.engine.checks import check_base_only
 from firetitan_daemon.engine.embeddings import KeptEmbeddings
 from firetitan_daemon.engine.export import SnapshotWriter
 from firetitan_daemon.engine.graph_bytes import (

@@ -33,9 +33,9 @@ from firetitan_daemon.engine.api import (
     SessionSpec,
     SnapshotKind,
     WriteState,
-    check_adapted,
 )
 from firetitan_daemon.engine.batch import Batch, make_batch
+from firetitan_daemon.engine.checks import check_adapted
 from firetitan_daemon.engine.embeddings import KeptEmbeddings
 from firetitan_daemon.engine.export import SnapshotWriter
 from firetitan_daemon.engine.grad_norms import GradNormMetrics, grad_norm_metrics

@@ -34,9 +34,8 @@ from firetitan_daemon.engine.api import (
     SnapshotFormat,
     SnapshotKind,
     WriteState,
-    check_adapted,
-    check_base_only,
 )
+from firetitan_daemon.engine.checks import check_adapted, check_base_only
 from firetitan_daemon.engine.embedding_loss import (
     choose_embedding_loss,
     count_sequences,
