@@ -313,8 +313,9 @@ class TrainerManager:
         """Bring the trainer's sessions to where they were, in a new worker."""
         problem, began = "", self._services.clock.monotonic()
         try:
-            await self._sessions.suspend(trainer_id)
             for pause_s in _REPLACE_PAUSES_S:
+                # Each time: of several sessions some may be in a worker that ended since.
+                await self._sessions.suspend(trainer_id)
                 await asyncio.sleep(pause_s)
                 try:
                     worker = await when_there_is_space(

@@ -13,12 +13,14 @@ import pytest
 from firetitan.v1 import (
     error_pb2,
     operation_pb2,
+    session_pb2,
     system_service_pb2,
     trainer_pb2,
     trainer_service_pb2,
+    training_service_pb2,
 )
 from support.daemon import DaemonProcess
-from support.stubs import LaneClient, Stubs, status_reason
+from support.stubs import TOY, LaneClient, Stubs, status_reason
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -234,3 +236,47 @@ def test_a_command_that_ends_two_workers_in_the_replay_is_a_loss(run: Run) -> No
     assert "ForwardBackward" in loss.cause and "ended the worker twice" in loss.cause
     run.await_failed()
     assert run.daemon.worker_pids() == []
+
+
+def test_of_several_adapters_none_stays_with_a_worker_that_died_in_between(
+    tmp_path: Path,
+) -> None:
+    def digests(home: Path, deaths: bool) -> list[str]:
+        daemon = DaemonProcess(home)
+        marker = home / "failpoint-worker.admitted"
+        home.mkdir()
+        marker.touch()
+        # A new worker dies in its fifth command: it has replayed one session's, not the other's.
+        daemon.start({**NEVER, "FIRETITAN_FAILPOINTS": "worker.admitted=4*off->kill_once"})
+        try:
+            stubs = Stubs(daemon.address)
+            stubs.create_trainer(base_model=TOY, max_lora_rank=8)
+            lanes = [LaneClient(stubs, adapter(stubs, rank), "script") for rank in (2, 4)]
+            for lane in lanes * 2:
+                lane.step()
+            if deaths:
+                marker.unlink()
+                (pid,) = daemon.worker_pids()
+                os.kill(pid, signal.SIGKILL)
+            # The second's first: the hand's kill may count as a death in the command sent now.
+            for lane in reversed(lanes):
+                lane.step()
+            assert marker.exists()
+            saved = [stubs.done(lane.save_state("end")).checkpoint.digest for lane in lanes]
+            stubs.channel.close()
+            return saved
+        finally:
+            daemon.stop()
+
+    assert digests(tmp_path / "a", True) == digests(tmp_path / "b", False)
+
+
+def adapter(stubs: Stubs, rank: int) -> str:
+    """A session on the trainer, with an adapter of its own."""
+    request = training_service_pb2.CreateSessionRequest(
+        trainer="trainers/t",
+        lora=session_pb2.LoraConfig(rank=rank),
+        seed=rank,
+        request_id=f"adapter-{rank}",
+    )
+    return str(stubs.retry(stubs.training.CreateSession, request).session.name)
