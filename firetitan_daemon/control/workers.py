@@ -17,6 +17,8 @@ from firetitan_daemon.core.records import ModelInfo, Shape, WorkerKind, WorkerSp
 
 logger = logging.getLogger("firetitan.workers")
 _ADOPT_RETRY_S = 1.0
+_PULSE_S = 3.0
+"""Between an answer of a worker and the next question whether it still answers."""
 
 Exited = Callable[[str], Awaitable[None]]
 """Called with how a worker ended, once."""
@@ -34,6 +36,9 @@ class WorkerPool:
         self._specs: dict[str, WorkerSpec] = {}
         self._live: dict[str, Worker] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
+        self._pulses: dict[str, asyncio.Task[None]] = {}
+        self._silent: set[str] = set()
+        """Workers that live and did not answer when they were last asked."""
 
     def restore(self, ledger: Ledger) -> None:
         """Take over what a former daemon started."""
@@ -55,6 +60,10 @@ class WorkerPool:
         """Process id of a live worker, else 0."""
         worker = self.live(worker_id)
         return worker.pid if worker is not None else 0
+
+    def answers(self, worker_id: str | None) -> bool:
+        """False for a worker that lives, as far as is known, but hangs."""
+        return (worker_id or "") not in self._silent
 
     def new_spec(
         self,
@@ -121,12 +130,14 @@ class WorkerPool:
                     worker = await self._services.launcher.adopt(spec)
                 break
             except TimeoutError:
-                logger.warning("worker does not answer worker=%s", spec.worker_id)
+                self._hangs(spec.worker_id)
             except FiretitanError as error:
                 if error.reason is not Reason.WORKER_UNAVAILABLE:
                     raise
+                self._silent.add(spec.worker_id)
                 logger.warning("worker cannot be reached worker=%s: %s", spec.worker_id, error)
             await asyncio.sleep(_ADOPT_RETRY_S)
+        self._silent.discard(spec.worker_id)
         if worker is not None:
             logger.info("worker adopted worker=%s pid=%d", spec.worker_id, worker.pid)
             self._live[spec.worker_id] = worker
@@ -140,6 +151,7 @@ class WorkerPool:
             cause = await worker.exited()
             self._live.pop(worker_id, None)
             self._watches.pop(worker_id, None)
+            self._end_pulse(worker_id)
             logger.error("worker ended worker=%s cause=%s", worker_id, cause)
             try:
                 await exited(cause)
@@ -147,6 +159,32 @@ class WorkerPool:
                 internal_error(f"handling the end of worker {worker_id}", error)
 
         self._watches[worker_id] = asyncio.create_task(wait())
+        self._pulses[worker_id] = asyncio.create_task(self._feel_pulse(worker))
+
+    async def _feel_pulse(self, worker: Worker) -> None:
+        """Ask a worker again and again whether it answers; one that hangs is never ended for it."""
+        worker_id = worker.spec.worker_id
+        while True:
+            try:
+                await worker.describe()
+            except FiretitanError:
+                self._hangs(worker_id)
+            else:
+                if worker_id in self._silent:
+                    self._silent.discard(worker_id)
+                    logger.info("worker answers again worker=%s", worker_id)
+            await asyncio.sleep(_PULSE_S)
+
+    def _hangs(self, worker_id: str) -> None:
+        if worker_id not in self._silent:
+            self._silent.add(worker_id)
+            logger.warning("worker does not answer worker=%s", worker_id)
+
+    def _end_pulse(self, worker_id: str) -> None:
+        pulse = self._pulses.pop(worker_id, None)
+        if pulse is not None:
+            pulse.cancel()
+        self._silent.discard(worker_id)
 
     async def stop(self, worker_id: str | None) -> None:
         """End a worker, found or not, and forget it."""
@@ -156,6 +194,7 @@ class WorkerPool:
         watch = self._watches.pop(spec.worker_id, None)
         if watch is not None:
             watch.cancel()
+        self._end_pulse(spec.worker_id)
         worker = self._live.pop(spec.worker_id, None)
         if worker is None:
             worker = await self._services.launcher.adopt(spec)
@@ -172,7 +211,8 @@ class WorkerPool:
 
     async def close(self) -> None:
         """Let go of every worker; the processes stay."""
-        for watch in self._watches.values():
-            watch.cancel()
-        if self._watches:
-            await asyncio.wait(list(self._watches.values()))
+        tasks = [*self._watches.values(), *self._pulses.values()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)

@@ -92,9 +92,14 @@ class SystemServicer:
             kind=str(spec.kind),
             target=spec.target,
             pid=pid,
-            state="ready" if pid else "starting",
+            state=self._state(spec, pid),
             memory_bytes=_resident_bytes(pid) if pid else 0,
         )
+
+    def _state(self, spec: WorkerSpec, pid: int) -> str:
+        if not self._pool.answers(spec.worker_id):
+            return "unresponsive"
+        return "ready" if pid else "starting"
 
 
 def _recovery(session: Session, stats: RecoveryStats) -> system_service_pb2.SessionRecovery:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from firetitan_daemon.places import Places
 
@@ -25,7 +26,7 @@ class DaemonProcess:
     def __init__(self, home: Path, environment: dict[str, str] | None = None) -> None:
         self.home = home
         self.environment = environment or {}
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[Any] | None = None
 
     @property
     def address(self) -> str:
@@ -39,8 +40,13 @@ class DaemonProcess:
 
     def start(self, environment: dict[str, str] | None = None, timeout_s: float = 20.0) -> str:
         """Start and wait until it serves; returns its address."""
-        process = self.launch(environment)
-        deadline = time.monotonic() + timeout_s
+        self.launch(environment)
+        return self.until_serving(timeout_s)
+
+    def until_serving(self, timeout_s: float = 20.0) -> str:
+        """Wait until what was launched serves; returns its address."""
+        process, deadline = self.process, time.monotonic() + timeout_s
+        assert process is not None
         while not self._serves():
             if process.poll() is not None:
                 raise RuntimeError(f"firetitand exited {process.returncode}:\n{self.log}")
@@ -49,8 +55,8 @@ class DaemonProcess:
             time.sleep(0.02)
         return self.address
 
-    def launch(self, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-        """Start it without waiting."""
+    def launch(self, environment: dict[str, str] | None = None) -> subprocess.Popen[Any]:
+        """Start it and do not wait for it."""
         self.home.mkdir(parents=True, exist_ok=True)
         variables = {
             **os.environ,

@@ -1,6 +1,7 @@
 """Clients that train without pause and write down what they see: threads, or processes.
 
-`python tests/support/history_client.py ADDRESS SESSION NAME FILE` runs one until it is killed.
+`python tests/support/history_client.py ADDRESS SESSION NAME FILE wait|stream` runs one until it is
+killed.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def call_of(operation: operation_pb2.Operation) -> Call:
         seq=operation.seq,
         commit_seq=operation.commit_seq,
         step=_step(operation),
+        digest=digest_of(operation),
         operation=operation.name,
     )
 
@@ -104,16 +106,25 @@ class TrainingClient(threading.Thread):
         name: Of the lane.
         recorder: Takes what is sent and what comes back.
         save_every: Steps between two saves of the state; 0: none.
+        waiting: `wait` for each operation by itself, or for all of the lane in a `stream`.
     """
 
     def __init__(
-        self, address: str, session: str, name: str, recorder: Recorder, *, save_every: int = 0
+        self,
+        address: str,
+        session: str,
+        name: str,
+        recorder: Recorder,
+        *,
+        save_every: int = 0,
+        waiting: str = "wait",
     ) -> None:
         super().__init__(name=name, daemon=True)
         self.address = address
         self.session = session
         self.recorder = recorder
         self.save_every = save_every
+        self.waiting = waiting
         self.stopping = threading.Event()
         self.steps = 0
         self.answered: list[float] = []
@@ -144,13 +155,20 @@ class TrainingClient(threading.Thread):
             key = self.recorder.invoked(lane.client_id, method, f"{lane.client_id}-{seq}", seq)
             sent.append((key, lane.send(message_of(method, lane.client_id, seq))))
         for key, operation in sent:
-            ended = self.stubs.wait(operation.name, WAIT_S)
+            ended = self.wait(operation)
             self.answered.append(time.monotonic())
             note(self.recorder, key, ended)
             if ended.HasField("error"):
                 # Another client's step may have taken the gradients of this one.
                 assert status_reason(ended.error) in EXPECTED, ended.error
                 self.lane.seen_failure = ended.seq
+
+    def wait(self, operation: operation_pb2.Operation) -> operation_pb2.Operation:
+        """The operation when it has ended, by whatever way this client waits."""
+        if self.waiting == "wait":
+            return self.stubs.wait(operation.name, WAIT_S)
+        with self.lane.watch(after_seq=operation.seq - 1) as watch:
+            return watch.next()
 
     def read(self) -> None:
         """Look at the session's step."""
@@ -178,10 +196,15 @@ def training(
 ) -> Iterator[Sequence[TrainingClient]]:
     """Clients that train while the block runs; afterwards what they saw has been judged.
 
+    The session may have run commands before; clients see them.
+
     Raises:
         AssertionError: A client failed, or the history is not that of a right session.
     """
     recorder = Recorder(folder / "history.jsonl")
+    for one in list_operations(address, session):
+        request_id = f"{one.client_id}-{one.seq}"
+        note(recorder, recorder.invoked(one.client_id, one.method, request_id, one.seq), one)
     clients = [
         TrainingClient(address, session, f"client-{index}", recorder, save_every=save_every)
         for index in range(count)
@@ -197,26 +220,29 @@ def training(
             client.join(WAIT_S)
     failures = [one.failure for one in clients if one.failure is not None]
     assert not failures and not any(one.is_alive() for one in clients), failures
-    recorder.listed(call_of(one) for one in list_operations(address, session))
+    recorder.listed(listed_calls(address, session))
     recorder.close()
     history = load(recorder.path)
     assert judge(history) == [], f"judge again: python tests/support/history.py {recorder.path}"
 
 
 def list_operations(address: str, session: str) -> list[operation_pb2.Operation]:
-    """Every operation of a session, with its result, in its order."""
+    """Every operation of a session when it has ended, with its result, in the session's order."""
     stubs = Stubs(address)
     request = operation_service_pb2.ListOperationsRequest(parent=session, page_size=1000)
     found: list[operation_pb2.Operation] = []
     while True:
         page = stubs.retry(stubs.operations.ListOperations, request)
-        for one in page.operations:
-            get = operation_service_pb2.GetOperationRequest(name=one.name)
-            found.append(stubs.retry(stubs.operations.GetOperation, get).operation)
+        found += [stubs.wait(one.name, WAIT_S) for one in page.operations]
         request.page_token = page.next_page_token
         if not request.page_token:
             stubs.channel.close()
             return sorted(found, key=lambda one: one.commit_seq)
+
+
+def listed_calls(address: str, session: str) -> list[Call]:
+    """The same as calls of a history."""
+    return [call_of(one) for one in list_operations(address, session)]
 
 
 def run_again(stubs: Stubs, session: str, history: History) -> str:
@@ -238,8 +264,8 @@ def run_again(stubs: Stubs, session: str, history: History) -> str:
 
 def main() -> None:
     """Train until killed."""
-    address, session, name, path = sys.argv[1:]
-    client = TrainingClient(address, session, name, Recorder(Path(path)))
+    address, session, name, path, waiting = sys.argv[1:]
+    client = TrainingClient(address, session, name, Recorder(Path(path)), waiting=waiting)
     client.run()
     if client.failure is not None:
         raise client.failure

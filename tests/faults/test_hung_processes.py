@@ -1,0 +1,98 @@
+"""SIGSTOP of a trainer, a sampler, the daemon: shown where it can be, and waited for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from firetitan.v1 import system_service_pb2
+from support.daemon import DaemonProcess
+from support.history_client import training
+from support.sizes import figure
+from support.stubs import LaneClient, Stubs
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """A process that hangs while the block runs."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def worker(stubs: Stubs, kind: str) -> system_service_pb2.WorkerInfo:
+    info = stubs.system.GetSystemInfo(system_service_pb2.GetSystemInfoRequest(), timeout=10)
+    (found,) = [one for one in info.workers if one.kind == kind]
+    return found
+
+
+def until(stubs: Stubs, kind: str, state: str) -> float:
+    """Wait until a worker is shown in a state; returns the seconds that took."""
+    began = time.monotonic()
+    while worker(stubs, kind).state != state:
+        assert time.monotonic() < began + 60
+        time.sleep(0.1)
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("daemon_too", [False, True])
+def test_a_trainer_that_hangs_is_shown_and_goes_on(daemon: DaemonProcess, daemon_too: bool) -> None:
+    stubs = Stubs(daemon.address)
+    stubs.create_trainer()
+    lane = LaneClient(stubs, stubs.session())
+    lane.step()
+    pid = worker(stubs, "trainer").pid
+    with stopped(pid):
+        sent = [lane.forward_backward(), lane.optim_step()]
+        if daemon_too:
+            # One that takes over has the same worker to wait for.
+            daemon.kill()
+            daemon.start()
+        figure("R23", shown_after_s=round(until(stubs, "trainer", "unresponsive"), 1))
+        assert daemon.worker_pids() == [pid], "it is not to be ended"
+    until(stubs, "trainer", "ready")
+    assert [int(stubs.done(one).optim_step.metrics.get("step", 0)) for one in sent] == [0, 2]
+    assert worker(stubs, "trainer").pid == pid
+    stubs.channel.close()
+
+
+def test_a_sampler_that_hangs_is_shown_and_answers_later(daemon: DaemonProcess) -> None:
+    stubs = Stubs(daemon.address)
+    assert not stubs.create_deployment().HasField("error")
+    before = stubs.sample().sequences
+    answers = []
+    waiting = threading.Thread(target=lambda: answers.append(stubs.sample().sequences))
+    with stopped(worker(stubs, "sampler").pid):
+        waiting.start()
+        until(stubs, "sampler", "unresponsive")
+        assert waiting.is_alive()
+    waiting.join(60)
+    assert answers == [before]
+    until(stubs, "sampler", "ready")
+    stubs.channel.close()
+
+
+def test_a_daemon_that_hangs_loses_nothing(daemon: DaemonProcess, tmp_path: Path) -> None:
+    stubs = Stubs(daemon.address)
+    stubs.create_trainer()
+    assert daemon.process is not None
+    with training(daemon.address, stubs.session(), tmp_path, 2) as clients:
+        for _ in range(3):
+            before = [client.steps for client in clients]
+            with stopped(daemon.process.pid):
+                time.sleep(0.5)
+            deadline = time.monotonic() + 60
+            while any(now.steps <= was for now, was in zip(clients, before, strict=True)):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+    stubs.channel.close()
