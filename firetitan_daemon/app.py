@@ -109,7 +109,7 @@ class Daemon:
         places.announcement.unlink(missing_ok=True)
         self._store = SqliteStore(places.database, fsync_operations=config.server.fsync_operations)
         self._spool = FileSpool(places.spool, fsync=config.server.fsync_operations)
-        self._folders = FileFolders(places.store)
+        self._folders = FileFolders(places.store, config.server.adapter_folders)
         services = Services(
             store=self._store,
             spool=self._spool,

@@ -36,6 +36,15 @@ class ServerConfig:
     start."""
     fsync_operations: bool = False
     """Let accepted commands survive a power loss, not just the death of the process."""
+    adapter_roots: str = "/"
+    """Folders, with `:` between them, below which `load_adapter` may read local adapters."""
+
+    @property
+    def adapter_folders(self) -> tuple[Path, ...]:
+        """`adapter_roots` one by one, absolute."""
+        return tuple(
+            Path(one).expanduser().absolute() for one in self.adapter_roots.split(":") if one
+        )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -33,12 +33,13 @@ Open = Callable[[str], BinaryIO]
 """A file of the adapter by its name; FileNotFoundError where there is none."""
 
 
-def fetch_adapter(location: str, staging: Path) -> str:
+def fetch_adapter(location: str, staging: Path, roots: Sequence[Path] = (Path("/"),)) -> str:
     """Copy an adapter's files into an empty folder and seal it.
 
     Args:
         location: An absolute path, a `file://` address, or another that fsspec has a driver for.
         staging: The folder.
+        roots: Below one of which a local folder must be, links resolved.
 
     Returns:
         The digest of its manifest.
@@ -51,7 +52,7 @@ def fetch_adapter(location: str, staging: Path) -> str:
         raise _refused(location, "is no address; give a folder or one plain address")
     match = _PROTOCOL.fullmatch(location)
     if match is None or match[1] == "file":
-        _fetch_local(location, staging)
+        _fetch_local(location, staging, roots)
     else:
         _fetch_remote(location, match[1], staging)
     digest, _ = durable.seal_folder(staging, {"kind": "adapter", "source": location})
@@ -64,7 +65,7 @@ def readable_name(location: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", last)[:64].lstrip("._-") or "adapter"
 
 
-def _fetch_local(location: str, staging: Path) -> None:
+def _fetch_local(location: str, staging: Path, roots: Sequence[Path]) -> None:
     folder = _local_path(location)
     try:
         root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -77,9 +78,20 @@ def _fetch_local(location: str, staging: Path) -> None:
     except OSError as error:
         raise _refused(location, f"is no folder that can be read: {error.strerror}") from error
     try:
+        _check_inside(location, root, roots)
         _copy(location, lambda name: _open_regular(location, root, name), staging)
     finally:
         os.close(root)
+
+
+def _check_inside(location: str, root: int, roots: Sequence[Path]) -> None:
+    # What was opened, not what the name may stand for by now.
+    opened = Path(f"/proc/self/fd/{root}").readlink()
+    if not any(opened.is_relative_to(one.resolve()) for one in roots):
+        allowed = ", ".join(str(one) for one in roots)
+        raise _refused(
+            location, f"is not below {allowed}, where this daemon reads (server.adapter_roots)"
+        )
 
 
 def _local_path(location: str) -> str:

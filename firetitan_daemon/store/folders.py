@@ -39,10 +39,12 @@ class FileFolders(Folders):
 
     Args:
         root: Made where there is none.
+        adapter_roots: Below which users' local adapters may be read.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, adapter_roots: Sequence[Path] = (Path("/"),)) -> None:
         self._root = root
+        self._adapter_roots = adapter_roots
         for name in (STAGING, *KINDS):
             (root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         durable.fsync_path(root)
@@ -79,7 +81,7 @@ class FileFolders(Folders):
         staging = self.staging()
         try:
             # May take its time: not in the thread that publishes.
-            digest = await asyncio.to_thread(fetch_adapter, location, staging)
+            digest = await asyncio.to_thread(fetch_adapter, location, staging, self._adapter_roots)
             folder = await self.publish(staging, ADAPTERS, readable_name(location))
         except OSError as error:
             await self.discard(staging)

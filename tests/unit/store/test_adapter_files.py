@@ -143,6 +143,23 @@ def test_what_fsspec_reads_is_copied(adapter: Path, staging: Path) -> None:
     assert (staging / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
 
 
+def test_folders_outside_the_roots_are_not_read(
+    adapter: Path, tmp_path: Path, staging: Path
+) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "link").symlink_to(adapter)
+    write_toy(inside / "own")
+    (tmp_path / "inside-not").symlink_to(inside / "own")
+    roots = [tmp_path / "nowhere", inside]
+    for outside in (adapter, inside / "link", inside / ".." / adapter.name):
+        with pytest.raises(FiretitanError, match="adapter_roots") as caught:
+            fetch_adapter(str(outside), staging, roots)
+        assert caught.value.reason is Reason.INVALID_ARGUMENT
+        assert list(staging.iterdir()) == []
+    fetch_adapter(str(tmp_path / "inside-not"), staging, roots)
+
+
 async def test_a_refused_import_leaves_nothing(tmp_path: Path, adapter: Path) -> None:
     folders = FileFolders(tmp_path / "blobs")
     source = await folders.import_adapter(str(adapter))
