@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import tinker
 from support.adapters import write_toy
 from support.daemon import DaemonProcess
+from support.stubs import LaneClient, Stubs
 
 from firetitan_client import (
     FiretitanServiceClient,
@@ -202,4 +204,37 @@ def test_a_killed_trainer_comes_back_to_a_folder_that_is_gone(tmp_path: Path) ->
         daemon.start()
         assert copies(daemon) == []
     finally:
+        daemon.stop()
+
+
+def test_a_load_that_was_begun_ends_with_the_files_it_began_with(tmp_path: Path) -> None:
+    """The daemon dies with the load on its way; by then the user's folder holds something else."""
+    dies = {"FIRETITAN_FAILPOINTS": "commands.dispatched=2*off->kill"}
+    daemon = DaemonProcess(tmp_path / "home", dies)
+    daemon.start()
+    folder, other = write_toy(tmp_path / "run", seed=1), write_toy(tmp_path / "other", seed=1)
+
+    def restart() -> None:
+        assert daemon.process is not None
+        daemon.process.wait()
+        shutil.rmtree(folder)
+        write_toy(folder, seed=2)
+        daemon.start({"FIRETITAN_FAILPOINTS": ""})
+
+    restarting = threading.Thread(target=restart)
+    restarting.start()
+    try:
+        stubs = Stubs(daemon.address)
+        digests = []
+        for trainer, adapter in (("t", folder), ("undisturbed", other)):
+            stubs.create_trainer(trainer, rank=4)
+            lane = LaneClient(stubs, stubs.session(f"trainers/{trainer}"))
+            lane.step()
+            stubs.done(lane.load_adapter(str(adapter)))
+            lane.step()
+            digests.append(stubs.done(lane.save_state("end")).checkpoint.digest)
+        restarting.join()
+        assert digests[0] == digests[1]
+    finally:
+        restarting.join()
         daemon.stop()
