@@ -13,7 +13,7 @@ PROTO_READY := $(PROTO_VENV)/.ready
 POLYGLOT := examples/polyglot
 TINKERS := 0.23.0 0.27.0 0.38.0
 
-.PHONY: help setup demo test test-slow test-tinker polyglot polyglot-node polyglot-go verify verify-lint verify-types verify-imports verify-proto \
+.PHONY: help setup demo test test-slow test-reliability test-tinker polyglot polyglot-node polyglot-go verify verify-lint verify-types verify-imports verify-proto \
 	verify-docs fix-lint fix-proto proto proto-baseline bench chaos examples ci clean
 
 help: ## Show this list
@@ -43,6 +43,11 @@ test: setup $(PROTO_READY) ## Run the tests that take seconds
 
 test-slow: setup $(PROTO_READY) ## Run the tests that take minutes
 	@$(PYTEST) -m slow
+
+# Each test prints its seed; FIRETITAN_TEST_SEED repeats it.
+test-reliability: setup ## Kill, flood and starve the daemon for hours; out/reliability.jsonl has the figures
+	@mkdir -p out
+	@FIRETITAN_TEST_SIZE=nightly FIRETITAN_TEST_FIGURES=out/reliability.jsonl $(PYTEST) -s tests/faults
 
 test-tinker: setup $(TINKERS:%=.venv-tinker-%/.ready) ## Run the compatibility tests against each tinker
 	@for version in $(TINKERS); do \

@@ -4,7 +4,8 @@ Knows: names and actions. Must not know: what happens at the places. The variabl
 `name=action` pairs separated by `;`, an action being a chain of `[count*]what` joined by `->`:
 `commands.spooled=2*off->kill` kills the process the third time the place is reached. What there is:
 `off`, `kill` (SIGKILL to this process), `kill_once` (the same, but in the first process of this
-FIRETITAN_HOME alone), `enospc` (OSError ENOSPC), `delay(ms)`.
+FIRETITAN_HOME alone), `note` (leave a file that says it was reached), `enospc` (OSError ENOSPC),
+`delay(ms)`.
 
 Places that begin with `worker.`, `engine.` and `sampler.` are passed by workers, the others by the
 daemon.
@@ -50,7 +51,7 @@ NAMES = (
 )
 """Every place, in the order a command passes them."""
 
-_STEP = re.compile(r"(?:(\d+)\*)?(off|kill_once|kill|enospc|delay)(?:\((\d+)\))?")
+_STEP = re.compile(r"(?:(\d+)\*)?(off|kill_once|kill|note|enospc|delay)(?:\((\d+)\))?")
 
 
 @dataclass
@@ -86,6 +87,7 @@ _points = parse(os.environ.get("FIRETITAN_FAILPOINTS", ""))
 
 
 def _is_first(name: str) -> bool:
+    """Leave a file in the home; False where another process, or this one before, has left it."""
     marker = Path(os.environ["FIRETITAN_HOME"]) / f"failpoint-{name}"
     try:
         marker.touch(exist_ok=False)
@@ -110,6 +112,8 @@ def failpoint(name: str) -> None:
             step.left -= 1
         if step.what == "kill" or (step.what == "kill_once" and _is_first(name)):
             os.kill(os.getpid(), signal.SIGKILL)
+        elif step.what == "note":
+            _is_first(name)
         elif step.what == "enospc":
             raise OSError(errno.ENOSPC, f"failpoint {name}")
         elif step.what == "delay":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -63,18 +64,13 @@ def test_health_reflection_and_information(daemon: DaemonProcess) -> None:
         answer = health.Check(health_pb2.HealthCheckRequest(service=service))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
     services = ProtoReflectionDescriptorDatabase(stubs.channel).get_services()
-    assert {name for name in services if name.startswith("firetitan.")} == {
-        f"firetitan.v1.{name}Service"
-        for name in (
-            "Training",
-            "Checkpoint",
-            "Operation",
-            "Sampling",
-            "Deployment",
-            "Trainer",
-            "System",
-        )
-    }
+    files = (Path(__file__).parents[2] / "proto" / "firetitan" / "v1").glob("*.proto")
+    declared = re.findall(
+        r"^service (\w+)", "".join(one.read_text() for one in files), re.MULTILINE
+    )
+    assert sorted(one for one in services if one.startswith("firetitan.")) == sorted(
+        f"firetitan.v1.{name}" for name in declared
+    )
     info = stubs.system.GetSystemInfo(system_service_pb2.GetSystemInfoRequest())
     assert info.pid == daemon.process.pid and info.home == str(daemon.home)
     assert info.limits.max_message_bytes == 64 * 1024 * 1024
