@@ -6,7 +6,9 @@ deployments are run (`trainer_jobs`, `deployment_manager`).
 
 from __future__ import annotations
 
+import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 from firetitan.v1 import (
@@ -189,6 +191,35 @@ class FireworksClient(ControlClient):
         )
         model: model_pb2.Model = answer.model
         return model
+
+    def export_checkpoint(self, name: str, folder: str | os.PathLike[str]) -> str:
+        """Write what was saved as a plain Hugging Face or PEFT folder, whatever its kind.
+
+        A delta becomes the whole model, a checkpoint to resume from what
+        `save_weights_for_sampler` would have saved beside it.
+
+        Args:
+            name: Of a `list_checkpoints` row.
+            folder: Does not exist yet, or is empty.
+
+        Returns:
+            The folder's absolute path.
+
+        Raises:
+            ValueError: Not such a name, a folder with content, a base model that has changed.
+            NotFound: No such checkpoint.
+        """
+        checkpoint_name_of(name)
+        request = model_service_pb2.ExportCheckpointRequest(
+            checkpoint=name, folder=str(Path(folder).expanduser().absolute())
+        )
+        work = self._transport.call(
+            "ModelService/ExportCheckpoint",
+            request,
+            model_service_pb2.ExportCheckpointResponse,
+            timeout_s=None,
+        )
+        return str(self._run("export_checkpoint", work).folder)
 
     def list_models(self) -> list[dict[str, Any]]:
         """Promoted models, as `promote_checkpoint` returns them."""

@@ -21,6 +21,7 @@ from firetitan_daemon import durable, handshake
 from firetitan_daemon.config import DaemonConfig
 from firetitan_daemon.control.checkpoints import CheckpointManager
 from firetitan_daemon.control.deployments import DeploymentManager
+from firetitan_daemon.control.exports import ExportManager
 from firetitan_daemon.control.models import ModelRegistry
 from firetitan_daemon.control.operations import OperationRegistry
 from firetitan_daemon.control.removal import SavedRemover
@@ -35,6 +36,7 @@ from firetitan_daemon.core.model_names import ModelNames
 from firetitan_daemon.core.ports import Clock, WorkerLauncher
 from firetitan_daemon.core.shapes import Shapes
 from firetitan_daemon.host import count_gpus
+from firetitan_daemon.launch.export import ProcessExporter
 from firetitan_daemon.launch.local import LocalLauncher
 from firetitan_daemon.places import Places
 from firetitan_daemon.rpc.checkpoints import CheckpointServicer
@@ -148,6 +150,7 @@ class Daemon:
         deployments.connect(syncer.restore)
         remover = SavedRemover(services, checkpoints, sessions, deployments)
         models = ModelRegistry(services, trainers, deployments)
+        exports = ExportManager(services, checkpoints, ProcessExporter(services.num_threads))
         self._supervisor = supervisor = Supervisor(
             services, pool, sessions, trainers, deployments, syncer, checkpoints, remover, models
         )
@@ -162,7 +165,7 @@ class Daemon:
         servicers = (
             TrainingServicer(sessions, trainers, supervisor),
             CheckpointServicer(checkpoints, remover),
-            ModelServicer(models, supervisor),
+            ModelServicer(models, exports, supervisor),
             ShapeServicer(services.shapes),
             OperationServicer(services.operations, sessions, messages),
             SamplingServicer(SamplingRouter(deployments), supervisor),

@@ -439,6 +439,29 @@ class WorkerLauncher(Protocol):
 
 
 @dataclass(frozen=True)
+class ExportJob:
+    """What to write where, as a plain folder."""
+
+    name: str
+    base_model: str
+    layers: tuple[tuple[str, str], ...]
+    """(folder, digest): a base or an adapter and the deltas on it, or one training state."""
+    is_state: bool
+    target: str
+
+
+class Exporter(Protocol):
+    """Writes what was saved as plain Hugging Face and PEFT folders."""
+
+    async def export(self, job: ExportJob) -> None:
+        """Write a folder; it is there as a whole, or not.
+
+        Raises:
+            FiretitanError: CHECKSUM_MISMATCH, MODEL_NOT_FOUND, INVALID_ARGUMENT, STATE_DISK_FULL.
+        """
+
+
+@dataclass(frozen=True)
 class Limits:
     """The largest things the daemon accepts."""
 

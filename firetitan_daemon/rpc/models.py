@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from firetitan.v1 import model_pb2, model_service_pb2
 
+from firetitan_daemon.control.exports import ExportManager
 from firetitan_daemon.control.models import ModelRegistry, Promotion
 from firetitan_daemon.control.supervisor import Supervisor
 from firetitan_daemon.core.model_names import NamedModel
@@ -16,10 +17,13 @@ from firetitan_daemon.rpc.paging import page
 
 
 class ModelServicer:
-    """Promotes, shows and deletes models."""
+    """Promotes, shows, deletes and exports models."""
 
-    def __init__(self, models: ModelRegistry, supervisor: Supervisor) -> None:
+    def __init__(
+        self, models: ModelRegistry, exports: ExportManager, supervisor: Supervisor
+    ) -> None:
         self._models = models
+        self._exports = exports
         self._supervisor = supervisor
 
     async def PromoteCheckpoint(
@@ -58,6 +62,14 @@ class ModelServicer:
         """Removes a promoted model."""
         await self._models.delete(request.name)
         return model_service_pb2.DeleteModelResponse()
+
+    async def ExportCheckpoint(
+        self, request: model_service_pb2.ExportCheckpointRequest
+    ) -> model_service_pb2.ExportCheckpointResponse:
+        """Writes what was saved to a folder."""
+        self._supervisor.check_admitting()
+        folder = await self._exports.export(request.checkpoint, request.folder)
+        return model_service_pb2.ExportCheckpointResponse(folder=str(folder))
 
 
 def _message(name: str, found: Model | NamedModel) -> model_pb2.Model:

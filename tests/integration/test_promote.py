@@ -26,7 +26,7 @@ from firetitan_client import (
 )
 from firetitan_client.errors import Corrupt
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 TOY = "firetitan/toy"
 TOKENS = [5, 9, 2, 7, 11, 3]
 DATUM = tinker.Datum(

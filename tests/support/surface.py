@@ -154,6 +154,7 @@ CLASSES = {
         list_checkpoints(job_id, *, page_size=200)
         promote_checkpoint(job_id=None, checkpoint_id=None, output_model_id=None,
             base_model=None, *, name=None, hot_load_deployment_id=None)
+        export_checkpoint(name, folder)
         list_models()
         delete_model(name)
         model_is_moe(model)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from firetitan.v1 import model_pb2 as firetitan_dot_v1_dot_model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n firetitan/v1/model_service.proto\x12\x0c\x66iretitan.v1\x1a\x18\x66iretitan/v1/model.proto\"T\n\x18PromoteCheckpointRequest\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\"?\n\x19PromoteCheckpointResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.firetitan.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.firetitan.v1.Model\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"R\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.firetitan.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x12\x44\x65leteModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteModelResponse2\xe4\x02\n\x0cModelService\x12\x64\n\x11PromoteCheckpoint\x12&.firetitan.v1.PromoteCheckpointRequest\x1a\'.firetitan.v1.PromoteCheckpointResponse\x12I\n\x08GetModel\x12\x1d.firetitan.v1.GetModelRequest\x1a\x1e.firetitan.v1.GetModelResponse\x12O\n\nListModels\x12\x1f.firetitan.v1.ListModelsRequest\x1a .firetitan.v1.ListModelsResponse\x12R\n\x0b\x44\x65leteModel\x12 .firetitan.v1.DeleteModelRequest\x1a!.firetitan.v1.DeleteModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n firetitan/v1/model_service.proto\x12\x0c\x66iretitan.v1\x1a\x18\x66iretitan/v1/model.proto\"T\n\x18PromoteCheckpointRequest\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\"?\n\x19PromoteCheckpointResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.firetitan.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.firetitan.v1.Model\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"R\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.firetitan.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x12\x44\x65leteModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteModelResponse\"=\n\x17\x45xportCheckpointRequest\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\"*\n\x18\x45xportCheckpointResponse\x12\x0e\n\x06\x66older\x18\x01 \x01(\t2\xc7\x03\n\x0cModelService\x12\x64\n\x11PromoteCheckpoint\x12&.firetitan.v1.PromoteCheckpointRequest\x1a\'.firetitan.v1.PromoteCheckpointResponse\x12I\n\x08GetModel\x12\x1d.firetitan.v1.GetModelRequest\x1a\x1e.firetitan.v1.GetModelResponse\x12O\n\nListModels\x12\x1f.firetitan.v1.ListModelsRequest\x1a .firetitan.v1.ListModelsResponse\x12R\n\x0b\x44\x65leteModel\x12 .firetitan.v1.DeleteModelRequest\x1a!.firetitan.v1.DeleteModelResponse\x12\x61\n\x10\x45xportCheckpoint\x12%.firetitan.v1.ExportCheckpointRequest\x1a&.firetitan.v1.ExportCheckpointResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,6 +48,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DELETEMODELREQUEST']._serialized_end=494
   _globals['_DELETEMODELRESPONSE']._serialized_start=496
   _globals['_DELETEMODELRESPONSE']._serialized_end=517
-  _globals['_MODELSERVICE']._serialized_start=520
-  _globals['_MODELSERVICE']._serialized_end=876
+  _globals['_EXPORTCHECKPOINTREQUEST']._serialized_start=519
+  _globals['_EXPORTCHECKPOINTREQUEST']._serialized_end=580
+  _globals['_EXPORTCHECKPOINTRESPONSE']._serialized_start=582
+  _globals['_EXPORTCHECKPOINTRESPONSE']._serialized_end=624
+  _globals['_MODELSERVICE']._serialized_start=627
+  _globals['_MODELSERVICE']._serialized_end=1082
 # @@protoc_insertion_point(module_scope)

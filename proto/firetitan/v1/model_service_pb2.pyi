@@ -174,3 +174,45 @@ class DeleteModelResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 global___DeleteModelResponse = DeleteModelResponse
+
+@typing.final
+class ExportCheckpointRequest(google.protobuf.message.Message):
+    """For ExportCheckpoint."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHECKPOINT_FIELD_NUMBER: builtins.int
+    FOLDER_FIELD_NUMBER: builtins.int
+    checkpoint: builtins.str
+    """`snapshots/{snapshot}`, a checkpoint's full name, or
+    `accounts/{a}/rlorTrainerJobs/{trainer}/checkpoints/{id}`.
+    """
+    folder: builtins.str
+    """Absolute path of a folder that does not exist, or is empty."""
+    def __init__(
+        self,
+        *,
+        checkpoint: builtins.str = ...,
+        folder: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "folder", b"folder"]) -> None: ...
+
+global___ExportCheckpointRequest = ExportCheckpointRequest
+
+@typing.final
+class ExportCheckpointResponse(google.protobuf.message.Message):
+    """From ExportCheckpoint."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FOLDER_FIELD_NUMBER: builtins.int
+    folder: builtins.str
+    """The folder."""
+    def __init__(
+        self,
+        *,
+        folder: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["folder", b"folder"]) -> None: ...
+
+global___ExportCheckpointResponse = ExportCheckpointResponse

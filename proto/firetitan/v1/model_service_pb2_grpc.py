@@ -55,6 +55,11 @@ class ModelServiceStub(object):
                 request_serializer=firetitan_dot_v1_dot_model__service__pb2.DeleteModelRequest.SerializeToString,
                 response_deserializer=firetitan_dot_v1_dot_model__service__pb2.DeleteModelResponse.FromString,
                 _registered_method=True)
+        self.ExportCheckpoint = channel.unary_unary(
+                '/firetitan.v1.ModelService/ExportCheckpoint',
+                request_serializer=firetitan_dot_v1_dot_model__service__pb2.ExportCheckpointRequest.SerializeToString,
+                response_deserializer=firetitan_dot_v1_dot_model__service__pb2.ExportCheckpointResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer(object):
@@ -90,6 +95,13 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportCheckpoint(self, request, context):
+        """Writes a checkpoint or a snapshot of any kind as a plain Hugging Face or PEFT folder.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +124,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.DeleteModel,
                     request_deserializer=firetitan_dot_v1_dot_model__service__pb2.DeleteModelRequest.FromString,
                     response_serializer=firetitan_dot_v1_dot_model__service__pb2.DeleteModelResponse.SerializeToString,
+            ),
+            'ExportCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportCheckpoint,
+                    request_deserializer=firetitan_dot_v1_dot_model__service__pb2.ExportCheckpointRequest.FromString,
+                    response_serializer=firetitan_dot_v1_dot_model__service__pb2.ExportCheckpointResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +240,33 @@ class ModelService(object):
             '/firetitan.v1.ModelService/DeleteModel',
             firetitan_dot_v1_dot_model__service__pb2.DeleteModelRequest.SerializeToString,
             firetitan_dot_v1_dot_model__service__pb2.DeleteModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/firetitan.v1.ModelService/ExportCheckpoint',
+            firetitan_dot_v1_dot_model__service__pb2.ExportCheckpointRequest.SerializeToString,
+            firetitan_dot_v1_dot_model__service__pb2.ExportCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,12 @@ class ModelServiceStub:
     One that is gone is fine.
     """
 
+    ExportCheckpoint: grpc.UnaryUnaryMultiCallable[
+        firetitan.v1.model_service_pb2.ExportCheckpointRequest,
+        firetitan.v1.model_service_pb2.ExportCheckpointResponse,
+    ]
+    """Writes a checkpoint or a snapshot of any kind as a plain Hugging Face or PEFT folder."""
+
 class ModelServiceAsyncStub:
     """The registry of models."""
 
@@ -75,6 +81,12 @@ class ModelServiceAsyncStub:
     """Removes a promoted model; MODEL_IN_USE while a trainer, a deployment or an adapter needs it.
     One that is gone is fine.
     """
+
+    ExportCheckpoint: grpc.aio.UnaryUnaryMultiCallable[
+        firetitan.v1.model_service_pb2.ExportCheckpointRequest,
+        firetitan.v1.model_service_pb2.ExportCheckpointResponse,
+    ]
+    """Writes a checkpoint or a snapshot of any kind as a plain Hugging Face or PEFT folder."""
 
 class ModelServiceServicer(metaclass=abc.ABCMeta):
     """The registry of models."""
@@ -112,5 +124,13 @@ class ModelServiceServicer(metaclass=abc.ABCMeta):
         """Removes a promoted model; MODEL_IN_USE while a trainer, a deployment or an adapter needs it.
         One that is gone is fine.
         """
+
+    @abc.abstractmethod
+    def ExportCheckpoint(
+        self,
+        request: firetitan.v1.model_service_pb2.ExportCheckpointRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[firetitan.v1.model_service_pb2.ExportCheckpointResponse, collections.abc.Awaitable[firetitan.v1.model_service_pb2.ExportCheckpointResponse]]:
+        """Writes a checkpoint or a snapshot of any kind as a plain Hugging Face or PEFT folder."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -1,0 +1,90 @@
+"""Exports of what was saved to a user's folder.
+
+Knows: rows, chains. Must not know: files' content, who writes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from pathlib import Path
+
+from firetitan_daemon.control.checkpoints import CheckpointManager, find_snapshot
+from firetitan_daemon.control.services import Services, logger
+from firetitan_daemon.core import chain, names
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.ports import Exporter, ExportJob
+from firetitan_daemon.core.records import Checkpoint, Snapshot
+
+
+class ExportManager:
+    """Writes checkpoints and snapshots of any kind as plain folders."""
+
+    def __init__(
+        self, services: Services, checkpoints: CheckpointManager, exporter: Exporter
+    ) -> None:
+        self._services = services
+        self._checkpoints = checkpoints
+        self._exporter = exporter
+
+    async def export(self, reference: str, folder: str) -> Path:
+        """Write what was saved to a folder; returns it.
+
+        Args:
+            reference: A snapshot, a checkpoint's full name, or the documented name of either.
+            folder: Absolute; does not exist, or is empty.
+
+        Raises:
+            FiretitanError: NAME_INVALID, SNAPSHOT_NOT_FOUND, CHAIN_BROKEN, INVALID_ARGUMENT for
+                the folder or a base model that has changed, CHECKSUM_MISMATCH, STATE_DISK_FULL.
+        """
+        target = await asyncio.to_thread(_check_folder, folder)
+        return await asyncio.shield(asyncio.create_task(self._export(reference, target)))
+
+    async def _export(self, reference: str, target: Path) -> Path:
+        holds, holder = self._services.operations.holds, f"export {uuid.uuid4().hex}"
+        try:
+            saved = await self._layers(reference)
+            for one in saved:
+                holds.take(one.folder, holder)
+            # Once more, now that what is found stays.
+            saved = await self._layers(reference)
+            job = ExportJob(
+                name=saved[-1].name,
+                base_model=self._services.models.reference(saved[-1].base_model),
+                layers=tuple((one.folder, one.digest) for one in saved),
+                is_state=isinstance(saved[-1], Checkpoint),
+                target=str(target),
+            )
+            await self._exporter.export(job)
+        finally:
+            holds.release(holder)
+        logger.info("exported name=%s folder=%s", job.name, target)
+        return target
+
+    async def _layers(self, reference: str) -> list[Checkpoint] | list[Snapshot]:
+        store = self._services.store
+        if "/sessions/" in reference:
+            return [await self._checkpoints.get(reference)]
+        saved = names.parse_saved(reference)
+        if saved.trainer is not None:
+            rows = await store.checkpoints(saved.trainer)
+            named = [row for row in rows if names.last_segment(row.name) == saved.id]
+            if named:
+                return [max(named, key=lambda row: row.create_time)]
+        snapshot = await find_snapshot(store, saved.id)
+        known = {row.id: row for row in await store.snapshots(snapshot.session.split("/")[1])}
+        return chain.plan(snapshot.id, (), known.get)
+
+
+def _check_folder(text: str) -> Path:
+    folder = Path(text)
+    if not folder.is_absolute() or "\0" in text:
+        raise _bad(f"{text[:200]!r} is no absolute path")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise _bad(f"{text} is there and not empty; choose another")
+    return folder
+
+
+def _bad(why: str) -> FiretitanError:
+    return FiretitanError(Reason.INVALID_ARGUMENT, f"folder: {why}", field="folder")
