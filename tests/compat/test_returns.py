@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tinker
 from support import compatibility, surface
+from support.adapters import write_toy
 from support.daemon import DaemonProcess
 
 from firetitan_client import (
@@ -58,6 +60,7 @@ TRAINING: dict[str, tuple[Callable[[Any, Any], Any], type[Any]]] = {
     "save_state": (lambda on, _: on.save_state("s"), APIFuture),
     "load_state": (lambda on, _: on.load_state("s"), APIFuture),
     "load_state_with_optimizer": (lambda on, _: on.load_state_with_optimizer("s"), APIFuture),
+    "load_adapter": (lambda on, _: on.load_adapter("adapter"), APIFuture),
     "list_checkpoints": (lambda on, _: on.list_checkpoints(), list),
     "resolve_checkpoint_path": (lambda on, _: on.resolve_checkpoint_path("s", "job"), str),
     "create_sampling_client": (
@@ -153,7 +156,15 @@ SERVICE: dict[str, tuple[Callable[[Any, Any], Any], type[Any]]] = {
 
 
 @pytest.fixture
-def place(make_service: MakeService, toy_daemon: DaemonProcess, tiny_llama: Any) -> SimpleNamespace:
+def place(
+    make_service: MakeService,
+    toy_daemon: DaemonProcess,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> SimpleNamespace:
+    write_toy(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
     service = make_service(
         trainer_job_id="returns", deployment_id="returns", tokenizer_model=str(tiny_llama)
     )
