@@ -54,6 +54,8 @@ class RecoveryStats:
     kept_bytes: int = 0
     recovery_s: float = 0.0
     """Of the last recovery, from the worker's end until the session went on."""
+    load_s: float = 0.0
+    """Of that, starting a worker and loading the model and the recovery point."""
     replay_s: float = 0.0
     """Of that, running commands again."""
 
@@ -294,6 +296,8 @@ class SessionRecovery:
             FiretitanError: SESSION_LOSS where this cannot be, and why; WORKER_UNAVAILABLE where
                 the worker ended meanwhile.
         """
+        clock = self.services.clock
+        began = clock.monotonic()
         held = await worker.open_session(session)
         if held.applied_commit_seq:
             plan = await self._plan(session, held.applied_commit_seq)
@@ -304,13 +308,13 @@ class SessionRecovery:
         self.stats.to_replay = len(plan.replay)
         if plan.replay:
             logger.info("replaying session=%s commands=%d", session.name, len(plan.replay))
-        began = self.services.clock.monotonic()
+        loaded = clock.monotonic()
         for operation in plan.replay:
             await self._replay(worker, session, operation, exact=exact)
             failpoint("recovery.replayed")
             self.stats.replayed += 1
             self.stats.to_replay -= 1
-        self.stats.replay_s = self.services.clock.monotonic() - began
+        self.stats.load_s, self.stats.replay_s = loaded - began, clock.monotonic() - loaded
         return bool(held.last_snapshot)
 
     async def _plan(self, session: Session, after: int) -> Plan:
@@ -371,15 +375,22 @@ class SessionRecovery:
                 f"{what} came to {outcome.check} in the replay, to {operation.check} before",
             )
 
-    def recovered(self, seconds: float) -> None:
-        """A worker was replaced and the session goes on, so long after its end."""
+    def recovered(self, seconds: float, start_s: float) -> None:
+        """A worker was replaced and the session goes on.
+
+        Args:
+            seconds: After its end.
+            start_s: Of that, starting the new one and loading its model.
+        """
         self._deaths.clear()
         self.stats.recoveries += 1
         self.stats.recovery_s = seconds
+        self.stats.load_s += start_s
         logger.info(
-            "recovered session=%s seconds=%.3f replay_s=%.3f",
+            "recovered session=%s seconds=%.3f load_s=%.3f replay_s=%.3f",
             self.session,
             seconds,
+            self.stats.load_s,
             self.stats.replay_s,
         )
 

@@ -207,10 +207,10 @@ class SessionManager:
                 await when_there_is_space(pipeline.session.name, lose)
                 await worker.close_session(pipeline.session.name)
 
-    def recovered(self, trainer_id: str, seconds: float) -> None:
-        """A worker of the trainer was replaced, so long after its end: count it."""
+    def recovered(self, trainer_id: str, seconds: float, start_s: float) -> None:
+        """A worker of the trainer was replaced: count it (see `SessionRecovery.recovered`)."""
         for pipeline in self._of_trainer(trainer_id):
-            pipeline.recovery.recovered(seconds)
+            pipeline.recovery.recovered(seconds, start_s)
 
     def recoveries(self) -> list[tuple[Session, RecoveryStats]]:
         """How well each open session is kept against its worker's death."""

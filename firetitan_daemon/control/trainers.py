@@ -9,12 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from firetitan_daemon.control.provisioning import (
-    check_equal,
-    check_request,
-    check_text,
     choose_id,
     log_shape,
     new_operation,
@@ -27,6 +24,7 @@ from firetitan_daemon.control.services import (
     when_there_is_space,
 )
 from firetitan_daemon.control.sessions import SessionManager
+from firetitan_daemon.control.trainer_requests import TrainerRequest, check_same, check_values
 from firetitan_daemon.control.workers import WorkerPool
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -36,7 +34,6 @@ from firetitan_daemon.core.records import (
     ErrorRecord,
     Operation,
     ResourceState,
-    Shape,
     Trainer,
     WorkerKind,
 )
@@ -48,26 +45,6 @@ _REPLACE_PAUSES_S = (0.0, 0.2, 1.0, 3.0)
 _MAX_RESTARTS, _RESTARTS_WITHIN_S = 5, 60.0
 
 logger = logging.getLogger("firetitan.trainers")
-
-
-@dataclass(frozen=True)
-class TrainerRequest:
-    """What a trainer is to be."""
-
-    trainer_id: str
-    """Empty: chosen here."""
-    base_model: str
-    lora_rank: int
-    max_context_length: int
-    dtype: str
-    request_id: str
-    payload_digest: str
-    forward_only: bool = False
-    max_lora_rank: int = 0
-    shape_name: str = ""
-    """Of its training shape; empty: derived."""
-    shape: Shape | None = None
-    """Set by the manager."""
 
 
 class TrainerManager:
@@ -149,34 +126,7 @@ class TrainerManager:
             FiretitanError: NAME_INVALID, INVALID_ARGUMENT, ALREADY_EXISTS naming the field that
                 differs, REQUEST_ID_REUSED, CLOSED while it is being deleted.
         """
-        check_request(request.base_model, request.max_context_length, request.dtype)
-        check_text(request.request_id, "request_id")
-        if not 0 <= request.lora_rank <= 4096:
-            raise FiretitanError(
-                Reason.INVALID_ARGUMENT,
-                f"lora_rank: {request.lora_rank} is not between 0 (full-parameter) and 4096",
-                field="lora_rank",
-            )
-        if not 0 <= request.max_lora_rank <= 4096:
-            raise FiretitanError(
-                Reason.INVALID_ARGUMENT,
-                f"max_lora_rank: {request.max_lora_rank} is not between 0 (one session) and 4096",
-                field="max_lora_rank",
-            )
-        if request.max_lora_rank and (request.lora_rank or request.forward_only):
-            raise FiretitanError(
-                Reason.INVALID_ARGUMENT,
-                "max_lora_rank: given together with lora_rank or forward_only; with max_lora_rank "
-                "each session says what it trains",
-                field="max_lora_rank",
-            )
-        if request.forward_only and request.lora_rank:
-            raise FiretitanError(
-                Reason.INVALID_ARGUMENT,
-                f"lora_rank: {request.lora_rank}, but a forward-only trainer has no adapter; "
-                "leave it out",
-                field="lora_rank",
-            )
+        check_values(request)
         trainer_id = names.check_id(
             choose_id("t", request.trainer_id, request.request_id), "trainer_id"
         )
@@ -206,7 +156,7 @@ class TrainerManager:
             )
             existing = self._trainers.get(request.trainer_id)
             if existing is not None:
-                self._check_same(existing, request)
+                check_same(existing, request)
                 if not request.shape_name:
                     request = replace(request, shape=existing.shape or request.shape)
                 if existing.state in (ResourceState.ACTIVE, ResourceState.RECOVERING):
@@ -317,11 +267,13 @@ class TrainerManager:
                 # Each time: of several sessions some may be in a worker that ended since.
                 await self._sessions.suspend(trainer_id)
                 await asyncio.sleep(pause_s)
+                started = self._services.clock.monotonic()
                 try:
                     worker = await when_there_is_space(
                         f"a new worker of trainers/{trainer_id}",
                         lambda: self._start_again(trainer_id),
                     )
+                    start_s = self._services.clock.monotonic() - started
                     await self._resume(trainer_id, worker)
                 except FiretitanError as error:
                     problem = error.message
@@ -331,7 +283,7 @@ class TrainerManager:
                     logger.error("worker not replaced trainer=%s: %s", trainer_id, error)
                 else:
                     now = self._services.clock.monotonic()
-                    self._sessions.recovered(trainer_id, now - began)
+                    self._sessions.recovered(trainer_id, now - began, start_s)
                     return
         except Exception as error:  # a supervisor: the trainer fails, the daemon goes on
             problem = internal_error(
@@ -477,24 +429,3 @@ class TrainerManager:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-
-    @staticmethod
-    def _check_same(existing: Trainer, request: TrainerRequest) -> None:
-        if existing.state is ResourceState.DELETING:
-            raise FiretitanError(
-                Reason.CLOSED, f"{existing.name} is being deleted; try again when it is gone"
-            )
-        compared: list[tuple[str, object, object]] = [
-            ("base_model", existing.base_model, request.base_model),
-            ("lora_rank", existing.lora_rank, request.lora_rank),
-            ("forward_only", existing.forward_only, request.forward_only),
-            ("max_lora_rank", existing.max_lora_rank, request.max_lora_rank),
-        ]
-        # Left out, these mean whatever the trainer has.
-        if request.max_context_length:
-            compared.append(
-                ("max_context_length", existing.max_context_length, request.max_context_length)
-            )
-        if request.dtype != "auto":
-            compared.append(("dtype", existing.dtype, request.dtype))
-        check_equal(existing.name, compared, "trainer_id")

@@ -115,6 +115,7 @@ def _recovery(session: Session, stats: RecoveryStats) -> system_service_pb2.Sess
         point_cost=stats.point_cost,
         recovery_s=stats.recovery_s,
         replay_s=stats.replay_s,
+        load_s=stats.load_s,
     )
 
 

@@ -10,7 +10,8 @@ from firetitan.v1 import trainer_pb2, trainer_service_pb2
 
 from firetitan_daemon.control.sessions import SessionManager
 from firetitan_daemon.control.supervisor import Supervisor
-from firetitan_daemon.control.trainers import TrainerManager, TrainerRequest
+from firetitan_daemon.control.trainer_requests import TrainerRequest
+from firetitan_daemon.control.trainers import TrainerManager
 from firetitan_daemon.core.records import Trainer
 from firetitan_daemon.rpc import convert
 from firetitan_daemon.rpc.operations import OperationMessages

@@ -28,6 +28,7 @@ from support.daemon import DaemonProcess  # noqa: E402
 
 from firetitan_client import FiretitanServiceClient  # noqa: E402
 
+_FACT = re.compile(r"(\w+)=(\S+)")
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -57,7 +58,7 @@ class Result:
     disturbed_s: float
     undisturbed_s: float
     recoveries: list[dict[str, float]]
-    """Of the trainer: seconds from its end until its session went on, of that replaying."""
+    """Of the trainer: seconds from its end until its session went on, loading and replaying."""
     digests: tuple[str, str]
     same: bool
     void: bool
@@ -131,8 +132,8 @@ def _train(
 
 
 def _recoveries(log: str) -> list[dict[str, float]]:
-    found = re.findall(r"recovered session=\S+ seconds=(\S+) replay_s=(\S+)", log)
-    return [{"seconds": float(seconds), "replay_s": float(replay)} for seconds, replay in found]
+    lines = re.findall(r"recovered session=\S+ (.*)", log)
+    return [{name: float(value) for name, value in _FACT.findall(line)} for line in lines]
 
 
 def main() -> None:

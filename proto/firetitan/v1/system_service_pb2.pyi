@@ -110,6 +110,7 @@ class SessionRecovery(google.protobuf.message.Message):
     POINT_COST_FIELD_NUMBER: builtins.int
     RECOVERY_S_FIELD_NUMBER: builtins.int
     REPLAY_S_FIELD_NUMBER: builtins.int
+    LOAD_S_FIELD_NUMBER: builtins.int
     session: builtins.str
     """`trainers/{trainer}/sessions/{session}`."""
     recovering: builtins.bool
@@ -132,6 +133,8 @@ class SessionRecovery(google.protobuf.message.Message):
     """Of the last recovery: seconds from the worker's end until the session went on."""
     replay_s: builtins.float
     """Of those, running commands again."""
+    load_s: builtins.float
+    """Of those, starting a worker and loading the model and the recovery point."""
     def __init__(
         self,
         *,
@@ -146,8 +149,9 @@ class SessionRecovery(google.protobuf.message.Message):
         point_cost: builtins.float = ...,
         recovery_s: builtins.float = ...,
         replay_s: builtins.float = ...,
+        load_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["kept_bytes", b"kept_bytes", "point_cost", b"point_cost", "point_step", b"point_step", "points", b"points", "recoveries", b"recoveries", "recovering", b"recovering", "recovery_s", b"recovery_s", "replay_s", b"replay_s", "replayed", b"replayed", "session", b"session", "to_replay", b"to_replay"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kept_bytes", b"kept_bytes", "load_s", b"load_s", "point_cost", b"point_cost", "point_step", b"point_step", "points", b"points", "recoveries", b"recoveries", "recovering", b"recovering", "recovery_s", b"recovery_s", "replay_s", b"replay_s", "replayed", b"replayed", "session", b"session", "to_replay", b"to_replay"]) -> None: ...
 
 global___SessionRecovery = SessionRecovery
 

@@ -22,7 +22,8 @@ from firetitan_daemon.control.services import Services
 from firetitan_daemon.control.session_settings import Wanted
 from firetitan_daemon.control.sessions import SessionManager
 from firetitan_daemon.control.supervisor import Supervisor
-from firetitan_daemon.control.trainers import TrainerManager, TrainerRequest
+from firetitan_daemon.control.trainer_requests import TrainerRequest
+from firetitan_daemon.control.trainers import TrainerManager
 from firetitan_daemon.control.weight_sync import WeightSyncer
 from firetitan_daemon.control.workers import WorkerPool
 from firetitan_daemon.core.errors import FiretitanError, Reason

@@ -1,0 +1,94 @@
+"""What a trainer is asked to be: a request's values, and whether they are those of one that exists.
+
+Knows: records. Must not know: workers, the manager.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from firetitan_daemon.control.provisioning import check_equal, check_request, check_text
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.records import ResourceState, Shape, Trainer
+
+
+@dataclass(frozen=True)
+class TrainerRequest:
+    """What a trainer is to be."""
+
+    trainer_id: str
+    """Empty: chosen here."""
+    base_model: str
+    lora_rank: int
+    max_context_length: int
+    dtype: str
+    request_id: str
+    payload_digest: str
+    forward_only: bool = False
+    max_lora_rank: int = 0
+    shape_name: str = ""
+    """Of its training shape; empty: derived."""
+    shape: Shape | None = None
+    """Set by the manager."""
+
+
+def check_values(request: TrainerRequest) -> None:
+    """Refuse values that no trainer can have.
+
+    Raises:
+        FiretitanError: INVALID_ARGUMENT naming the field.
+    """
+    check_request(request.base_model, request.max_context_length, request.dtype)
+    check_text(request.request_id, "request_id")
+    if not 0 <= request.lora_rank <= 4096:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"lora_rank: {request.lora_rank} is not between 0 (full-parameter) and 4096",
+            field="lora_rank",
+        )
+    if not 0 <= request.max_lora_rank <= 4096:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"max_lora_rank: {request.max_lora_rank} is not between 0 (one session) and 4096",
+            field="max_lora_rank",
+        )
+    if request.max_lora_rank and (request.lora_rank or request.forward_only):
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            "max_lora_rank: given together with lora_rank or forward_only; with max_lora_rank "
+            "each session says what it trains",
+            field="max_lora_rank",
+        )
+    if request.forward_only and request.lora_rank:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"lora_rank: {request.lora_rank}, but a forward-only trainer has no adapter; "
+            "leave it out",
+            field="lora_rank",
+        )
+
+
+def check_same(existing: Trainer, request: TrainerRequest) -> None:
+    """Refuse to take one trainer for another.
+
+    Raises:
+        FiretitanError: ALREADY_EXISTS naming the field that differs, CLOSED while it is deleted.
+    """
+    if existing.state is ResourceState.DELETING:
+        raise FiretitanError(
+            Reason.CLOSED, f"{existing.name} is being deleted; try again when it is gone"
+        )
+    compared: list[tuple[str, object, object]] = [
+        ("base_model", existing.base_model, request.base_model),
+        ("lora_rank", existing.lora_rank, request.lora_rank),
+        ("forward_only", existing.forward_only, request.forward_only),
+        ("max_lora_rank", existing.max_lora_rank, request.max_lora_rank),
+    ]
+    # Left out, these mean whatever the trainer has.
+    if request.max_context_length:
+        compared.append(
+            ("max_context_length", existing.max_context_length, request.max_context_length)
+        )
+    if request.dtype != "auto":
+        compared.append(("dtype", existing.dtype, request.dtype))
+    check_equal(existing.name, compared, "trainer_id")
