@@ -116,9 +116,9 @@ class FiretitanProvisioningConfig(AcceptedSettings):
         if self.replica_count == 0:
             logger.warning("replica_count=0: taken as 1")
         self.replica_count = self.replica_count or 1
-        for name in ("replica_count", "trainer_replica_count"):
-            if (getattr(self, name) or 1) != 1:
-                raise Unsupported(f"{name}={getattr(self, name)}: one is supported on this host")
+        if self.replica_count != 1:
+            raise Unsupported(f"replica_count={self.replica_count}: one is supported on this host")
+        refuse_ranks(self.trainer_replica_count)
         if self.hot_load_transition_type is not None:
             wanted = str(self.hot_load_transition_type).upper()
             if wanted not in ("SYNC", "ASYNC"):
@@ -138,6 +138,21 @@ class FiretitanProvisioningConfig(AcceptedSettings):
             )
         if self.hotload_timeout_s is None:
             self.hotload_timeout_s = 600.0
+
+
+def refuse_ranks(trainer_replica_count: int | None) -> None:
+    """Refuse more than one data-parallel rank rather than ignore it.
+
+    Raises:
+        Unsupported: More than one was asked for.
+    """
+    if trainer_replica_count not in (None, 0, 1):
+        raise Unsupported(
+            f"trainer_replica_count={trainer_replica_count}: a trainer is one worker process on "
+            "one device, nothing sums gradients over several yet; leave it out: gradients of "
+            "several forward_backward calls add up before an optim_step",
+            field="trainer_replica_count",
+        )
 
 
 _ALIASES = {

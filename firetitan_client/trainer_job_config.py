@@ -9,7 +9,7 @@ import datetime
 import re
 from dataclasses import dataclass
 
-from firetitan_client.errors import Unsupported
+from firetitan_client.managed import refuse_ranks
 
 _DISPLAY_NAME_LENGTH = 64
 _LONGEST_INACTIVITY_S = 3 * 3600
@@ -117,12 +117,7 @@ class TrainerJobConfig:
         Raises:
             Unsupported: Names the setting.
         """
-        if (self.trainer_replica_count or 1) != 1:
-            raise Unsupported(
-                f"trainer_replica_count={self.trainer_replica_count}: one is supported on this "
-                "host",
-                field="trainer_replica_count",
-            )
+        refuse_ranks(self.trainer_replica_count)
 
 
 def _check_inactivity(value: datetime.timedelta | str) -> list[str]:
