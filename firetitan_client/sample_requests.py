@@ -179,7 +179,7 @@ def load_tokenizer(source: Any) -> Any:
     """A Hugging Face tokenizer from a folder or id; a tokenizer object is returned as it is.
 
     Raises:
-        ValueError: There is no source.
+        ValueError: There is no source, or no tokenizer in it.
     """
     if source is None or source == "":
         raise ValueError("no tokenizer: pass tokenizer=, or tokenizer_model= to the service")
@@ -192,7 +192,13 @@ def load_tokenizer(source: Any) -> Any:
             "tokenizers are loaded by transformers, which is not installed; install it, or pass "
             "a tokenizer object as tokenizer="
         ) from None
-    return AutoTokenizer.from_pretrained(source)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer in {source!r}; pass tokenizer=, or tokenizer_model= to the service: "
+            f"{str(error).partition(chr(10))[0]}"
+        ) from error
 
 
 async def set_pin(target: Target, holder: str, *, release: bool = False) -> None:

@@ -226,6 +226,25 @@ def test_gradient_norm_metrics(policy: FiretitanTrainingClient, data: list[Any])
         policy.optim_step(ADAM, emit_grad_norm_metrics="all")
 
 
+def test_a_tokenizer_is_the_configured_one_or_the_base_models(
+    llama: FiretitanTrainingClient, make_service: MakeService, tmp_path: Path
+) -> None:
+    folder = llama.get_info().model_data.tokenizer_id
+    for configured, refusal in (
+        (folder, ""),
+        (str(tmp_path), "no tokenizer in"),
+        (None, "no tokenizer: pass"),  # the toy has none
+    ):
+        service = make_service(create_deployment=False, tokenizer_model=configured)
+        policy = service.create_training_client()
+        if refusal:
+            with pytest.raises(ValueError, match=refusal) as caught:
+                policy.get_tokenizer()
+            assert "tokenizer_model= to the service" in str(caught.value)
+        else:
+            assert policy.get_tokenizer().vocab_size == llama.get_tokenizer().vocab_size
+
+
 def test_schedules_set_each_steps_rate(policy: FiretitanTrainingClient, data: list[Any]) -> None:
     rate = compute_lr(default_constant_schedule(), 1, 1e-2)
     before = policy.forward(data, "cross_entropy").result().metrics["loss:sum"]
