@@ -41,7 +41,7 @@ from support.history import (  # noqa: E402
 from support.stubs import LaneClient, Stubs, optim_request, status_reason  # noqa: E402
 
 WAIT_S = 120.0
-EXPECTED = ("NO_GRADIENTS", "PRECEDING_FAILED")
+EXPECTED = ("NO_GRADIENTS", "PRECEDING_FAILED", "CANCELLED")
 
 
 def datum_of(client: str, seq: int) -> tensor_pb2.Datum:
@@ -59,6 +59,8 @@ def message_of(method: str, client: str, seq: int) -> object:
         )
     if method == STEP:
         return optim_request()
+    if method == "SaveSnapshot":
+        return checkpoint_service_pb2.SaveSnapshotRequest(snapshot_id=f"{client}-{seq}")
     return checkpoint_service_pb2.SaveStateRequest(checkpoint_id=f"{client}-{seq}")
 
 
@@ -133,27 +135,42 @@ class TrainingClient(threading.Thread):
 
     def run(self) -> None:
         """Train until told to stop."""
-        self.stubs = Stubs(self.address)
         try:
-            self.lane = LaneClient(self.stubs, self.session, self.name)
+            self.open()
             while not self.stopping.is_set():
                 self.send("ForwardBackward", "ForwardBackward", STEP)
                 self.read()
                 self.steps += 1
                 if self.save_every and self.steps % self.save_every == 0:
                     self.send("SaveState")
+            self.close()
         except BaseException as error:
             self.failure = error
-        finally:
-            self.stubs.channel.close()
 
-    def send(self, *methods: str) -> None:
-        """Send commands without waiting in between, then wait for each."""
-        sent = []
+    def open(self) -> None:
+        """Take a lane; for one that is used without `start`."""
+        self.stubs = Stubs(self.address)
+        self.lane = LaneClient(self.stubs, self.session, self.name)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.stubs.channel.close()
+
+    def send(self, *methods: str, cancel: bool = False) -> list[operation_pb2.Operation]:
+        """Send commands without waiting in between, then wait for each; returns how they ended.
+
+        Args:
+            methods: The commands.
+            cancel: Try to cancel each as soon as it is sent.
+        """
+        sent, all_ended = [], []
         for method in methods:
             lane, seq = self.lane, self.lane.seq
             key = self.recorder.invoked(lane.client_id, method, f"{lane.client_id}-{seq}", seq)
             sent.append((key, lane.send(message_of(method, lane.client_id, seq))))
+            if cancel:
+                request = operation_service_pb2.CancelOperationRequest(name=sent[-1][1].name)
+                self.stubs.retry(self.stubs.operations.CancelOperation, request)
         for key, operation in sent:
             ended = self.wait(operation)
             self.answered.append(time.monotonic())
@@ -162,6 +179,8 @@ class TrainingClient(threading.Thread):
                 # Another client's step may have taken the gradients of this one.
                 assert status_reason(ended.error) in EXPECTED, ended.error
                 self.lane.seen_failure = ended.seq
+            all_ended.append(ended)
+        return all_ended
 
     def wait(self, operation: operation_pb2.Operation) -> operation_pb2.Operation:
         """The operation when it has ended, by whatever way this client waits."""
@@ -190,6 +209,51 @@ def note(recorder: Recorder, key: str, operation: operation_pb2.Operation) -> No
     )
 
 
+class Training:
+    """Clients of one session at work, and the history they write; see `training`."""
+
+    def __init__(self, address: str, session: str, path: Path) -> None:
+        self.address = address
+        self.session = session
+        self.recorder = Recorder(path)
+        self.clients: list[TrainingClient] = []
+        for one in list_operations(address, session):
+            request_id = f"{one.client_id}-{one.seq}"
+            key = self.recorder.invoked(one.client_id, one.method, request_id, one.seq)
+            note(self.recorder, key, one)
+
+    def add(self, name: str, *, save_every: int = 0) -> TrainingClient:
+        """A client that is to be started, or used by hand after `open`."""
+        client = TrainingClient(
+            self.address, self.session, name, self.recorder, save_every=save_every
+        )
+        self.clients.append(client)
+        return client
+
+    def stop(self) -> None:
+        """Let every client end what it began."""
+        for client in self.clients:
+            client.stopping.set()
+        for client in self.clients:
+            if client.ident is not None:
+                client.join(WAIT_S)
+
+    def judge(self) -> History:
+        """The whole history, which is that of a right session.
+
+        Raises:
+            AssertionError: It is not, or a client failed.
+        """
+        failures = [one.failure for one in self.clients if one.failure is not None]
+        assert not failures and not any(one.is_alive() for one in self.clients), failures
+        self.recorder.listed(listed_calls(self.address, self.session))
+        self.recorder.close()
+        path = self.recorder.path
+        history = load(path)
+        assert judge(history) == [], f"judge again: python tests/support/history.py {path}"
+        return history
+
+
 @contextlib.contextmanager
 def training(
     address: str, session: str, folder: Path, count: int, *, save_every: int = 0
@@ -201,29 +265,14 @@ def training(
     Raises:
         AssertionError: A client failed, or the history is not that of a right session.
     """
-    recorder = Recorder(folder / "history.jsonl")
-    for one in list_operations(address, session):
-        request_id = f"{one.client_id}-{one.seq}"
-        note(recorder, recorder.invoked(one.client_id, one.method, request_id, one.seq), one)
-    clients = [
-        TrainingClient(address, session, f"client-{index}", recorder, save_every=save_every)
-        for index in range(count)
-    ]
-    for client in clients:
-        client.start()
+    work = Training(address, session, folder / "history.jsonl")
+    for index in range(count):
+        work.add(f"client-{index}", save_every=save_every).start()
     try:
-        yield clients
+        yield work.clients
     finally:
-        for client in clients:
-            client.stopping.set()
-        for client in clients:
-            client.join(WAIT_S)
-    failures = [one.failure for one in clients if one.failure is not None]
-    assert not failures and not any(one.is_alive() for one in clients), failures
-    recorder.listed(listed_calls(address, session))
-    recorder.close()
-    history = load(recorder.path)
-    assert judge(history) == [], f"judge again: python tests/support/history.py {recorder.path}"
+        work.stop()
+    work.judge()
 
 
 def list_operations(address: str, session: str) -> list[operation_pb2.Operation]:
