@@ -115,7 +115,7 @@ class Stubs:
             request_id=uuid.uuid4().hex,
             **more,
         )
-        return self.wait(self.trainers.CreateTrainer(request).operation.name)
+        return self.wait(self.retry(self.trainers.CreateTrainer, request).operation.name)
 
     def create_deployment(
         self, deployment_id: str = "d", *, base_model: str = TOY, **more: Any
@@ -127,14 +127,14 @@ class Stubs:
             request_id=uuid.uuid4().hex,
             **more,
         )
-        return self.wait(self.deployments.CreateDeployment(request).operation.name)
+        return self.wait(self.retry(self.deployments.CreateDeployment, request).operation.name)
 
     def hotload(self, deployment: str, snapshot: str, **more: Any) -> operation_pb2.Operation:
         """Begin a hotload and wait for it."""
         request = deployment_service_pb2.HotloadSnapshotRequest(
             deployment=deployment, snapshot=snapshot, request_id=uuid.uuid4().hex, **more
         )
-        return self.wait(self.deployments.HotloadSnapshot(request).operation.name)
+        return self.wait(self.retry(self.deployments.HotloadSnapshot, request).operation.name)
 
     def session(self, trainer: str = "trainers/t", *, seed: int = 7) -> str:
         """Open the trainer's session; returns its name."""
