@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from firetitan_client.compat.tinker_service import (
         restore_tinker_service_client as restore_tinker_service_client,
     )
+    from firetitan_client.completions import SampledCompletion as SampledCompletion
     from firetitan_client.concurrency import (
         AdaptiveConcurrencyController as AdaptiveConcurrencyController,
     )
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from firetitan_client.deployment_config import DeploymentInfo as DeploymentInfo
     from firetitan_client.deployment_manager import DeploymentManager as DeploymentManager
     from firetitan_client.deployment_sampler import DeploymentSampler as DeploymentSampler
-    from firetitan_client.deployment_sampler import SampledCompletion as SampledCompletion
     from firetitan_client.errors import Aborted as Aborted
     from firetitan_client.errors import AlreadyExists as AlreadyExists
     from firetitan_client.errors import Busy as Busy
@@ -158,7 +158,7 @@ _EXPORTS = {
     "PrecedingFailed": "errors",
     "SampleChunk": "sample_stream",
     "SampleStream": "sample_stream",
-    "SampledCompletion": "deployment_sampler",
+    "SampledCompletion": "completions",
     "SamplingConcurrencyController": "concurrency",
     "SamplingParams": "types",
     "SamplingRequestError": "sdk_errors",

@@ -1,21 +1,28 @@
 """DeploymentSampler: FireTitan's own sampler, tokens in, tokens and both kinds of logprobs out.
 
-Knows: completions, chat templates, metrics. Must not know: how a deployment is made or brought to
-a snapshot.
+Knows: concurrency, chat templates, what failures become. Must not know: how a deployment is
+made or brought to a snapshot, what a completion looks like (`completions`).
 """
 
 from __future__ import annotations
 
+import time
+import uuid
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from firetitan.v1 import sampling_service_pb2
 
 from firetitan_client import address as addresses
-from firetitan_client import routing, types
+from firetitan_client.completions import (
+    CompletionOptions,
+    SampledCompletion,
+    SampledRequestResult,
+    completion,
+    metrics,
+    response_dict,
+)
 from firetitan_client.concurrency import (
     AdaptiveConcurrencyController,
     FixedConcurrencyController,
@@ -27,49 +34,17 @@ from firetitan_client.errors import (
     DaemonNotRunning,
     FiretitanError,
     Unavailable,
-    Unsupported,
 )
 from firetitan_client.futures import APIFuture, SelfFuture, completed
 from firetitan_client.sample_requests import (
     Target,
-    build_request,
     deployment_target,
     follow,
     load_tokenizer,
     send,
-    stop_reason,
 )
 from firetitan_client.sdk_errors import DeploymentSamplerTimeoutError, SamplingRequestError
 from firetitan_client.server_metrics import ServerMetrics
-
-
-@dataclass(frozen=True)
-class SampledCompletion:
-    """One completion, prompt included in `full_tokens`."""
-
-    text: str
-    full_tokens: list[int]
-    prompt_len: int
-    finish_reason: str = "unknown"
-    completion_len: int = 0
-    inference_logprobs: list[float] | None = None
-    """The model's own, at temperature 1, one a completion token."""
-    sampling_logprobs: list[float] | None = None
-    """Of the distribution sampled from; what importance ratios need."""
-    logprobs_echoed: bool = False
-    routing_matrices: list[str] | None = None
-    """Where asked for: entry j tells the experts of position `prompt_len - 1 + j`, which drew
-    completion token j. None for a dense model."""
-    snapshot: str = ""
-    """What made it; empty: the base model."""
-
-
-@dataclass(frozen=True)
-class SampledRequestResult:
-    """What `sample_with_prompt_tokens_result` gives."""
-
-    completions: list[SampledCompletion] = field(default_factory=list)
-    metrics: ServerMetrics = field(default_factory=ServerMetrics)
 
 
 class DeploymentSampler(SelfFuture[Target]):
@@ -156,7 +131,9 @@ class DeploymentSampler(SelfFuture[Target]):
 
         Raises:
             ValueError: No tokenizer.
+            Unsupported: `images`.
         """
+        CompletionOptions.of(options)
         await self._ready
         if self.tokenizer is None:
             raise ValueError("sample_with_tokens needs a tokenizer; pass tokenizer=")
@@ -181,93 +158,143 @@ class DeploymentSampler(SelfFuture[Target]):
         max_seq_len: int | None = None,
         stop: Any = None,
         prompt_cache_key: str | None = None,
-        *,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int | None = None,
-        http_timeout: float | None = 600,
-        logprobs: Any = None,
-        include_routing_matrix: bool = False,
         **options: Any,
     ) -> list[SampledCompletion]:
         """Continue a prompt, tokens in, tokens out.
 
         Args:
             prompt_token_ids: The prompt.
-            n: Completions; the prompt is computed once.
-            max_tokens: New tokens at most; None: 1024, or what the prompt leaves of the context.
+            n: Completions; the prompt is computed once. Completion j draws from stream (seed, j).
+            max_tokens: New tokens at most; None: 1024, or what the prompt leaves of the context;
+                0 with `echo`: the prompt is only scored.
             temperature: 0 takes the most likely token.
             max_seq_len: Prompts this long give nothing, longer completions are dropped.
             stop: Texts or token ids.
-            prompt_cache_key: Ignored.
-            top_p: Nucleus.
-            top_k: Candidates; 0: all.
-            seed: Completion j draws from stream (seed, j).
-            http_timeout: Seconds for one try.
-            logprobs: Ignored: both kinds are always there.
-            include_routing_matrix: Also return which experts each token went to.
-            options: `echo`, `top_logprobs`, `images` and their kin are refused where they ask for
-                something.
+            prompt_cache_key: Ignored: equal prompts are found by themselves.
+            options: `top_p`, `top_k` (0: all), `seed`; `echo`: the prompt's logprobs too,
+                `echo_last`: those of its last tokens; `top_logprobs`: so many of the likeliest
+                tokens of each position, at most 5; `http_timeout`: seconds for one try.
+                `logprobs` changes nothing: both kinds are always there. `images` are refused.
 
         Raises:
             DeploymentSamplerTimeoutError: No try ended within `http_timeout`; a TimeoutError.
             SamplingRequestError: The daemon or the worker did not answer in all tries.
             FiretitanError: What another try would not change, by reason.
         """
-        _refuse(options)
-        if self._closed:
-            raise ClientClosed("this sampler is closed; create a new one")
         prompt = [int(token) for token in prompt_token_ids]
+        asked = CompletionOptions.of(
+            {**options, "max_tokens": max_tokens, "temperature": temperature, "stop": stop}
+        )
         if max_seq_len is not None and len(prompt) >= max_seq_len:
             return []
-        params = types.FiretitanSamplingParams(
-            max_tokens,
-            seed,
-            stop,
-            temperature,
-            top_k if top_k else -1,
-            top_p,
-            include_routing_matrix=include_routing_matrix,
+        response, _ = await self._complete(prompt, n, asked)
+        made = [
+            completion(prompt, response, index, asked, self.tokenizer)
+            for index in range(len(response.sequences))
+        ]
+        return [one for one in made if max_seq_len is None or len(one.full_tokens) <= max_seq_len]
+
+    async def sample_with_prompt_tokens_result(
+        self,
+        prompt_token_ids: Sequence[int],
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        max_seq_len: int | None = None,
+        stop: Any = None,
+        prompt_cache_key: str | None = None,
+        **options: Any,
+    ) -> SampledRequestResult:
+        """As `sample_with_prompt_tokens` for one completion, with what its request cost.
+
+        Raises:
+            ValueError: The prompt has `max_seq_len` tokens or more.
+        """
+        if options.pop("n", 1) != 1:
+            raise ValueError("sample_with_prompt_tokens_result makes one completion; leave out n")
+        prompt = [int(token) for token in prompt_token_ids]
+        asked = CompletionOptions.of(
+            {**options, "max_tokens": max_tokens, "temperature": temperature, "stop": stop}
         )
-        request = build_request(prompt, n, params)
+        if max_seq_len is not None and len(prompt) >= max_seq_len:
+            raise ValueError(f"prompt: has {len(prompt)} tokens, max_seq_len is {max_seq_len}")
+        began = time.monotonic()
+        response, cost = await self._complete(prompt, 1, asked)
+        one = completion(prompt, response, 0, asked, self.tokenizer)
+        fits = max_seq_len is None or len(one.full_tokens) <= max_seq_len
+        return SampledRequestResult(
+            completions=[one] if fits else [],
+            server_metrics=cost,
+            logical_request_id=options.get("logical_request_id") or uuid.uuid4().hex,
+            attempts=cost.retry_attempt or 1,
+            wall_seconds=time.monotonic() - began,
+        )
+
+    async def async_completions_stream(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int | None = 1024,
+        temperature: float = 1.0,
+        **options: Any,
+    ) -> tuple[dict[str, Any], ServerMetrics]:
+        """One completion in the shape of a completions response.
+
+        Args:
+            prompt: Its tokens.
+            max_tokens: New tokens at most; 0 with `echo`: the prompt is only scored.
+            temperature: 0 takes the most likely token.
+            options: As `sample_with_prompt_tokens`; `logprobs`: with
+                `choices[0]["logprobs"]["content"]`, one entry a token of `token_id`, `token`,
+                `logprob`, `sampling_logprob` (None for echoed tokens) and, with `top_logprobs`,
+                those; element 0 of a whole echo is the first token, with logprob 0.
+                `raw_output`: with `choices[0]["raw_output"]["completion_token_ids"]`, echoed
+                tokens included.
+
+        Returns:
+            The response (`choices`, `usage`, `id`, `snapshot`) and what the request cost.
+
+        Raises:
+            FiretitanError: As `sample_with_prompt_tokens`.
+        """
+        if options.pop("n", 1) != 1:
+            raise ValueError("async_completions_stream makes one completion; leave out n")
+        tokens = [int(token) for token in prompt]
+        asked = CompletionOptions.of(
+            {**options, "max_tokens": max_tokens, "temperature": temperature}
+        )
+        response, cost = await self._complete(tokens, 1, asked)
+        shown = response_dict(
+            tokens, response, asked, self.tokenizer, logprobs=bool(options.get("logprobs"))
+        )
+        return shown, cost
+
+    async def _complete(
+        self, prompt: list[int], n: int, options: CompletionOptions
+    ) -> tuple[sampling_service_pb2.SampleResponse, ServerMetrics]:
+        """Send one request, in a place of the controller's window."""
+        if self._closed:
+            raise ClientClosed("this sampler is closed; create a new one")
+        request = options.request(prompt, n)
         target = await self._ready
         await self.concurrency_controller.acquire()
-        metrics: ServerMetrics | None = None
+        cost: ServerMetrics | None = None
         try:
             future: APIFuture[sampling_service_pb2.SampleResponse] = APIFuture("sample")
-            follow(send(target, request, http_timeout), future)
+            follow(send(target, request, options.http_timeout), future)
             response = await future
-            metrics = _metrics(response, len(prompt))
+            cost = metrics(response, len(prompt), self.model)
         except FiretitanError as error:
-            metrics = ServerMetrics(
+            cost = ServerMetrics(
                 http_status_code=error.status_code, transport_error=isinstance(error, Unavailable)
             )
-            self._given_up(metrics)
+            self._given_up(cost)
             failure = _failure(error, self.model)
             if failure is None:
                 raise
             raise failure from error
         finally:
-            self.concurrency_controller.release(metrics)
-        self._metrics.append(metrics)
-        made = [self._completion(prompt, one, response.snapshot) for one in response.sequences]
-        return [one for one in made if max_seq_len is None or len(one.full_tokens) <= max_seq_len]
-
-    async def sample_with_prompt_tokens_result(
-        self, prompt_token_ids: Sequence[int], **options: Any
-    ) -> SampledRequestResult:
-        """As `sample_with_prompt_tokens` with n=1, with its metrics.
-
-        Raises:
-            ValueError: n other than 1, or a prompt of `max_seq_len` tokens or more.
-        """
-        if options.pop("n", 1) != 1:
-            raise ValueError("sample_with_prompt_tokens_result makes one completion; leave out n")
-        limit = options.get("max_seq_len")
-        if limit is not None and len(prompt_token_ids) >= limit:
-            raise ValueError(f"prompt: has {len(prompt_token_ids)} tokens, max_seq_len is {limit}")
-        completions = await self.sample_with_prompt_tokens(prompt_token_ids, 1, **options)
-        return SampledRequestResult(completions, self._metrics[-1])
+            self.concurrency_controller.release(cost)
+        self._metrics.append(cost)
+        return response, cost
 
     def _given_up(self, metrics: ServerMetrics) -> None:
         note = getattr(self.concurrency_controller, "note_retry_exhausted", None)
@@ -282,23 +309,6 @@ class DeploymentSampler(SelfFuture[Target]):
     def close(self) -> None:
         """Refuse further calls."""
         self._closed = True
-
-    def _completion(
-        self, prompt: list[int], sequence: sampling_service_pb2.SampledSequence, snapshot: str
-    ) -> SampledCompletion:
-        tokens = np.frombuffer(sequence.token_ids, "<i4").tolist()
-        text = self.tokenizer.decode(tokens) if self.tokenizer is not None else ""
-        return SampledCompletion(
-            text=text,
-            full_tokens=prompt + tokens,
-            prompt_len=len(prompt),
-            finish_reason=stop_reason(sequence),
-            completion_len=len(tokens),
-            inference_logprobs=np.frombuffer(sequence.inference_logprobs, "<f4").tolist(),
-            sampling_logprobs=np.frombuffer(sequence.sampling_logprobs, "<f4").tolist(),
-            routing_matrices=routing.texts_of(sequence.routing_matrices),
-            snapshot=snapshot.rpartition("/")[2],
-        )
 
     def __repr__(self) -> str:
         if not self._ready.done() or self._ready.exception(0) is not None:
@@ -327,24 +337,3 @@ def _failure(error: FiretitanError, model: str) -> SamplingRequestError | None:
     )
     failure.reason, failure.retry_after_s = error.reason, error.retry_after_s
     return failure
-
-
-def _metrics(response: sampling_service_pb2.SampleResponse, prompt_tokens: int) -> ServerMetrics:
-    return ServerMetrics(
-        prefill_queue_duration=response.queue_duration.ToTimedelta().total_seconds(),
-        prefill_duration=response.prefill_duration.ToTimedelta().total_seconds(),
-        prompt_tokens=prompt_tokens,
-        completion_tokens=sum(len(one.token_ids) // 4 for one in response.sequences),
-    )
-
-
-_LATER = ("echo", "echo_last", "top_logprobs", "images", "raw_output")
-_IGNORED = ("sampling_context", "timeout_diagnostic_context")
-
-
-def _refuse(options: dict[str, Any]) -> None:
-    for name, value in options.items():
-        if name in _LATER and value:
-            raise Unsupported(f"{name}={value!r} is not supported yet; leave it out", field=name)
-        if name not in _LATER and name not in _IGNORED and value is not None:
-            raise TypeError(f"sampling got an unexpected keyword argument {name!r}")

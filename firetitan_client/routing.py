@@ -54,7 +54,12 @@ def matrices_of(model_input: Any, length: int, field: str) -> list[bytes]:
 
 def texts_of(matrices: Iterable[bytes]) -> list[str] | None:
     """Routing matrices as users hold them; None where there are none (a dense model)."""
-    return [base64.b64encode(matrix).decode("ascii") for matrix in matrices] or None
+    return [text_of(matrix) for matrix in matrices] or None
+
+
+def text_of(matrix: bytes) -> str:
+    """A routing matrix as users hold it."""
+    return base64.b64encode(matrix).decode("ascii")
 
 
 def _decode(text: Any, field: str) -> bytes:

@@ -20,11 +20,19 @@ from firetitan_client import address as addresses
 from firetitan_client import convert, routing, transport, types
 from firetitan_client.errors import Unsupported
 from firetitan_client.futures import APIFuture
+from firetitan_client.prompt_scores import (
+    Scores,
+    alternatives,
+    target_logprobs,
+    top_lists,
+    top_logprobs,
+)
 from firetitan_client.transport import Transport
 
 logger = logging.getLogger("firetitan")
 
 MAX_SAMPLES = 4096
+LATE_TRIES = 7
 _INT32 = 2**31 - 1
 
 
@@ -43,7 +51,12 @@ class Target:
 
 
 def build_request(
-    tokens: Any, num_samples: int, params: Any, *, prompt_logprobs: bool = False
+    tokens: Any,
+    num_samples: int,
+    params: Any,
+    scores: Scores | None = None,
+    *,
+    least_tokens: int = 1,
 ) -> sampling_service_pb2.SampleRequest:
     """One request, its seed drawn here so that sending it again gives the same tokens.
 
@@ -51,7 +64,8 @@ def build_request(
         tokens: `tinker.ModelInput` or token ids.
         num_samples: Sequences; sample j draws from stream (seed, j).
         params: `tinker.SamplingParams`, or anything with its attributes.
-        prompt_logprobs: Also return the prompt's.
+        scores: What to return beside the samples.
+        least_tokens: Smallest max_tokens; 0 lets a prompt be scored alone.
 
     Raises:
         ValueError: A malformed argument, by name.
@@ -60,14 +74,15 @@ def build_request(
     prompt = convert.model_input_to_proto(tokens, "prompt")
     if not prompt.chunks[0].encoded_text.token_ids:
         raise convert.invalid("prompt", "has no tokens; give at least one")
-    _refuse_extras(params)
+    if getattr(params, "sampling_mask", None):
+        raise Unsupported("sampling_mask is not supported; leave it out", field="sampling_mask")
     max_tokens = getattr(params, "max_tokens", None)
     seed = getattr(params, "seed", None)
     message = sampling_service_pb2.SamplingParams(
         max_tokens=(
             None
             if max_tokens is None
-            else convert.whole_number(max_tokens, "max_tokens", 1, _INT32)
+            else convert.whole_number(max_tokens, "max_tokens", least_tokens, _INT32)
         ),
         temperature=convert.real_number(getattr(params, "temperature", 1.0), "temperature"),
         top_p=convert.real_number(getattr(params, "top_p", 1.0), "top_p"),
@@ -79,21 +94,25 @@ def build_request(
         ),
     )
     _set_stop(message, getattr(params, "stop", None))
-    return sampling_service_pb2.SampleRequest(
+    request = sampling_service_pb2.SampleRequest(
         prompt=prompt,
         num_samples=num_samples,
         params=message,
-        prompt_logprobs=prompt_logprobs,
         routing_matrices=bool(getattr(params, "include_routing_matrix", False)),
     )
-
-
-def _refuse_extras(params: Any) -> None:
-    """Refuse what FiretitanSamplingParams may ask for and no daemon here does."""
-    for name in ("top_sampling_logprobs", "sampling_mask"):
-        value = getattr(params, name, None)
-        if value is not None and not (isinstance(value, int) and value == 0):
-            raise Unsupported(f"{name} is not supported yet; leave it out", field=name)
+    (scores or Scores()).ask(request)
+    top = getattr(params, "top_sampling_logprobs", 0) or 0
+    request.topk_sample_logprobs = max(
+        request.topk_sample_logprobs,
+        convert.whole_number(top, "top_sampling_logprobs", 0, _INT32),
+    )
+    if top and (message.temperature != 1.0 or message.top_p != 1.0 or message.top_k > 0):
+        raise Unsupported(
+            "top_sampling_logprobs needs temperature 1 without top_k and top_p: only the model's "
+            "own distribution is reported; use topk_sample_logprobs for that one",
+            field="top_sampling_logprobs",
+        )
+    return request
 
 
 def _set_stop(message: sampling_service_pb2.SamplingParams, stop: Any) -> None:
@@ -115,25 +134,51 @@ def _set_stop(message: sampling_service_pb2.SamplingParams, stop: Any) -> None:
 async def send(
     target: Target, request: sampling_service_pb2.SampleRequest, timeout_s: float | None = None
 ) -> sampling_service_pb2.SampleResponse:
-    """Sample; a daemon or worker that comes back is asked again with the same seed."""
+    """Sample; a daemon or worker that comes back is asked again with the same seed.
+
+    Args:
+        target: What to sample from.
+        request: What to sample.
+        timeout_s: Seconds for one try, of which `LATE_TRIES` may run into it; None: no limit.
+    """
     request.deployment, request.snapshot = target.deployment, target.snapshot
     answer: sampling_service_pb2.SampleResponse = await target.transport.call(
         "SamplingService/Sample",
         request,
         sampling_service_pb2.SampleResponse,
         timeout_s=timeout_s,
+        late_tries=LATE_TRIES,
     )
     return answer
 
 
-def sample_response(response: sampling_service_pb2.SampleResponse, seed: int) -> Any:
-    """A `tinker.SampleResponse` that also names its snapshot."""
+def sample_response(
+    response: sampling_service_pb2.SampleResponse, seed: int, targets: Any = None
+) -> Any:
+    """A `tinker.SampleResponse` that also names its snapshot.
+
+    Args:
+        response: The answer.
+        seed: What its tokens were drawn with.
+        targets: `target_prompt_logprobs` as they were asked for.
+    """
     kind = types.sample_response_type()
     facts: dict[str, Any] = {
         "sequences": [_sequence(one) for one in response.sequences],
         "snapshot": response.snapshot.rpartition("/")[2],
         "seed": seed,
+        "prompt_cache_hit_tokens": response.cached_prompt_tokens,
     }
+    if response.HasField("prompt_top_logprobs"):
+        table = response.prompt_top_logprobs
+        if "topk_prompt_logprobs_np" in types.accepted_fields(kind):
+            facts["topk_prompt_logprobs_np"] = top_logprobs(table)
+        else:
+            facts["topk_prompt_logprobs"] = top_lists(table)
+    if response.HasField("target_prompt_logprobs"):
+        facts["target_prompt_logprobs"] = target_logprobs(response, targets)
+    if response.HasField("prompt_alt_tokens"):
+        facts["prompt_alt_tokens"] = alternatives(response.prompt_alt_tokens)
     if response.prompt_logprobs:
         array = np.frombuffer(response.prompt_logprobs, "<f4")
         if "prompt_logprobs_np" in types.accepted_fields(kind):
@@ -158,6 +203,11 @@ def _sequence(sequence: sampling_service_pb2.SampledSequence) -> Any:
         facts |= {"tokens_np": tokens.copy(), "logprobs_np": sampling.copy()}
     else:
         facts |= {"tokens": tokens.tolist(), "logprobs": sampling.tolist()}
+    if sequence.HasField("top_logprobs"):
+        if "topk_logprobs_np" in accepted:
+            facts["topk_logprobs_np"] = top_logprobs(sequence.top_logprobs)
+        else:
+            facts["topk_logprobs"] = top_lists(sequence.top_logprobs)
     if "sequence_id" in accepted:
         facts["sequence_id"] = uuid.uuid4().hex
     return kind(**facts)

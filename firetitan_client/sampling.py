@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import uuid
 import weakref
+from collections.abc import Coroutine
 from typing import Any
 
-import numpy as np
 from firetitan.v1 import sampling_service_pb2
 
-from firetitan_client import convert, types
+from firetitan_client import types
 from firetitan_client.deployment_sampler import DeploymentSampler
 from firetitan_client.errors import ClientClosed, Unsupported
 from firetitan_client.futures import APIFuture, SelfFuture, completed
+from firetitan_client.prompt_scores import Scores
 from firetitan_client.sample_requests import (
     Target,
     build_request,
@@ -115,43 +116,43 @@ class FiretitanSamplingClient(SelfFuture[Target]):
             sampling_params: `tinker.SamplingParams`; without max_tokens at most 1024 are made, or
                 what the prompt leaves of the context, without a seed one is drawn.
             include_prompt_logprobs: Also the prompt's logprobs, at temperature 1.
-            topk_prompt_logprobs: Not supported yet.
-            topk_sample_logprobs: Not supported yet.
-            target_prompt_logprobs: Not supported yet.
-            prompt_alt_tokens_k: Not supported yet.
-            prompt_logprobs_last_n: Of the last so many prompt tokens only.
+            topk_prompt_logprobs: Also so many of the likeliest tokens of each prompt position.
+            topk_sample_logprobs: Also so many of the likeliest tokens of each new position, at
+                temperature 1.
+            target_prompt_logprobs: Also the logprobs of these tokens: int64 [P - 1, K], dense or
+                CSR; row i is about prompt position i + 1, -1 asks for nothing.
+            prompt_alt_tokens_k: Also so many draws at the temperature beside each prompt token but
+                the first.
+            prompt_logprobs_last_n: Score the last so many prompt tokens only; 1 to P - 1, goes
+                with the prompt's logprobs and its likeliest tokens.
             images: Not supported.
 
         Returns:
             A future of `SampleResponse`: `sequences[j].tokens`, `.logprobs` (of the distribution
             sampled from; `.inference_logprobs` are the model's own), and `.snapshot`.
         """
-        for name, value in (
-            ("topk_prompt_logprobs", topk_prompt_logprobs),
-            ("topk_sample_logprobs", topk_sample_logprobs),
-            ("target_prompt_logprobs", target_prompt_logprobs),
-            ("prompt_alt_tokens_k", prompt_alt_tokens_k),
-            ("images", images),
-        ):
-            if value is not None and not (isinstance(value, int) and value == 0):
-                raise Unsupported(f"{name} is not supported yet; leave it out", field=name)
-        if prompt_logprobs_last_n is not None and not include_prompt_logprobs:
-            raise convert.invalid("prompt_logprobs_last_n", "needs include_prompt_logprobs=True")
+        if images:
+            raise Unsupported("images are not supported; give text tokens only", field="images")
         self._check_open()
-        request = build_request(
-            prompt, num_samples, sampling_params, prompt_logprobs=include_prompt_logprobs
+        scores = Scores(
+            include_prompt_logprobs,
+            topk_prompt_logprobs,
+            topk_sample_logprobs,
+            target_prompt_logprobs,
+            prompt_alt_tokens_k,
+            prompt_logprobs_last_n,
         )
-        future: APIFuture[Any] = APIFuture("sample")
-        follow(self._sample(request, prompt_logprobs_last_n), future)
+        request = build_request(prompt, num_samples, sampling_params, scores)
+        return self._submit("sample", self._sample(request, target_prompt_logprobs))
+
+    def _submit(self, label: str, work: Coroutine[Any, Any, Any]) -> APIFuture[Any]:
+        future: APIFuture[Any] = APIFuture(label)
+        follow(work, future)
         return future
 
-    async def _sample(self, request: sampling_service_pb2.SampleRequest, last_n: int | None) -> Any:
+    async def _sample(self, request: sampling_service_pb2.SampleRequest, targets: Any) -> Any:
         response = await send(await self._ready, request)
-        if last_n is not None and response.prompt_logprobs:
-            array = np.frombuffer(response.prompt_logprobs, "<f4").copy()
-            array[: max(0, len(array) - last_n)] = np.nan
-            response.prompt_logprobs = array.tobytes()
-        return sample_response(response, request.params.seed)
+        return sample_response(response, request.params.seed, targets)
 
     async def sample_async(self, *args: Any, **kwargs: Any) -> Any:
         """As `sample`; awaiting it gives the response."""
@@ -176,22 +177,23 @@ class FiretitanSamplingClient(SelfFuture[Target]):
     def compute_logprobs(
         self, prompt: Any, prompt_logprobs_last_n: int | None = None
     ) -> APIFuture[list[float | None]]:
-        """Logprobs of a text's own tokens, at temperature 1; None at position 0."""
-        inner = self.sample(
-            prompt,
-            1,
-            types.SamplingParams(max_tokens=1),
-            include_prompt_logprobs=True,
-            prompt_logprobs_last_n=prompt_logprobs_last_n,
-        )
-        future: APIFuture[list[float | None]] = APIFuture("compute_logprobs")
+        """Logprobs of a text's own tokens, at temperature 1; None at position 0.
 
-        async def logprobs() -> list[float | None]:
-            found: list[float | None] = (await inner).prompt_logprobs
-            return found
+        Args:
+            prompt: `tinker.ModelInput` or token ids, up to as many as the context holds.
+            prompt_logprobs_last_n: Of the last so many tokens only; None before them.
+        """
+        self._check_open()
+        scores = Scores(True, prompt_logprobs_last_n=prompt_logprobs_last_n)
+        params = types.SamplingParams(max_tokens=0)
+        request = build_request(prompt, 1, params, scores, least_tokens=0)
+        return self._submit("compute_logprobs", self._compute_logprobs(request))
 
-        follow(logprobs(), future)
-        return future
+    async def _compute_logprobs(
+        self, request: sampling_service_pb2.SampleRequest
+    ) -> list[float | None]:
+        found: list[float | None] = (await self._sample(request, None)).prompt_logprobs
+        return found
 
     async def compute_logprobs_async(self, *args: Any, **kwargs: Any) -> list[float | None]:
         """As `compute_logprobs`; awaiting it gives the list."""

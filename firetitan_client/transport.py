@@ -153,6 +153,7 @@ class Transport:
         timeout_s: float | None = SLICE_S,
         patience_s: float | None = None,
         final: frozenset[str] = frozenset(),
+        late_tries: int | None = None,
     ) -> Any:
         """Call a unary RPC; tries again where that is safe and promises something.
 
@@ -165,6 +166,7 @@ class Transport:
             timeout_s: Deadline of one try; None for calls that last as long as their work.
             patience_s: How long to go on trying a daemon that is away; None: PATIENCE_S.
             final: Reasons that another try will not change, though they say UNAVAILABLE.
+            late_tries: How many tries may run into `timeout_s`; None: as many as there is patience.
 
         Raises:
             FiretitanError: By reason; DaemonNotRunning where nobody has answered yet.
@@ -175,10 +177,14 @@ class Transport:
             response_deserializer=response.FromString,
         )
         patience = Patience(self, PATIENCE_S if patience_s is None else patience_s, final)
+        late = 0
         while True:
             try:
                 answer = await bridge(rpc.future(request, timeout=timeout_s))
             except grpc.RpcError as error:
+                late += error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                if late_tries is not None and late >= late_tries:
+                    raise from_rpc_error(error) from None
                 await patience.after(error)
             else:
                 self.served, self.told_away = True, False

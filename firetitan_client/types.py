@@ -165,6 +165,21 @@ class _ModelData:
     tokenizer_id: str | None = None
 
 
+@dataclass(frozen=True)
+class _TopkLogprobs:
+    token_ids: npt.NDArray[Any]
+    logprobs: npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class _PromptAltTokens:
+    tokens: Any
+    logprobs: Any
+
+
+NOT_SCORED = -99999.0
+"""Logprob that tinker's matrices of likeliest tokens hold where a position was not scored."""
+
 _LIKENESSES: dict[str, type[Any]] = {
     "ForwardBackwardOutput": _ForwardBackwardOutput,
     "OptimStepResponse": _OptimStepResponse,
@@ -173,6 +188,8 @@ _LIKENESSES: dict[str, type[Any]] = {
     "LoadWeightsResponse": _LoadWeightsResponse,
     "SampledSequence": _SampledSequence,
     "SampleResponse": _SampleResponse,
+    "TopkLogprobs": _TopkLogprobs,
+    "PromptAltTokens": _PromptAltTokens,
     "GetInfoResponse": _GetInfoResponse,
     "ModelData": _ModelData,
 }
@@ -227,6 +244,17 @@ def _tinker_tensor(array: npt.NDArray[Any]) -> Any:
     )
 
 
+def sparse_like(sparse: Any, values: npt.NDArray[Any]) -> Any:
+    """Float values in the cells of a CSR TensorData; only tinker has such."""
+    return type(sparse)(
+        data=values.astype("float32") if _keeps_arrays() else values.tolist(),
+        dtype="float32",
+        shape=list(sparse.shape),
+        sparse_crow_indices=sparse.sparse_crow_indices,
+        sparse_col_indices=sparse.sparse_col_indices,
+    )
+
+
 @functools.cache
 def _keeps_arrays() -> bool:
     import tinker
@@ -247,6 +275,7 @@ def sampled_sequence_type() -> type[Any]:
             "sampling_logprobs": (list[float] | None, None),
             "inference_logprobs": (list[float] | None, None),
             "routing_matrices": (list[str] | None, None),
+            "topk_logprobs": (list[Any] | None, None),
         },
     )
 
@@ -259,7 +288,14 @@ def sample_response_type() -> type[Any]:
         base,
         "FiretitanSampleResponse",
         "Sampled sequences; `snapshot` names what made them, empty for the base model.",
-        {"snapshot": (str, ""), "seed": (int, 0)},
+        {
+            "snapshot": (str, ""),
+            "seed": (int, 0),
+            "topk_prompt_logprobs": (list[Any] | None, None),
+            "target_prompt_logprobs": (Any, None),
+            "prompt_alt_tokens": (Any, None),
+            "prompt_cache_hit_tokens": (int, 0),
+        },
     )
 
 
@@ -275,7 +311,8 @@ def __getattr__(name: str) -> Any:
 def _extended(
     base: type[Any], name: str, doc: str, fields: dict[str, tuple[Any, Any]]
 ) -> type[Any]:
-    """A subclass of a dataclass or of a pydantic model with more fields."""
+    """A subclass of a dataclass or of a pydantic model with the fields it lacks."""
+    fields = {key: field for key, field in fields.items() if not _has(base, key)}
     body: dict[str, Any] = {
         "__annotations__": {key: kind for key, (kind, _) in fields.items()},
         "__doc__": doc,
@@ -287,6 +324,10 @@ def _extended(
     metaclass: Any = type(base)
     made: type[Any] = metaclass(name, (base,), body)
     return dataclass(frozen=True)(made) if is_dataclass else made
+
+
+def _has(kind: type[Any], name: str) -> bool:
+    return name in accepted_fields(kind) or hasattr(kind, name)
 
 
 def accepted_fields(kind: type[Any]) -> frozenset[str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from firetitan_daemon.core.records import Checkpoint, Snapshot
+from firetitan_daemon.core.records import Checkpoint, HotloadTransition, Snapshot
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ class HotloadArguments:
     deployment: str
     snapshot: str
     etag: str = ""
+    transition: HotloadTransition | None = None
+    """None: the deployment's own."""
+    keep_prompt_cache: bool = False
 
 
 class Codec(Protocol):

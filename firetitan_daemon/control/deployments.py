@@ -37,6 +37,7 @@ from firetitan_daemon.core.ports import Change, Ledger, Worker
 from firetitan_daemon.core.records import (
     Deployment,
     ErrorRecord,
+    HotloadTransition,
     Operation,
     ResourceState,
     Shape,
@@ -64,6 +65,8 @@ class DeploymentRequest:
     trainer: str
     """`trainers/{trainer}`, or empty."""
     dtype: str
+    transition: HotloadTransition
+    """Of hotloads that name none; an existing deployment keeps its own."""
     request_id: str
     payload_digest: str
     shape_name: str = ""
@@ -234,6 +237,7 @@ class DeploymentManager:
                 etag=new_etag(),
                 worker_id=spec.worker_id,
                 shape=request.shape,
+                transition=request.transition,
             )
             await services.operations.write(
                 Change(

@@ -22,6 +22,7 @@ from firetitan_daemon.core.ports import Change, SnapshotLayer, Worker
 from firetitan_daemon.core.records import (
     Deployment,
     ErrorRecord,
+    HotloadTransition,
     LoadedFrom,
     Operation,
     ResourceState,
@@ -82,7 +83,7 @@ class WeightSyncer:
                 await self._deployments.update(
                     deployment.id, operation=operation, if_etag=arguments.etag
                 )
-                self._begin(operation, snapshot.id)
+                self._begin(operation, replace(arguments, snapshot=snapshot.id))
         except BaseException:
             if operation is not None:
                 services.operations.holds.release(operation.id)
@@ -97,24 +98,26 @@ class WeightSyncer:
                 for operation in self._services.operations.open_of(deployment.name, METHOD):
                     assert operation.payload is not None
                     payload = await self._services.spool.read(operation.payload)
-                    reference = self._services.codec.hotload(payload).snapshot
-                    self._begin(operation, names.parse_snapshot(reference))
+                    arguments = self._services.codec.hotload(payload)
+                    snapshot_id = names.parse_snapshot(arguments.snapshot)
+                    self._begin(operation, replace(arguments, snapshot=snapshot_id))
 
-    def _begin(self, operation: Operation, snapshot_id: str) -> None:
-        task = asyncio.create_task(self._run(operation, snapshot_id))
+    def _begin(self, operation: Operation, arguments: HotloadArguments) -> None:
+        """Start on a hotload; its arguments name the snapshot by id."""
+        task = asyncio.create_task(self._run(operation, arguments))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, operation: Operation, snapshot_id: str) -> None:
+    async def _run(self, operation: Operation, arguments: HotloadArguments) -> None:
         async with self._turns.setdefault(operation.target, asyncio.Lock()):
-            await self._run_in_turn(operation, snapshot_id)
+            await self._run_in_turn(operation, arguments)
 
-    async def _run_in_turn(self, operation: Operation, snapshot_id: str) -> None:
+    async def _run_in_turn(self, operation: Operation, arguments: HotloadArguments) -> None:
         deaths = 0
         try:
             while True:
                 try:
-                    await self._move(operation, snapshot_id)
+                    await self._move(operation, arguments)
                     return
                 except FiretitanError as error:
                     # A sampler that ended meanwhile is replaced; then the way begins at a base.
@@ -132,11 +135,15 @@ class WeightSyncer:
             return self._deployments.get(name).state is not ResourceState.FAILED
         return error.reason is Reason.RECOVERING
 
-    async def _move(self, operation: Operation, snapshot_id: str) -> None:
+    async def _move(self, operation: Operation, arguments: HotloadArguments) -> None:
+        snapshot_id = arguments.snapshot
         await self._deployments.ready(operation.target)
         async with self._deployments.weights_lock(names.last_segment(operation.target)):
             deployment, worker = self._deployments.serving(operation.target)
-            await self._apply(deployment, worker, snapshot_id)
+            transition = arguments.transition or deployment.transition
+            await self._apply(
+                deployment, worker, snapshot_id, transition, arguments.keep_prompt_cache
+            )
             failpoint("hotload.applied")
             await self._deployments.update(
                 deployment.id,
@@ -164,7 +171,14 @@ class WeightSyncer:
         if deployment.active_snapshot:
             await self._apply(deployment, worker, deployment.active_snapshot)
 
-    async def _apply(self, deployment: Deployment, worker: Worker, snapshot_id: str) -> None:
+    async def _apply(
+        self,
+        deployment: Deployment,
+        worker: Worker,
+        snapshot_id: str,
+        transition: HotloadTransition = HotloadTransition.FINISH,
+        keep_prompt_cache: bool = False,
+    ) -> None:
         status = await worker.describe()
         active = names.last_segment(status.active_snapshot)
         if active == snapshot_id:
@@ -173,7 +187,7 @@ class WeightSyncer:
         # A loaded one that is not active is applied again from what it stands on.
         layers = await self._plan(snapshot_id, loaded - {snapshot_id})
         keep = [names.snapshot_name(pin) for pin in self._deployments.pins(deployment.id)]
-        await worker.apply(layers, keep)
+        await worker.apply(layers, keep, transition, keep_prompt_cache=keep_prompt_cache)
 
     async def _plan(self, snapshot_id: str, loaded: Collection[str]) -> list[SnapshotLayer]:
         known: dict[str, Snapshot] = {}

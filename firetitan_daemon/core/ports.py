@@ -14,6 +14,7 @@ from firetitan_daemon.core.records import (
     Checkpoint,
     Deployment,
     ErrorRecord,
+    HotloadTransition,
     Lane,
     Model,
     ModelInfo,
@@ -406,7 +407,14 @@ class Worker(Protocol):
             FiretitanError: CHECKSUM_MISMATCH; nothing was changed.
         """
 
-    async def apply(self, layers: Sequence[SnapshotLayer], keep: Sequence[str]) -> Sequence[str]:
+    async def apply(
+        self,
+        layers: Sequence[SnapshotLayer],
+        keep: Sequence[str],
+        transition: HotloadTransition = HotloadTransition.FINISH,
+        *,
+        keep_prompt_cache: bool = False,
+    ) -> Sequence[str]:
         """Serve the last layer's weights; returns what is loaded."""
 
     async def generate(self, request: bytes) -> bytes:

@@ -365,6 +365,17 @@ class Snapshot:
         return f"snapshots/{self.id}"
 
 
+class HotloadTransition(StrEnum):
+    """What becomes of running sequences when other weights are served."""
+
+    FINISH = "finish"
+    """They end on the weights they began with, beside new ones on the new weights."""
+    SYNC = "sync"
+    """Nothing begins until they have ended; then the weights change."""
+    ASYNC = "async"
+    """They go over to the new weights between two tokens."""
+
+
 @dataclass(frozen=True)
 class Model:
     """A promoted snapshot: a model that is loaded by name."""
@@ -415,6 +426,8 @@ class Deployment:
     worker_id: str | None = None
     shape: Shape | None = None
     """What it was made as; None: before there were shapes."""
+    transition: HotloadTransition = HotloadTransition.FINISH
+    """Of hotloads that name none."""
 
     @property
     def name(self) -> str:

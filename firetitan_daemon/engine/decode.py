@@ -22,13 +22,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from firetitan_daemon.engine.api import Float32Array, Int32Array
+from firetitan_daemon.engine.api import Float32Array, Int32Array, PromptScores
 from firetitan_daemon.engine.attention import KVCache, Segments
-from firetitan_daemon.engine.draw import token_logprob
 from firetitan_daemon.engine.lora import Adapter
 from firetitan_daemon.engine.models import LoadedModel
 from firetitan_daemon.engine.routing import routes_tokens
 from firetitan_daemon.engine.rows import RowQuantum, linear_shapes
+from firetitan_daemon.engine.score import NOTHING, PromptScorer, Scoring
 
 _CHUNK = 512
 """Prompt tokens run at once; bounds the memory of a long prompt."""
@@ -45,8 +45,8 @@ class Prefill:
     """What `fork` continues from."""
     last_logits: Float32Array
     """[V], of the first new token."""
-    logprobs: Float32Array | None
-    """[P], raw; NaN at position 0; None where not asked for."""
+    scores: PromptScores
+    """What was asked of it."""
     routing: list[bytes] = field(default_factory=list)
     """A routing matrix per prompt token; empty for a dense model."""
 
@@ -75,8 +75,8 @@ class Branch(Protocol):
 class Decoder(Protocol):
     """The model under the weights selected last; called from one thread."""
 
-    def prefill(self, prompt: Int32Array, *, logprobs: bool) -> Prefill:
-        """Run a prompt of at least one token, alone."""
+    def prefill(self, prompt: Int32Array, wanted: Scoring = NOTHING) -> Prefill:
+        """Run a prompt of at least one token, alone, and score it as wanted."""
 
     def fork(self, prefill: Prefill, rows: int) -> Branch:
         """Begin `rows` continuations of the prompt."""
@@ -108,7 +108,7 @@ class PackedDecoder:
         self._mixes = routes_tokens(loaded.model)
         self._rows = RowQuantum(loaded.dtype, loaded.device, max_rows)
         self.measure(None)
-        probe = self.prefill(np.zeros(_PROBE_TOKENS, np.int32), logprobs=False)
+        probe = self.prefill(np.zeros(_PROBE_TOKENS, np.int32))
         self.bytes_per_token: int = self.fork(probe, 1).num_bytes // _PROBE_TOKENS
 
     @property
@@ -124,11 +124,11 @@ class PackedDecoder:
         return f"decode steps are padded to a multiple of {self.quantum} rows"
 
     @torch.no_grad()
-    def prefill(self, prompt: Int32Array, *, logprobs: bool) -> Prefill:
+    def prefill(self, prompt: Int32Array, wanted: Scoring = NOTHING) -> Prefill:
         """See `Decoder`."""
         cache = KVCache()
         tokens = torch.from_numpy(prompt.astype(np.int64)).to(self._loaded.device)
-        found = [np.full(1, np.nan, np.float32)]
+        scorer = PromptScorer(prompt, wanted)
         routing: list[bytes] = []
         hidden = torch.empty(0)
         for start in range(0, len(prompt), _CHUNK):
@@ -137,10 +137,9 @@ class PackedDecoder:
             with self._loaded.routers.recording() as recording:
                 hidden = self._loaded.run_packed(part, positions, Segments((len(part),), (cache,)))
             routing.extend(recording.matrices)
-            if logprobs:
-                found.append(_prompt_logprobs(self._loaded, hidden, prompt[start + 1 :]))
+            _score(self._loaded, hidden, start, len(prompt), scorer)
         last = self._loaded.logits(hidden[-1:])[0].cpu().numpy()
-        return Prefill(cache, last, np.concatenate(found) if logprobs else None, routing)
+        return Prefill(cache, last, scorer.scores(), routing)
 
     def fork(self, prefill: Prefill, rows: int) -> KVCache:
         """See `Decoder`."""
@@ -199,15 +198,13 @@ class CachedDecoder:
         self._loaded = loaded
 
     @torch.no_grad()
-    def prefill(self, prompt: Int32Array, *, logprobs: bool) -> Prefill:
+    def prefill(self, prompt: Int32Array, wanted: Scoring = NOTHING) -> Prefill:
         """See `Decoder`."""
         hidden, cache, routing = self._forward(prompt.tolist(), None)
-        found = None
-        if logprobs:
-            rest = _prompt_logprobs(self._loaded, hidden, prompt[1:])
-            found = np.concatenate((np.full(1, np.nan, np.float32), rest))
+        scorer = PromptScorer(prompt, wanted)
+        _score(self._loaded, hidden, 0, len(prompt), scorer)
         last = self._loaded.logits(hidden[-1:])[0].cpu().numpy()
-        return Prefill((prompt.tolist(), cache), last, found, routing)
+        return Prefill((prompt.tolist(), cache), last, scorer.scores(), routing)
 
     def fork(self, prefill: Prefill, rows: int) -> _CachedBranch:
         """See `Decoder`."""
@@ -259,14 +256,24 @@ class _CachedBranch:
         self.rows = [self.rows[row] for row in rows]
 
 
-def _prompt_logprobs(
-    loaded: LoadedModel, hidden: torch.Tensor, targets: Int32Array
-) -> Float32Array:
-    """Raw logprob of the token after each hidden state; [min(len(hidden), len(targets))]."""
-    count = min(len(hidden), len(targets))
-    found = np.empty(count, np.float32)
-    for start in range(0, count, _HEAD_ROWS):
-        logits = loaded.logits(hidden[start : start + _HEAD_ROWS]).cpu().numpy()
-        for row in range(min(_HEAD_ROWS, count - start)):
-            found[start + row] = token_logprob(logits[row], int(targets[start + row]))
-    return found
+def _score(
+    loaded: LoadedModel, hidden: torch.Tensor, start: int, length: int, scorer: PromptScorer
+) -> None:
+    """Score what some positions of a prompt say of the ones behind them.
+
+    Args:
+        loaded: The model.
+        hidden: Hidden states of positions `start` and up, shape [L, H].
+        start: Position of the first.
+        length: Tokens of the prompt.
+        scorer: Takes the scores.
+    """
+    count = min(len(hidden), length - 1 - start)
+    for block in range(0, count, _HEAD_ROWS):
+        end = min(block + _HEAD_ROWS, count)
+        if start + end < scorer.first:
+            continue
+        # Whole blocks, also where only their end is asked for: bits depend on how many rows.
+        logits = loaded.logits(hidden[block : block + _HEAD_ROWS]).cpu().numpy()
+        for row in range(max(block, scorer.first - 1 - start), end):
+            scorer.take(start + row + 1, logits[row - block])

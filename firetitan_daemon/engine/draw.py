@@ -14,9 +14,10 @@ import struct
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import Float32Array
+from firetitan_daemon.engine.api import Float32Array, Int32Array
 
 _BLOCK = 256
 """Entries summed at once by the outer level of the inverse CDF."""
@@ -104,16 +105,33 @@ def draw(logits_V: Float32Array, params: DrawParams, number: float) -> Drawn:
     return Drawn(token, float(scaled_V[token]) - log_kept, float(shifted_V[token]) - log_total)
 
 
-def token_logprob(logits_V: Float32Array, token: int) -> float:
-    """Raw logprob of `token`, by the same sums as `draw`; used for prompts.
+def normalizer(logits_V: Float32Array) -> tuple[np.float32, float]:
+    """Largest logit, and the log of the summed mass beside it, by the same sums as `draw`.
+
+    The raw logprob of a token is `float(logits_V[token] - largest) - log_mass`.
 
     Args:
-        logits_V: Logits of the position before the token, shape [V].
-        token: Token id.
+        logits_V: Logits of one position, shape [V].
     """
-    shifted_V = logits_V - logits_V.max()
-    cumulative = np.cumsum(_block_sums(np.exp(shifted_V)))
-    return float(shifted_V[token]) - float(np.log(cumulative[-1]))
+    largest = logits_V.max()
+    cumulative = np.cumsum(_block_sums(np.exp(logits_V - largest)))
+    return largest, float(np.log(cumulative[-1]))
+
+
+def token_logprobs(logits_V: Float32Array, tokens: Int32Array) -> npt.NDArray[np.float64]:
+    """Raw logprobs of some tokens, by the same sums as `draw`; shape of `tokens`.
+
+    Args:
+        logits_V: Logits of one position, shape [V].
+        tokens: Token ids.
+    """
+    largest, log_mass = normalizer(logits_V)
+    return (logits_V[tokens] - largest).astype(np.float64) - log_mass
+
+
+def top_tokens(logits_V: Float32Array, count: int) -> Int32Array:
+    """The `count` likeliest tokens, likeliest first, ties by lower id."""
+    return _largest(logits_V, count).astype(np.int32)
 
 
 def _kept(

@@ -6,6 +6,7 @@ daemon, how rows are batched or tokens drawn (scheduler, decode, draw).
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import numpy as np
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import (
+    HotloadTransition,
     ModelInfo,
     ModelSpec,
     Progress,
@@ -27,6 +29,7 @@ from firetitan_daemon.engine.api import (
 from firetitan_daemon.engine.decode import make_decoder
 from firetitan_daemon.engine.models import load_model
 from firetitan_daemon.engine.scheduler import SamplerConfig, Scheduler
+from firetitan_daemon.engine.score import check_scoring
 from firetitan_daemon.engine.stops import eos_token_ids
 from firetitan_daemon.engine.versions import Version, VersionTable
 from firetitan_daemon.engine.weights import ModelWeights
@@ -78,7 +81,14 @@ class HfSampleEngine:
         """See `SampleEngine`."""
         return self._versions.names
 
-    def apply(self, layers: Sequence[SnapshotLayer], *, keep: Sequence[str] = ()) -> None:
+    def apply(
+        self,
+        layers: Sequence[SnapshotLayer],
+        *,
+        keep: Sequence[str] = (),
+        transition: HotloadTransition = HotloadTransition.FINISH,
+        keep_prompts: bool = False,
+    ) -> None:
         """See `SampleEngine`; returns when new requests take the new snapshot.
 
         Full-parameter weights: two versions live at most, so `keep` can hold one beside the new
@@ -100,7 +110,25 @@ class HfSampleEngine:
                     f"({version.result_digest}, not {last.result_digest}); names are given once",
                     snapshot=last.name,
                 )
-            self._versions.activate(version, keep)
+            swap = functools.partial(self._swap, version, keep, transition, keep_prompts)
+            if transition is HotloadTransition.SYNC:
+                self._scheduler.drain(swap)
+            else:
+                self._scheduler.call(swap)
+
+    def _swap(
+        self,
+        version: Version,
+        keep: Sequence[str],
+        transition: HotloadTransition,
+        keep_prompts: bool,
+    ) -> None:
+        """On the model's thread: serve the version from now on."""
+        self._versions.activate(version, keep)
+        if transition is HotloadTransition.ASYNC:
+            self._scheduler.move(version)
+        if not keep_prompts:
+            self._scheduler.forget_prompts()
 
     def submit(
         self, request: SampleRequest, progress: Progress | None = None
@@ -153,8 +181,9 @@ class HfSampleEngine:
             )
         if request.num_samples < 1:
             raise _invalid("num_samples", f"is {request.num_samples}; at least 1")
-        if request.max_tokens < 1:
+        if request.max_tokens < 0:
             raise _invalid("max_tokens", f"is {request.max_tokens}; at least 1")
+        check_scoring(request, info.vocab_size)
         if len(prompt) + request.max_tokens > info.max_context_length:
             raise _invalid(
                 "max_tokens",

@@ -6,6 +6,7 @@ Owner: the thread that runs the model.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -19,10 +20,14 @@ from firetitan_daemon.engine.api import (
     SampledSequence,
     SampleRequest,
     SampleResult,
+    SampleTimes,
+    SnapshotRange,
     StopReason,
+    TokenLogprobs,
 )
 from firetitan_daemon.engine.decode import Branch, Prefill
-from firetitan_daemon.engine.draw import DrawParams, draw, uniform
+from firetitan_daemon.engine.draw import Drawn, DrawParams, draw, uniform
+from firetitan_daemon.engine.score import joined, top_logprobs
 from firetitan_daemon.engine.stops import Decode, StopStrings
 from firetitan_daemon.engine.versions import Version
 
@@ -38,6 +43,8 @@ class Row:
     inference: list[float] = field(default_factory=list)
     routing: list[bytes] = field(default_factory=list)
     """Stays empty where it was not asked for, and in dense models."""
+    top: list[TokenLogprobs] = field(default_factory=list)
+    made_by: list[SnapshotRange] = field(default_factory=list)
     stop_reason: StopReason | None = None
 
     def sequence(self) -> SampledSequence:
@@ -49,19 +56,35 @@ class Row:
             np.array(self.inference, np.float32),
             self.stop_reason,
             self.routing,
+            joined(self.top) if self.top else None,
+            tuple(self.made_by),
         )
 
+    def add(self, drawn: Drawn, snapshot: str) -> None:
+        """Add a token.
+
+        Args:
+            drawn: The token.
+            snapshot: Whose logits it was drawn from.
+        """
+        if not self.made_by or self.made_by[-1].snapshot != snapshot:
+            self.made_by.append(SnapshotRange(snapshot, len(self.tokens)))
+        self.tokens.append(drawn.token)
+        self.sampling.append(drawn.sampling_logprob)
+        self.inference.append(drawn.inference_logprob)
+
     def news(self, snapshot: str) -> NewTokens:
-        """Its last token."""
+        """Its last token; none where it ends without any."""
         return NewTokens(
             self.index,
-            len(self.tokens) - 1,
+            max(0, len(self.tokens) - 1),
             np.array(self.tokens[-1:], np.int32),
             np.array(self.sampling[-1:], np.float32),
             np.array(self.inference[-1:], np.float32),
             self.stop_reason,
             snapshot,
             self.routing[-1:],
+            self.top[-1] if self.top else None,
         )
 
 
@@ -76,8 +99,13 @@ class Job:
     progress: Progress | None = None
     version: Version | None = None
     prefill: Prefill | None = None
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
+    prefilled_by: str = ""
+    """The snapshot that computed the prompt, and so the logits of every first token."""
+    cached_prompt_tokens: int = 0
+    num_concurrent: int = 1
+    prefill_began: float = 0.0
+    first_token: float = 0.0
+    joined: float = 0.0
     rows: list[Row] = field(default_factory=list)
 
     @property
@@ -103,7 +131,11 @@ class Job:
         return rows
 
     def extend(
-        self, rows: Sequence[Row], logits: Iterable[Float32Array], routing: Iterable[bytes]
+        self,
+        rows: Sequence[Row],
+        logits: Iterable[Float32Array],
+        routing: Iterable[bytes],
+        snapshot: str,
     ) -> None:
         """Draw the next token of some rows.
 
@@ -111,35 +143,47 @@ class Job:
             rows: Rows of this request.
             logits: For each its logits, shape [V].
             routing: For each the routing matrix of the position it is at; none in a dense model.
+            snapshot: What computed them.
         """
-        if self.request.routing:
+        if self.request.routing and self.request.max_tokens:
             for row, matrix in zip(rows, routing, strict=False):
                 row.routing.append(matrix)
         for row, row_logits in zip(rows, logits, strict=True):
-            self._draw(row, row_logits)
+            if self.request.max_tokens:
+                self._draw(row, row_logits, snapshot)
+            else:
+                row.stop_reason = StopReason.LENGTH
         if self.progress is not None:
-            assert self.version is not None
-            self.progress([row.news(self.version.name) for row in rows])
+            self.progress([row.news(snapshot) for row in rows])
 
     def result(self) -> SampleResult:
         """The answer; every sample has ended."""
         assert self.version is not None and self.prefill is not None
         return SampleResult(
             sequences=[row.sequence() for row in self.rows],
-            snapshot=self.version.name,
-            prompt_logprobs=self.prefill.logprobs,
-            queue_s=self.queue_s,
-            prefill_s=self.prefill_s,
+            snapshot=max(self.rows, key=lambda row: len(row.made_by)).made_by[-1].snapshot
+            if self.request.max_tokens
+            else self.prefilled_by,
+            prompt=self.prefill.scores,
+            times=SampleTimes(
+                queue_s=self.prefill_began - self.submitted,
+                prefill_s=self.first_token - self.prefill_began,
+                first_token_s=self.first_token - self.submitted,
+                generation_queue_s=self.joined - self.first_token,
+                generation_s=time.monotonic() - self.first_token,
+            ),
+            cached_prompt_tokens=self.cached_prompt_tokens,
+            num_concurrent=self.num_concurrent,
             prompt_routing=self.prefill.routing if self.request.prompt_routing else (),
         )
 
-    def _draw(self, row: Row, logits_V: Float32Array) -> None:
+    def _draw(self, row: Row, logits_V: Float32Array, snapshot: str) -> None:
         request = self.request
         params = DrawParams(request.temperature, request.top_k, request.top_p)
         drawn = draw(logits_V, params, uniform(request.seed, row.index, len(row.tokens)))
-        row.tokens.append(drawn.token)
-        row.sampling.append(drawn.sampling_logprob)
-        row.inference.append(drawn.inference_logprob)
+        row.add(drawn, snapshot)
+        if request.topk_sample_logprobs:
+            row.top.append(top_logprobs(logits_V, request.topk_sample_logprobs))
         if drawn.token in self.stop_ids or (row.stops and row.stops.push(drawn.token)):
             row.stop_reason = StopReason.STOP
         elif len(row.tokens) == request.max_tokens:

@@ -9,9 +9,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection
+from dataclasses import dataclass, replace
 
-from firetitan_daemon.engine.api import Int32Array
+from firetitan_daemon.engine.api import Int32Array, PromptScores
 from firetitan_daemon.engine.decode import Prefill
+from firetitan_daemon.engine.score import NOTHING, Scoring
+
+
+@dataclass(frozen=True)
+class _Entry:
+    prefill: Prefill
+    wanted: Scoring
+    num_bytes: int
 
 
 class PromptCache:
@@ -23,28 +32,39 @@ class PromptCache:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._entries: OrderedDict[tuple[str, bytes], tuple[Prefill, int]] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, bytes], _Entry] = OrderedDict()
 
     @property
     def num_bytes(self) -> int:
         """Memory of what is kept."""
-        return sum(size for _, size in self._entries.values())
+        return sum(entry.num_bytes for entry in self._entries.values())
 
-    def find(self, version: str, prompt: Int32Array, *, logprobs: bool) -> Prefill | None:
-        """The prompt under that version, with its logprobs where they are asked for."""
+    def find(self, version: str, prompt: Int32Array, wanted: Scoring = NOTHING) -> Prefill | None:
+        """The prompt under that version, with the scores that are asked for."""
         key = (version, prompt.tobytes())
         entry = self._entries.get(key)
-        if entry is None or (logprobs and entry[0].logprobs is None):
+        if entry is None or (wanted and entry.wanted != wanted):
             return None
         self._entries.move_to_end(key)
-        return entry[0]
+        return entry.prefill if wanted else replace(entry.prefill, scores=PromptScores())
 
-    def add(self, version: str, prompt: Int32Array, prefill: Prefill, num_bytes: int) -> None:
-        """Keep a prompt; the ones not used for longest make room."""
-        self._entries[version, prompt.tobytes()] = (prefill, num_bytes)
+    def add(
+        self,
+        version: str,
+        prompt: Int32Array,
+        prefill: Prefill,
+        num_bytes: int,
+        wanted: Scoring = NOTHING,
+    ) -> None:
+        """Keep a prompt and its scores; the ones not used for longest make room."""
+        self._entries[version, prompt.tobytes()] = _Entry(prefill, wanted, num_bytes)
         self._entries.move_to_end((version, prompt.tobytes()))
         while self._entries and self.num_bytes > self._max_bytes:
             self._entries.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
 
     def keep_versions(self, names: Collection[str]) -> None:
         """Forget the prompts of versions that no request can name any more."""

@@ -24,6 +24,7 @@ from firetitan_daemon.engine.api import Progress, SampleRequest, SampleResult
 from firetitan_daemon.engine.decode import Decoder, Prefill, Stepped
 from firetitan_daemon.engine.jobs import Job, Part
 from firetitan_daemon.engine.prompts import PromptCache
+from firetitan_daemon.engine.score import scoring_of
 from firetitan_daemon.engine.stops import Decode
 from firetitan_daemon.engine.versions import Version, VersionTable
 
@@ -79,6 +80,7 @@ class Scheduler:
         self._wake = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._drains: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._closed = False
         self._parts: list[Part] = []
         self._prompts = PromptCache(config.prompt_bytes)
@@ -118,6 +120,27 @@ class Scheduler:
             self._wake.notify()
         return future.result()
 
+    def drain(self, function: Callable[[], _Result]) -> _Result:
+        """Run `function` on the thread once nothing runs; what has not begun waits until then."""
+        future: Future[_Result] = Future()
+        with self._wake:
+            self._check_open()
+            self._drains.append((function, future))
+            self._wake.notify()
+        return future.result()
+
+    def move(self, version: Version) -> None:
+        """On the thread: let every request that names no snapshot go on under `version`."""
+        for job in self._jobs():
+            if job.version is not None and job.version is not version:
+                if job.request.snapshot is None:
+                    self._versions.move(job.version, version)
+                    job.version = version
+
+    def forget_prompts(self) -> None:
+        """On the thread: drop the prompts that were kept."""
+        self._prompts.clear()
+
     def close(self) -> None:
         """Fail whatever waits or runs with CLOSED, and end the thread."""
         with self._wake:
@@ -132,9 +155,7 @@ class Scheduler:
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(
-                    lambda: self._closed or self._waiting or self._calls or self._parts
-                )
+                self._wake.wait_for(self._has_work)
                 if self._closed:
                     break
                 calls, self._calls = list(self._calls), deque()
@@ -143,23 +164,51 @@ class Scheduler:
             self._drop_cancelled()
             self._admit()
             self._step()
+            self._end_drains()
         self._end_all()
 
-    def _end_all(self) -> None:
+    def _has_work(self) -> bool:
+        waiting = self._waiting and (not self._drains or self._waiting[0].version is not None)
+        return bool(
+            self._closed
+            or self._calls
+            or self._parts
+            or waiting
+            or (self._drains and not self._running())
+        )
+
+    def _running(self) -> bool:
+        """Whether a request has begun and not ended; under the lock."""
+        return bool(self._parts) or any(job.version is not None for job in self._waiting)
+
+    def _end_drains(self) -> None:
         with self._wake:
-            jobs = [*self._waiting, *(part.job for part in self._parts)]
-            calls = list(self._calls)
+            if self._running():
+                return
+            ended, self._drains = list(self._drains), deque()
+        for function, future in ended:
+            _resolve(future, function)
+
+    def _jobs(self) -> list[Job]:
+        """Every request that waits or runs."""
+        with self._wake:
+            waiting = list(self._waiting)
+        return list(dict.fromkeys([*waiting, *(part.job for part in self._parts)]))
+
+    def _end_all(self) -> None:
+        jobs = self._jobs()
+        with self._wake:
+            calls = [*self._calls, *self._drains]
             self._waiting.clear()
             self._calls.clear()
-        for job in dict.fromkeys(jobs):
+            self._drains.clear()
+        for job in jobs:
             self._fail(job, _closed())
         for _, future in calls:
             future.set_exception(_closed())
 
     def _drop_cancelled(self) -> None:
-        with self._wake:
-            waiting = list(self._waiting)
-        for job in dict.fromkeys([*waiting, *(part.job for part in self._parts)]):
+        for job in self._jobs():
             if job.future.cancelled():
                 self._remove(job)
 
@@ -169,7 +218,8 @@ class Scheduler:
         while True:
             with self._wake:
                 job = self._waiting[0] if self._waiting else None
-            if job is None or not self._has_room(job):
+                draining = bool(self._drains)
+            if job is None or not self._has_room(job) or (draining and job.version is None):
                 return
             length = len(job.request.prompt)
             if job.prefill is None:
@@ -209,14 +259,17 @@ class Scheduler:
         if job.version is None:
             job.version = self._versions.begin(request.snapshot)
         if job.prefill is None:
-            started = time.monotonic()
-            job.queue_s = started - job.submitted
+            job.prefill_began = time.monotonic()
+            job.num_concurrent = len(self._jobs())
             self._select(job.version)
-            job.prefill = self._prefill(request, job.version)
-            job.prefill_s = time.monotonic() - started
+            job.prefill = self._prefill(job, job.version)
+            job.prefilled_by = job.version.name
         rows = job.add_rows(self._next_rows(job), self._decode_text)
         prefill = job.prefill
-        job.extend(rows, [prefill.last_logits] * len(rows), prefill.routing[-1:] * len(rows))
+        logits, routing = [prefill.last_logits] * len(rows), prefill.routing[-1:] * len(rows)
+        job.extend(rows, logits, routing, job.prefilled_by)
+        job.joined = time.monotonic()
+        job.first_token = job.first_token or job.joined
         running = [row for row in rows if row.stop_reason is None]
         if running:
             branch = self._decoder.fork(job.prefill, len(running))
@@ -225,16 +278,19 @@ class Scheduler:
         if job.finished:
             self._finish(job)
 
-    def _prefill(self, request: SampleRequest, version: Version) -> Prefill:
+    def _prefill(self, job: Job, version: Version) -> Prefill:
         """Run the prompt, unless the very same one ran under this version a moment ago."""
         self._prompts.keep_versions(self._versions.names)
-        prompt, logprobs = request.prompt, request.prompt_logprobs
-        prefill = self._prompts.find(version.name, prompt, logprobs=logprobs)
-        if prefill is None:
-            prefill = self._decoder.prefill(prompt, logprobs=logprobs)
-            if self._bytes_per_token:
-                num_bytes = len(prompt) * self._bytes_per_token + prefill.last_logits.nbytes
-                self._prompts.add(version.name, prompt, prefill, num_bytes)
+        prompt, wanted = job.request.prompt, scoring_of(job.request)
+        prefill = self._prompts.find(version.name, prompt, wanted)
+        if prefill is not None:
+            job.cached_prompt_tokens = len(prompt)
+            return prefill
+        prefill = self._decoder.prefill(prompt, wanted)
+        if self._bytes_per_token:
+            num_bytes = len(prompt) * self._bytes_per_token + prefill.last_logits.nbytes
+            num_bytes += prefill.scores.num_bytes
+            self._prompts.add(version.name, prompt, prefill, num_bytes, wanted)
         return prefill
 
     def _step(self) -> None:
@@ -262,7 +318,8 @@ class Scheduler:
 
     def _take(self, part: Part, made: Stepped) -> None:
         """Draw every row's token; rows that ended leave the branch."""
-        part.job.extend(part.rows, made.logits, made.routing)
+        assert part.job.version is not None
+        part.job.extend(part.rows, made.logits, made.routing, part.job.version.name)
         going = [at for at, row in enumerate(part.rows) if row.stop_reason is None]
         if len(going) == len(part.rows):
             return

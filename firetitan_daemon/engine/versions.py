@@ -83,6 +83,12 @@ class VersionTable:
             self._drop_unneeded()
             self._changed.notify_all()
 
+    def move(self, source: Version, target: Version) -> None:
+        """Count a running request from one version over to another that is loaded."""
+        with self._changed:
+            target.running += 1
+        self.end(source)
+
     def make_room(self) -> None:
         """Wait until one more full version may be built beside the active one.
 

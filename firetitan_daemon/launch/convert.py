@@ -22,6 +22,7 @@ from firetitan_daemon.core.ports import (
     WrittenPoint,
 )
 from firetitan_daemon.core.records import (
+    HotloadTransition,
     ModelInfo,
     RecoveryPoint,
     ReplayCheck,
@@ -96,9 +97,16 @@ def execute_request(command: Command) -> worker_pb2.ExecuteRequest:
     return request
 
 
-def apply_request(layers: Sequence[SnapshotLayer], keep: Sequence[str]) -> worker_pb2.ApplyRequest:
+def apply_request(
+    layers: Sequence[SnapshotLayer],
+    keep: Sequence[str],
+    transition: HotloadTransition,
+    keep_prompt_cache: bool,
+) -> worker_pb2.ApplyRequest:
     """The snapshots to serve."""
-    request = worker_pb2.ApplyRequest(keep=keep)
+    request = worker_pb2.ApplyRequest(
+        keep=keep, transition=transition.value, keep_prompt_cache=keep_prompt_cache
+    )
     for layer in layers:
         request.layers.add(
             name=layer.name,

@@ -25,7 +25,13 @@ from firetitan_daemon.core.ports import (
     WorkerStatus,
     WrittenPoint,
 )
-from firetitan_daemon.core.records import ModelInfo, RecoveryPoint, Session, WorkerSpec
+from firetitan_daemon.core.records import (
+    HotloadTransition,
+    ModelInfo,
+    RecoveryPoint,
+    Session,
+    WorkerSpec,
+)
 from firetitan_daemon.launch import convert
 from firetitan_daemon.launch.process import Process
 
@@ -166,9 +172,16 @@ class RemoteWorker:
         answer = await self._call(lambda: self._trainer.LoadRecoveryPoint(request))
         return convert.session_from_proto(answer.session)
 
-    async def apply(self, layers: Sequence[SnapshotLayer], keep: Sequence[str]) -> Sequence[str]:
+    async def apply(
+        self,
+        layers: Sequence[SnapshotLayer],
+        keep: Sequence[str],
+        transition: HotloadTransition = HotloadTransition.FINISH,
+        *,
+        keep_prompt_cache: bool = False,
+    ) -> Sequence[str]:
         """Serve the last layer's weights; returns what is loaded."""
-        request = convert.apply_request(layers, keep)
+        request = convert.apply_request(layers, keep, transition, keep_prompt_cache)
         response = await self._call(lambda: self._sampler.Apply(request))
         return tuple(response.loaded_snapshots)
 

@@ -69,7 +69,13 @@ class ProtobufCodec(Codec):
     def hotload(self, payload: bytes) -> HotloadArguments:
         """Read a HotloadSnapshotRequest."""
         request = _parse(deployment_service_pb2.HotloadSnapshotRequest, payload)
-        return HotloadArguments(request.deployment, request.snapshot, request.etag)
+        return HotloadArguments(
+            request.deployment,
+            request.snapshot,
+            request.etag,
+            convert.transition(request.transition),
+            request.keep_prompt_cache,
+        )
 
     def checkpoint_result(self, checkpoint: Checkpoint) -> bytes:
         """An Operation with only its result set."""

@@ -23,10 +23,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from firetitan_daemon.control.codec import Header
 from firetitan_daemon.control.session_settings import Wanted
 from firetitan_daemon.core import names
+from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.expiry import expire_time
 from firetitan_daemon.core.records import (
     Checkpoint,
     Deployment,
+    HotloadTransition,
     LoraSettings,
     Model,
     ModelInfo,
@@ -48,6 +50,11 @@ _TRAINER_STATES = {
     ResourceState.RECOVERING: trainer_pb2.Trainer.STATE_RECOVERING,
     ResourceState.FAILED: trainer_pb2.Trainer.STATE_FAILED,
     ResourceState.DELETING: trainer_pb2.Trainer.STATE_DELETING,
+}
+_TRANSITIONS = {
+    HotloadTransition.FINISH: deployment_pb2.HOTLOAD_TRANSITION_FINISH,
+    HotloadTransition.SYNC: deployment_pb2.HOTLOAD_TRANSITION_SYNC,
+    HotloadTransition.ASYNC: deployment_pb2.HOTLOAD_TRANSITION_ASYNC,
 }
 _DEPLOYMENT_STATES = {
     ResourceState.CREATING: deployment_pb2.Deployment.STATE_CREATING,
@@ -184,6 +191,7 @@ def deployment(record: Deployment, worker_pid: int) -> deployment_pb2.Deployment
         etag=record.etag,
         create_time=timestamp(record.create_time),
         worker_pid=worker_pid,
+        transition=_TRANSITIONS[record.transition],
     )
     if record.shape is not None:
         message.shape.CopyFrom(shape(as_loaded(record.shape, record.model)))
@@ -218,6 +226,25 @@ def lora(settings: LoraSettings) -> session_pb2.LoraConfig:
         train_attn=settings.train_attn,
         train_mlp=settings.train_mlp,
         train_unembed=settings.train_unembed,
+    )
+
+
+def transition(value: int) -> HotloadTransition | None:
+    """What becomes of running sequences; None where the request leaves it open.
+
+    Raises:
+        FiretitanError: INVALID_ARGUMENT for a number this version does not know.
+    """
+    if value == deployment_pb2.HOTLOAD_TRANSITION_UNSPECIFIED:
+        return None
+    for known, number in _TRANSITIONS.items():
+        if number == value:
+            return known
+    raise FiretitanError(
+        Reason.INVALID_ARGUMENT,
+        f"transition: {value} is unknown; give one of "
+        f"{', '.join(deployment_pb2.HotloadTransition.keys())}",
+        field="transition",
     )
 
 

@@ -8,12 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
-from firetitan.v1 import sampling_service_pb2
+import numpy as np
+from firetitan.v1 import sampling_service_pb2, tensor_pb2
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import NewTokens, SampleRequest, SampleResult, StopReason
-from firetitan_daemon.worker.convert import to_bytes, tokens_from_proto
+from firetitan_daemon.engine.api import (
+    Int64Array,
+    NewTokens,
+    SampleRequest,
+    SampleResult,
+    StopReason,
+    TokenLogprobs,
+)
+from firetitan_daemon.worker.convert import (
+    float_tensor_to_proto,
+    tensor_from_proto,
+    to_bytes,
+    tokens_from_proto,
+)
 
 DEFAULT_MAX_TOKENS = 1024
 _GOING_ON = sampling_service_pb2.STOP_REASON_UNSPECIFIED
@@ -58,6 +72,9 @@ def sample_request_from_proto(
         prompt = tokens_from_proto(request.prompt, "prompt")
     except FiretitanError as error:
         raise FiretitanError(Reason.INVALID_ARGUMENT, error.message, field=error.field) from error
+    targets = None
+    if request.HasField("target_prompt_logprobs"):
+        targets = _int64(request.target_prompt_logprobs, "target_prompt_logprobs")
     default = max(1, min(DEFAULT_MAX_TOKENS, context_length - len(prompt)))
     return SampleRequest(
         prompt=prompt,
@@ -73,13 +90,30 @@ def sample_request_from_proto(
         prompt_logprobs=request.prompt_logprobs,
         routing=request.routing_matrices,
         prompt_routing=request.prompt_routing_matrices,
+        topk_prompt_logprobs=request.topk_prompt_logprobs,
+        target_prompt_logprobs=targets,
+        prompt_logprobs_last_n=request.prompt_logprobs_last_n,
+        topk_sample_logprobs=request.topk_sample_logprobs,
+        prompt_alt_tokens_k=request.prompt_alt_tokens_k,
         snapshot=_loaded_name(request.snapshot, loaded) if request.snapshot else None,
     )
 
 
 def sample_response_to_proto(result: SampleResult) -> sampling_service_pb2.SampleResponse:
     """The sequences, with the snapshot that made them by its full name."""
-    response = sampling_service_pb2.SampleResponse(snapshot=_snapshot_name(result.snapshot))
+    prompt, times = result.prompt, result.times
+    response = sampling_service_pb2.SampleResponse(
+        snapshot=_snapshot_name(result.snapshot),
+        prompt_logprobs=b"" if prompt.logprobs is None else to_bytes(prompt.logprobs, "<f4"),
+        prompt_top_logprobs=_token_logprobs(prompt.top),
+        target_prompt_logprobs=(
+            None if prompt.targets is None else float_tensor_to_proto(prompt.targets)
+        ),
+        prompt_alt_tokens=_token_logprobs(prompt.alternatives),
+        cached_prompt_tokens=result.cached_prompt_tokens,
+        num_concurrent_requests=result.num_concurrent,
+        prompt_routing_matrices=result.prompt_routing,
+    )
     for sequence in result.sequences:
         response.sequences.add(
             token_ids=to_bytes(sequence.token_ids, "<i4"),
@@ -87,12 +121,22 @@ def sample_response_to_proto(result: SampleResult) -> sampling_service_pb2.Sampl
             inference_logprobs=to_bytes(sequence.inference_logprobs, "<f4"),
             stop_reason=_STOP_REASONS[sequence.stop_reason],
             routing_matrices=sequence.routing,
+            top_logprobs=_token_logprobs(sequence.top_logprobs),
+            made_by=[
+                sampling_service_pb2.SnapshotRange(
+                    snapshot=_snapshot_name(one.snapshot), first_token=one.first_token
+                )
+                for one in sequence.made_by
+            ],
         )
-    if result.prompt_logprobs is not None:
-        response.prompt_logprobs = to_bytes(result.prompt_logprobs, "<f4")
-    response.prompt_routing_matrices.extend(result.prompt_routing)
-    response.queue_duration.FromNanoseconds(round(result.queue_s * 1e9))
-    response.prefill_duration.FromNanoseconds(round(result.prefill_s * 1e9))
+    for duration, seconds in (
+        (response.queue_duration, times.queue_s),
+        (response.prefill_duration, times.prefill_s),
+        (response.first_token_duration, times.first_token_s),
+        (response.generation_queue_duration, times.generation_queue_s),
+        (response.generation_duration, times.generation_s),
+    ):
+        duration.FromNanoseconds(round(seconds * 1e9))
     return response
 
 
@@ -148,9 +192,36 @@ def new_tokens_to_proto(
                 stop_reason=_STOP_REASONS[one.stop_reason] if one.stop_reason else _GOING_ON,
                 snapshot=_snapshot_name(one.snapshot),
                 routing_matrices=one.routing[known:],
+                top_logprobs=_token_logprobs(one.top_logprobs, known),
             )
         )
     return told
+
+
+def _token_logprobs(
+    table: TokenLogprobs | None, first: int = 0
+) -> sampling_service_pb2.TokenLogprobs | None:
+    if table is None:
+        return None
+    return sampling_service_pb2.TokenLogprobs(
+        per_position=table.token_ids.shape[1],
+        token_ids=to_bytes(table.token_ids[first:], "<i4"),
+        logprobs=to_bytes(table.logprobs[first:], "<f4"),
+    )
+
+
+def _int64(tensor: tensor_pb2.Tensor, field: str) -> Int64Array:
+    try:
+        array = tensor_from_proto(tensor, field)
+    except FiretitanError as error:
+        raise FiretitanError(Reason.INVALID_ARGUMENT, error.message, field=field) from error
+    if array.dtype != np.int64:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"{field}: is {array.dtype.name}; send it as int64",
+            field=field,
+        )
+    return cast(Int64Array, array)
 
 
 def _loaded_name(name: str, loaded: Sequence[str]) -> str:

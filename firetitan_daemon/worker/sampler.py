@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
 from firetitan_daemon.engine.api import (
+    HotloadTransition,
     NewTokens,
     SampleEngine,
     SampleRequest,
@@ -123,11 +124,24 @@ class SamplerServicer(worker_pb2_grpc.SamplerWorkerServiceServicer):
         if not layers:
             raise FiretitanError(Reason.INVALID_ARGUMENT, "layers: empty; name at least one")
         keep = list(request.keep)
+        try:
+            transition = HotloadTransition(request.transition or HotloadTransition.FINISH)
+        except ValueError as error:
+            raise FiretitanError(
+                Reason.UNSUPPORTED, f"transition: {error}; this worker does not know it"
+            ) from error
         async with self._applying:
             # A repeat after a lost answer: the parent of its first layer may be gone by now.
             if engine.active != layers[-1].name:
                 failpoint("sampler.applying")
-                await self._host.run(lambda: engine.apply(layers, keep=keep))
+                await self._host.run(
+                    lambda: engine.apply(
+                        layers,
+                        keep=keep,
+                        transition=transition,
+                        keep_prompts=request.keep_prompt_cache,
+                    )
+                )
                 failpoint("sampler.applied")
             return engine.loaded
 

@@ -84,33 +84,15 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
         lambda on: manager(on).update("serving", {"displayName": "n"}, "displayName"),
     ],
     "FiretitanProvisioningConfig: projection_head_dim": [config(projection_head_dim=8)],
-    f"{TRAINING}: weight_sync": [lambda on: on.policy.weight_sync()],
-    f"{SAMPLING}: topk_prompt_logprobs, topk_sample_logprobs, target_prompt_logprobs, "
-    "prompt_alt_tokens_k": [
-        sample(include_prompt_logprobs=True, topk_prompt_logprobs=2),
-        sample(topk_sample_logprobs=2),
-        sample(target_prompt_logprobs=[[1], [2]]),
-        sample(prompt_alt_tokens_k=2),
+    f"{TRAINING}: weight_sync": [
+        lambda on: on.policy.weight_sync()
     ],
     f"{SAMPLING}: images": [sample(images=["a"])],
     f"{SAMPLING}: get_sampler_handle, from_sampler_handle": [absent("get_sampler_handle")],
-    "FiretitanSamplingParams: top_sampling_logprobs, sampling_mask": [
-        sample(sampling_params=FiretitanSamplingParams(**{name: value}))
-        for name, value in (
-            ("top_sampling_logprobs", 2),
-            ("sampling_mask", [1]),
-        )
+    "FiretitanSamplingParams: sampling_mask": [
+        sample(sampling_params=FiretitanSamplingParams(sampling_mask=[1]))
     ],
-    "DeploymentSampler: async_completions_stream": [absent("async_completions_stream")],
-    "DeploymentSampler: echo, echo_last, top_logprobs": [
-        native(echo=True),
-        native(echo_last=2),
-        native(top_logprobs=2),
-    ],
-    "DeploymentSampler: images, raw_output": [
-        native(images=["a"]),
-        native(raw_output=True),
-    ],
+    "DeploymentSampler: images": [native(images=["a"])],
     "DeploymentConfig: hot_load_transition_type": [deployment("SYNC"), deployment("ASYNC")],
 }
 

@@ -37,7 +37,8 @@ def engine(tiny_llama: Path) -> Iterator[HfSampleEngine]:
         ({"prompt": np.zeros(0, np.int32)}, "prompt", "at least one token"),
         ({"prompt": np.array([1, 2, 272], np.int32)}, "prompt[2]", "is 272; .* 0 to 271"),
         ({"prompt": np.array([1, -1], np.int32)}, "prompt[1]", "is -1"),
-        ({"max_tokens": 0}, "max_tokens", "is 0; at least 1"),
+        ({"max_tokens": 0}, "max_tokens", "is 0, which only scores"),
+        ({"max_tokens": -1}, "max_tokens", "is -1; at least 1"),
         ({"max_tokens": 241}, "max_tokens", "is 241; with the prompt.s 16 tokens .* above 256"),
         ({"num_samples": 0}, "num_samples", "is 0; at least 1"),
         ({"temperature": -0.1}, "temperature", "-0.1"),
@@ -92,13 +93,13 @@ def test_one_token_is_enough_to_get_the_prompts_logprobs(engine: HfSampleEngine)
     result = engine.submit(
         replace(REQUEST, num_samples=1, max_tokens=1, prompt_logprobs=True)
     ).result()
-    assert result.prompt_logprobs is not None
-    assert result.prompt_logprobs.shape == PROMPT.shape
-    assert np.isnan(result.prompt_logprobs[0])
-    assert (result.prompt_logprobs[1:] < 0).all()
+    assert result.prompt.logprobs is not None
+    assert result.prompt.logprobs.shape == PROMPT.shape
+    assert np.isnan(result.prompt.logprobs[0])
+    assert (result.prompt.logprobs[1:] < 0).all()
     assert len(result.sequences[0].token_ids) == 1
     assert result.snapshot == ""
-    assert result.queue_s >= 0.0 < result.prefill_s
+    assert result.times.queue_s >= 0.0 < result.times.prefill_s
 
 
 def test_a_stop_token_ends_the_sequence_and_stays_in_it(engine: HfSampleEngine) -> None:
@@ -200,8 +201,8 @@ def test_a_prompt_asked_for_again_runs_once_and_gives_the_same_bits(tiny_llama: 
         config = SamplerConfig(max_rows=8, branch_rows=4, prompt_bytes=prompt_bytes)
         engine = HfSampleEngine(ModelSpec(str(tiny_llama)), config)
         prefill, prompts = engine._decoder.prefill, []
-        engine._decoder.prefill = lambda prompt, *, logprobs, run=prefill, seen=prompts: (
-            seen.append(prompt) or run(prompt, logprobs=logprobs)
+        engine._decoder.prefill = lambda prompt, wanted, run=prefill, seen=prompts: (
+            seen.append(prompt) or run(prompt, wanted)
         )
         found.append([bits(engine.submit(request).result()) for request in asked])
         assert len(prompts) == passes

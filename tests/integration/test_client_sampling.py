@@ -176,7 +176,8 @@ def test_prompt_logprobs(policy: FiretitanTrainingClient, service: FiretitanServ
     [
         ({"prompt": []}, ValueError, "prompt: has no tokens"),
         ({"num_samples": 0}, ValueError, "num_samples: is 0"),
-        ({"topk_prompt_logprobs": 3}, NotImplementedError, "topk_prompt_logprobs"),
+        ({"topk_prompt_logprobs": -3}, ValueError, "topk_prompt_logprobs: is -3"),
+        ({"images": [b"png"]}, NotImplementedError, "images"),
         ({"prompt_logprobs_last_n": 3}, ValueError, "include_prompt_logprobs"),
         (
             {"sampling_params": tinker.SamplingParams(stop=[""])},
@@ -259,8 +260,8 @@ async def test_deployment_sampler(
     assert await sampler.sample_with_prompt_tokens([1, 2, 3], max_seq_len=3) == []
     with pytest.raises(ValueError, match="max_seq_len is 3"):
         await sampler.sample_with_prompt_tokens_result([1, 2, 3], max_seq_len=3)
-    with pytest.raises(NotImplementedError, match="echo"):
-        await sampler.sample_with_prompt_tokens([1, 2, 3], echo=True)
+    with pytest.raises(NotImplementedError, match="images"):
+        await sampler.sample_with_tokens(chat, images=[b"png"])
     with pytest.raises(TypeError, match="'temprature'"):
         await sampler.sample_with_prompt_tokens([1, 2, 3], temprature=1)
     elsewhere = DeploymentSampler(sampler.base_url, sampler.model)

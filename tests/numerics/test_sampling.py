@@ -107,8 +107,8 @@ def test_logprobs_are_those_of_one_plain_forward_pass(
         prompt_routing=architecture in ROUTED,
     )
     result = engine.submit(request).result()
-    assert result.prompt_logprobs is not None
-    assert np.isnan(result.prompt_logprobs[0])
+    assert result.prompt.logprobs is not None
+    assert np.isnan(result.prompt.logprobs[0])
     gaps = []
     for sequence in result.sequences:
         tokens = np.concatenate((PROMPT, sequence.token_ids))
@@ -119,7 +119,7 @@ def test_logprobs_are_those_of_one_plain_forward_pass(
                 expected = plain_logprobs(model, tokens)
         else:
             expected = plain_logprobs(model, tokens)
-        found = np.concatenate((result.prompt_logprobs[1:], sequence.inference_logprobs))
+        found = np.concatenate((result.prompt.logprobs[1:], sequence.inference_logprobs))
         gaps.append(np.abs(found - expected))
         assert np.array_equal(sequence.sampling_logprobs, sequence.inference_logprobs)
     assert np.mean(gaps) <= mean
@@ -134,9 +134,9 @@ def test_long_prompts_run_in_chunks_with_the_same_logprobs(
     prompt = np.random.default_rng(0).integers(0, 256, 60).astype(np.int32)
     request = SampleRequest(prompt, 1, 5, seed=1, temperature=0.0, prompt_logprobs=True)
     result = open_engine(folder).submit(request).result()
-    assert result.prompt_logprobs is not None
+    assert result.prompt.logprobs is not None
     expected = plain_logprobs(plain_model(folder), prompt)
-    assert np.abs(result.prompt_logprobs[1:] - expected).max() < 1e-4
+    assert np.abs(result.prompt.logprobs[1:] - expected).max() < 1e-4
     assert result.sequences[0].token_ids.tolist() == _generate(plain_model(folder), prompt, 5)
 
 
@@ -214,6 +214,6 @@ def test_models_whose_rows_cannot_share_a_step(
         )
         result = engine.submit(request).result()
         assert result.sequences[1].token_ids.tolist() == _generate(model, PROMPT, 20)
-        assert result.prompt_logprobs is not None
+        assert result.prompt.logprobs is not None
         expected = plain_logprobs(model, PROMPT)
-        assert np.abs(result.prompt_logprobs[1:] - expected).max() < 1e-4
+        assert np.abs(result.prompt.logprobs[1:] - expected).max() < 1e-4

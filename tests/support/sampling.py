@@ -39,7 +39,7 @@ def random_requests(count: int, seed: int, longest: int = 40) -> list[SampleRequ
 
 def bits(result: SampleResult) -> tuple[object, ...]:
     """Everything a request and its snapshot decide, to the bit."""
-    prompt = None if result.prompt_logprobs is None else result.prompt_logprobs.tobytes()
+    prompt = None if result.prompt.logprobs is None else result.prompt.logprobs.tobytes()
     return (
         result.snapshot,
         prompt,

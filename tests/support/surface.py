@@ -121,10 +121,10 @@ CLASSES = {
         sample_with_tokens(messages, n=1, max_tokens=None, temperature=1.0, max_seq_len=None,
             **options)
         sample_with_prompt_tokens(prompt_token_ids, n=1, max_tokens=None, temperature=1.0,
-            max_seq_len=None, stop=None, prompt_cache_key=None, *, top_p=1.0, top_k=0, seed=None,
-            http_timeout=600, logprobs=None, include_routing_matrix=False, **options)
-        sample_with_prompt_tokens_result(prompt_token_ids, **options)
-        async_completions_stream(prompt, max_tokens=None, temperature=1.0, **options)
+            max_seq_len=None, stop=None, prompt_cache_key=None, **options)
+        sample_with_prompt_tokens_result(prompt_token_ids, max_tokens=None, temperature=1.0,
+            max_seq_len=None, stop=None, prompt_cache_key=None, **options)
+        async_completions_stream(prompt, max_tokens=1024, temperature=1.0, **options)
         drain_metrics()
         close()
         result(timeout=None) +async
@@ -293,7 +293,8 @@ CLASSES = {
     "SampledCompletion": """
         text, full_tokens, prompt_len, finish_reason = 'unknown', completion_len = 0,
         inference_logprobs = None, sampling_logprobs = None, logprobs_echoed = False,
-        routing_matrices = None, snapshot = ''
+        routing_matrices = None, echoed_prompt_logprob_count = 0, inference_topk_token_ids = None,
+        inference_topk_logprobs = None, snapshot = ''
     """,
     "ServerMetrics": """
         num_concurrent_requests = None, prefill_queue_duration = None,

@@ -19,6 +19,7 @@ from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import (
     Float32Array,
+    HotloadTransition,
     ModelInfo,
     ModelSpec,
     NewTokens,
@@ -26,13 +27,23 @@ from firetitan_daemon.engine.api import (
     SampledSequence,
     SampleRequest,
     SampleResult,
+    SampleTimes,
     SnapshotKind,
     SnapshotLayer,
+    SnapshotRange,
     StopReason,
+    TokenLogprobs,
 )
 from firetitan_daemon.engine.delta import apply_delta
-from firetitan_daemon.engine.draw import DrawParams, draw, token_logprob, uniform
+from firetitan_daemon.engine.draw import DrawParams, draw, uniform
 from firetitan_daemon.engine.raw import RawTensors, read_safetensors, result_digest
+from firetitan_daemon.engine.score import (
+    PromptScorer,
+    check_scoring,
+    joined,
+    scoring_of,
+    top_logprobs,
+)
 from firetitan_daemon.engine.stops import StopStrings
 from firetitan_daemon.engine.toy import model
 from firetitan_daemon.engine.toy.train import BASE_FILE
@@ -54,6 +65,8 @@ class _Sequence:
     token_ids: list[int] = field(default_factory=list)
     sampling: list[float] = field(default_factory=list)
     inference: list[float] = field(default_factory=list)
+    top: list[TokenLogprobs] = field(default_factory=list)
+    made_by: list[SnapshotRange] = field(default_factory=list)
     reason: StopReason | None = None
 
 
@@ -64,7 +77,10 @@ class _Request:
     submitted_s: float
     progress: Progress | None = None
     version: _Version | None = None
-    queue_s: float = 0.0
+    prompt_version: _Version | None = None
+    """What the prompt ran under; the first tokens are drawn from it."""
+    begun_s: float = 0.0
+    num_concurrent: int = 1
     sequences: list[_Sequence] = field(default_factory=list)
     error: FiretitanError | None = None
 
@@ -87,6 +103,7 @@ class ToySampleEngine:
         self._keep: frozenset[str] = frozenset()
         self._requests: list[_Request] = []
         self._closed = False
+        self._draining = 0
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="toy-sampler", daemon=True)
         self._thread.start()
@@ -107,7 +124,14 @@ class ToySampleEngine:
         with self._changed:
             return tuple(self._versions)
 
-    def apply(self, layers: Sequence[SnapshotLayer], *, keep: Sequence[str] = ()) -> None:
+    def apply(
+        self,
+        layers: Sequence[SnapshotLayer],
+        *,
+        keep: Sequence[str] = (),
+        transition: HotloadTransition = HotloadTransition.FINISH,
+        keep_prompts: bool = False,
+    ) -> None:
         """Build the last layer's weights, verify, swap.
 
         Raises:
@@ -117,10 +141,15 @@ class ToySampleEngine:
             raise FiretitanError(Reason.INVALID_ARGUMENT, "layers: is empty", field="layers")
         built = self._build(layers)
         with self._changed:
+            if transition is HotloadTransition.SYNC:
+                self._drain()
             self._versions[built.name] = built
             self._active = built
             self._keep = frozenset(keep)
+            if transition is HotloadTransition.ASYNC:
+                self._move(built)
             self._drop_unused()
+            self._changed.notify_all()
 
     def submit(
         self, request: SampleRequest, progress: Progress | None = None
@@ -156,6 +185,25 @@ class ToySampleEngine:
                 )
         self._requests.clear()
         self._versions.clear()
+
+    def _drain(self) -> None:
+        """Under the lock: wait until nothing runs; nothing begins meanwhile."""
+        self._draining += 1
+        try:
+            self._changed.wait_for(lambda: self._closed or not self._begun())
+        finally:
+            self._draining -= 1
+
+    def _begun(self) -> list[_Request]:
+        return [request for request in self._requests if request.sequences]
+
+    def _move(self, version: _Version) -> None:
+        """Under the lock: let every running request that names no snapshot go on under it."""
+        for request in self._begun():
+            if request.spec.snapshot is None and request.version is not None:
+                request.version.users -= 1
+                request.version = version
+                version.users += 1
 
     def _build(self, layers: Sequence[SnapshotLayer]) -> _Version:
         tensors: RawTensors = {}
@@ -208,13 +256,17 @@ class ToySampleEngine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._requests and not self._closed:
-                    self._changed.wait()
+                self._changed.wait_for(self._has_work)
                 if self._closed:
                     return
-                ended = [each for each in list(self._requests) if self._advance(each)]
+                running = self._begun() if self._draining else list(self._requests)
+                ended = [each for each in running if self._advance(each)]
+                self._changed.notify_all()
             for request in ended:
                 _answer(request)
+
+    def _has_work(self) -> bool:
+        return bool(self._closed or (self._begun() if self._draining else self._requests))
 
     def _advance(self, request: _Request) -> bool:
         """Start a request or compute one token of each of its sequences; True where it ended."""
@@ -227,7 +279,7 @@ class ToySampleEngine:
         running = [n for n, each in enumerate(request.sequences) if each.reason is None]
         try:
             for index in running:
-                _extend(request.version.logits, request.spec, index, request.sequences[index])
+                _extend(request.version, request.spec, index, request.sequences[index])
             if request.progress is not None:
                 name = request.version.name
                 request.progress([_news(n, request.sequences[n], name) for n in running])
@@ -240,10 +292,12 @@ class ToySampleEngine:
 
     def _start(self, request: _Request) -> None:
         spec = request.spec
-        request.queue_s = time.monotonic() - request.submitted_s
+        request.begun_s = time.monotonic()
+        request.num_concurrent = len(self._requests)
         if request.version is None:
             request.version = self._active
             request.version.users += 1
+        request.prompt_version = request.version
         prompt = [int(token) for token in spec.prompt]
         request.sequences = [
             _Sequence(StopStrings(spec.stop, model.decode, prompt)) for _ in range(spec.num_samples)
@@ -260,14 +314,21 @@ def _version(name: str, tensors: RawTensors) -> _Version:
     return _Version(name, tensors, model.logits_table(model.arrays(tensors)))
 
 
-def _extend(logits_VV: Float32Array, spec: SampleRequest, index: int, sequence: _Sequence) -> None:
+def _extend(version: _Version, spec: SampleRequest, index: int, sequence: _Sequence) -> None:
+    if not spec.max_tokens:
+        sequence.reason = StopReason.LENGTH
+        return
+    if not sequence.made_by or sequence.made_by[-1].snapshot != version.name:
+        sequence.made_by.append(SnapshotRange(version.name, len(sequence.token_ids)))
     last = sequence.token_ids[-1] if sequence.token_ids else int(spec.prompt[-1])
     params = DrawParams(spec.temperature, spec.top_k, spec.top_p)
     number = uniform(spec.seed, index, len(sequence.token_ids))
-    drawn = draw(logits_VV[last], params, number)
+    drawn = draw(version.logits[last], params, number)
     sequence.token_ids.append(drawn.token)
     sequence.sampling.append(drawn.sampling_logprob)
     sequence.inference.append(drawn.inference_logprob)
+    if spec.topk_sample_logprobs:
+        sequence.top.append(top_logprobs(version.logits[last], spec.topk_sample_logprobs))
     ended = drawn.token in spec.stop_token_ids or (spec.use_eos and drawn.token == model.EOS)
     if ended or (spec.stop and sequence.stops.push(drawn.token)):
         sequence.reason = StopReason.STOP
@@ -278,12 +339,13 @@ def _extend(logits_VV: Float32Array, spec: SampleRequest, index: int, sequence: 
 def _news(index: int, sequence: _Sequence, snapshot: str) -> NewTokens:
     return NewTokens(
         index,
-        len(sequence.token_ids) - 1,
+        max(0, len(sequence.token_ids) - 1),
         np.array(sequence.token_ids[-1:], np.int32),
         np.array(sequence.sampling[-1:], np.float32),
         np.array(sequence.inference[-1:], np.float32),
         sequence.reason,
         snapshot,
+        top_logprobs=sequence.top[-1] if sequence.top else None,
     )
 
 
@@ -293,28 +355,33 @@ def _answer(request: _Request) -> None:
         return
     if request.error is not None:
         request.future.set_exception(request.error)
-    elif request.version is not None:
-        request.future.set_result(_result(request, request.version))
+    elif request.version is not None and request.prompt_version is not None:
+        request.future.set_result(_result(request, request.version, request.prompt_version))
 
 
-def _result(request: _Request, version: _Version) -> SampleResult:
+def _result(request: _Request, version: _Version, prompt_version: _Version) -> SampleResult:
     sequences = [
         SampledSequence(
             np.array(each.token_ids, np.int32),
             np.array(each.sampling, np.float32),
             np.array(each.inference, np.float32),
             each.reason or StopReason.LENGTH,
+            top_logprobs=joined(each.top) if each.top else None,
+            made_by=tuple(each.made_by),
         )
         for each in request.sequences
     ]
-    prompt_logprobs: Float32Array | None = None
-    if request.spec.prompt_logprobs:
-        prompt = request.spec.prompt
-        prompt_logprobs = np.full(len(prompt), np.nan, np.float32)
-        for at in range(1, len(prompt)):
-            row_V = version.logits[int(prompt[at - 1])]
-            prompt_logprobs[at] = token_logprob(row_V, int(prompt[at]))
-    return SampleResult(sequences, version.name, prompt_logprobs, request.queue_s, 0.0)
+    scorer = PromptScorer(request.spec.prompt, scoring_of(request.spec))
+    for at in range(scorer.first, len(request.spec.prompt)):
+        scorer.take(at, prompt_version.logits[int(request.spec.prompt[at - 1])])
+    times = SampleTimes(
+        queue_s=request.begun_s - request.submitted_s,
+        prefill_s=0.0,
+        first_token_s=request.begun_s - request.submitted_s,
+        generation_queue_s=0.0,
+        generation_s=time.monotonic() - request.begun_s,
+    )
+    return SampleResult(sequences, version.name, scorer.scores(), times, 0, request.num_concurrent)
 
 
 def _check(request: SampleRequest, info: ModelInfo) -> None:
@@ -329,7 +396,7 @@ def _check(request: SampleRequest, info: ModelInfo) -> None:
             f"0 to {info.vocab_size - 1} exist",
         ),
         ("num_samples", request.num_samples >= 1, f"is {request.num_samples}; give 1 or more"),
-        ("max_tokens", request.max_tokens >= 1, f"is {request.max_tokens}; give 1 or more"),
+        ("max_tokens", request.max_tokens >= 0, f"is {request.max_tokens}; give 1 or more"),
         (
             "temperature",
             np.isfinite(request.temperature) and request.temperature >= 0,
@@ -346,3 +413,4 @@ def _check(request: SampleRequest, info: ModelInfo) -> None:
     for name, good, what in limits:
         if not good:
             raise FiretitanError(Reason.INVALID_ARGUMENT, f"{name}: {what}", field=name)
+    check_scoring(request, info.vocab_size)

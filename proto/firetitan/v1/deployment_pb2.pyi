@@ -21,6 +21,36 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _HotloadTransition:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _HotloadTransitionEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_HotloadTransition.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    HOTLOAD_TRANSITION_UNSPECIFIED: _HotloadTransition.ValueType  # 0
+    """The deployment's own; of a deployment: FINISH."""
+    HOTLOAD_TRANSITION_FINISH: _HotloadTransition.ValueType  # 1
+    """They end on the weights they began with, beside new ones on the new weights."""
+    HOTLOAD_TRANSITION_SYNC: _HotloadTransition.ValueType  # 2
+    """Nothing begins until they have ended; then the weights change."""
+    HOTLOAD_TRANSITION_ASYNC: _HotloadTransition.ValueType  # 3
+    """They go over to the new weights between two tokens."""
+
+class HotloadTransition(_HotloadTransition, metaclass=_HotloadTransitionEnumTypeWrapper):
+    """What becomes of running sequences at a hotload. Those of requests that name their snapshot end on
+    it in any case.
+    """
+
+HOTLOAD_TRANSITION_UNSPECIFIED: HotloadTransition.ValueType  # 0
+"""The deployment's own; of a deployment: FINISH."""
+HOTLOAD_TRANSITION_FINISH: HotloadTransition.ValueType  # 1
+"""They end on the weights they began with, beside new ones on the new weights."""
+HOTLOAD_TRANSITION_SYNC: HotloadTransition.ValueType  # 2
+"""Nothing begins until they have ended; then the weights change."""
+HOTLOAD_TRANSITION_ASYNC: HotloadTransition.ValueType  # 3
+"""They go over to the new weights between two tokens."""
+global___HotloadTransition = HotloadTransition
+
 @typing.final
 class Deployment(google.protobuf.message.Message):
     """A deployment, held by one sampler worker."""
@@ -77,6 +107,7 @@ class Deployment(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
     WORKER_PID_FIELD_NUMBER: builtins.int
+    TRANSITION_FIELD_NUMBER: builtins.int
     SHAPE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """`deployments/{deployment}`."""
@@ -94,6 +125,8 @@ class Deployment(google.protobuf.message.Message):
     """Changes whenever the record does."""
     worker_pid: builtins.int
     """Process id of the worker; 0 without one."""
+    transition: global___HotloadTransition.ValueType
+    """Of hotloads that name none."""
     @property
     def error(self) -> google.rpc.status_pb2.Status:
         """Why it failed, or why the last hotload did."""
@@ -124,9 +157,10 @@ class Deployment(google.protobuf.message.Message):
         model: firetitan.v1.trainer_pb2.ModelInfo | None = ...,
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         worker_pid: builtins.int = ...,
+        transition: global___HotloadTransition.ValueType = ...,
         shape: firetitan.v1.shape_pb2.Shape | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["create_time", b"create_time", "error", b"error", "model", b"model", "shape", b"shape"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["active_snapshot", b"active_snapshot", "base_model", b"base_model", "create_time", b"create_time", "error", b"error", "etag", b"etag", "max_context_length", b"max_context_length", "model", b"model", "name", b"name", "shape", b"shape", "state", b"state", "trainer", b"trainer", "worker_pid", b"worker_pid"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["active_snapshot", b"active_snapshot", "base_model", b"base_model", "create_time", b"create_time", "error", b"error", "etag", b"etag", "max_context_length", b"max_context_length", "model", b"model", "name", b"name", "shape", b"shape", "state", b"state", "trainer", b"trainer", "transition", b"transition", "worker_pid", b"worker_pid"]) -> None: ...
 
 global___Deployment = Deployment

@@ -26,7 +26,7 @@ from firetitan.v1 import deployment_pb2 as firetitan_dot_v1_dot_deployment__pb2
 from firetitan.v1 import operation_pb2 as firetitan_dot_v1_dot_operation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%firetitan/v1/deployment_service.proto\x12\x0c\x66iretitan.v1\x1a\x1d\x66iretitan/v1/deployment.proto\x1a\x1c\x66iretitan/v1/operation.proto\"\xae\x01\n\x17\x43reateDeploymentRequest\x12\x15\n\rdeployment_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x1a\n\x12max_context_length\x18\x03 \x01(\x05\x12\x0f\n\x07trainer\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x18\n\x10\x64\x65ployment_shape\x18\x14 \x01(\t\"F\n\x18\x43reateDeploymentResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"$\n\x14GetDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"E\n\x15GetDeploymentResponse\x12,\n\ndeployment\x18\x01 \x01(\x0b\x32\x18.firetitan.v1.Deployment\"?\n\x16ListDeploymentsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"a\n\x17ListDeploymentsResponse\x12-\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x18.firetitan.v1.Deployment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x17\x44\x65leteDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteDeploymentResponse\"8\n\x16ScaleDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\x05\"G\n\x17ScaleDeploymentResponse\x12,\n\ndeployment\x18\x01 \x01(\x0b\x32\x18.firetitan.v1.Deployment\"`\n\x16HotloadSnapshotRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"E\n\x17HotloadSnapshotResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"[\n\x12PinSnapshotRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12\x0e\n\x06holder\x18\x03 \x01(\t\x12\x0f\n\x07release\x18\x04 \x01(\x08\"\x15\n\x13PinSnapshotResponse2\xa7\x05\n\x11\x44\x65ploymentService\x12\x61\n\x10\x43reateDeployment\x12%.firetitan.v1.CreateDeploymentRequest\x1a&.firetitan.v1.CreateDeploymentResponse\x12X\n\rGetDeployment\x12\".firetitan.v1.GetDeploymentRequest\x1a#.firetitan.v1.GetDeploymentResponse\x12^\n\x0fListDeployments\x12$.firetitan.v1.ListDeploymentsRequest\x1a%.firetitan.v1.ListDeploymentsResponse\x12\x61\n\x10\x44\x65leteDeployment\x12%.firetitan.v1.DeleteDeploymentRequest\x1a&.firetitan.v1.DeleteDeploymentResponse\x12^\n\x0fScaleDeployment\x12$.firetitan.v1.ScaleDeploymentRequest\x1a%.firetitan.v1.ScaleDeploymentResponse\x12^\n\x0fHotloadSnapshot\x12$.firetitan.v1.HotloadSnapshotRequest\x1a%.firetitan.v1.HotloadSnapshotResponse\x12R\n\x0bPinSnapshot\x12 .firetitan.v1.PinSnapshotRequest\x1a!.firetitan.v1.PinSnapshotResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%firetitan/v1/deployment_service.proto\x12\x0c\x66iretitan.v1\x1a\x1d\x66iretitan/v1/deployment.proto\x1a\x1c\x66iretitan/v1/operation.proto\"\xe3\x01\n\x17\x43reateDeploymentRequest\x12\x15\n\rdeployment_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x1a\n\x12max_context_length\x18\x03 \x01(\x05\x12\x0f\n\x07trainer\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x33\n\ntransition\x18\x07 \x01(\x0e\x32\x1f.firetitan.v1.HotloadTransition\x12\x18\n\x10\x64\x65ployment_shape\x18\x14 \x01(\t\"F\n\x18\x43reateDeploymentResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"$\n\x14GetDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"E\n\x15GetDeploymentResponse\x12,\n\ndeployment\x18\x01 \x01(\x0b\x32\x18.firetitan.v1.Deployment\"?\n\x16ListDeploymentsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"a\n\x17ListDeploymentsResponse\x12-\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x18.firetitan.v1.Deployment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x17\x44\x65leteDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteDeploymentResponse\"8\n\x16ScaleDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\x05\"G\n\x17ScaleDeploymentResponse\x12,\n\ndeployment\x18\x01 \x01(\x0b\x32\x18.firetitan.v1.Deployment\"\xb0\x01\n\x16HotloadSnapshotRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x33\n\ntransition\x18\x05 \x01(\x0e\x32\x1f.firetitan.v1.HotloadTransition\x12\x19\n\x11keep_prompt_cache\x18\x06 \x01(\x08\"E\n\x17HotloadSnapshotResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"[\n\x12PinSnapshotRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12\x0e\n\x06holder\x18\x03 \x01(\t\x12\x0f\n\x07release\x18\x04 \x01(\x08\"\x15\n\x13PinSnapshotResponse2\xa7\x05\n\x11\x44\x65ploymentService\x12\x61\n\x10\x43reateDeployment\x12%.firetitan.v1.CreateDeploymentRequest\x1a&.firetitan.v1.CreateDeploymentResponse\x12X\n\rGetDeployment\x12\".firetitan.v1.GetDeploymentRequest\x1a#.firetitan.v1.GetDeploymentResponse\x12^\n\x0fListDeployments\x12$.firetitan.v1.ListDeploymentsRequest\x1a%.firetitan.v1.ListDeploymentsResponse\x12\x61\n\x10\x44\x65leteDeployment\x12%.firetitan.v1.DeleteDeploymentRequest\x1a&.firetitan.v1.DeleteDeploymentResponse\x12^\n\x0fScaleDeployment\x12$.firetitan.v1.ScaleDeploymentRequest\x1a%.firetitan.v1.ScaleDeploymentResponse\x12^\n\x0fHotloadSnapshot\x12$.firetitan.v1.HotloadSnapshotRequest\x1a%.firetitan.v1.HotloadSnapshotResponse\x12R\n\x0bPinSnapshot\x12 .firetitan.v1.PinSnapshotRequest\x1a!.firetitan.v1.PinSnapshotResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,33 +34,33 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'firetitan.v1.deployment_ser
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CREATEDEPLOYMENTREQUEST']._serialized_start=117
-  _globals['_CREATEDEPLOYMENTREQUEST']._serialized_end=291
-  _globals['_CREATEDEPLOYMENTRESPONSE']._serialized_start=293
-  _globals['_CREATEDEPLOYMENTRESPONSE']._serialized_end=363
-  _globals['_GETDEPLOYMENTREQUEST']._serialized_start=365
-  _globals['_GETDEPLOYMENTREQUEST']._serialized_end=401
-  _globals['_GETDEPLOYMENTRESPONSE']._serialized_start=403
-  _globals['_GETDEPLOYMENTRESPONSE']._serialized_end=472
-  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=474
-  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=537
-  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=539
-  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=636
-  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_start=638
-  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_end=677
-  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_start=679
-  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_end=705
-  _globals['_SCALEDEPLOYMENTREQUEST']._serialized_start=707
-  _globals['_SCALEDEPLOYMENTREQUEST']._serialized_end=763
-  _globals['_SCALEDEPLOYMENTRESPONSE']._serialized_start=765
-  _globals['_SCALEDEPLOYMENTRESPONSE']._serialized_end=836
-  _globals['_HOTLOADSNAPSHOTREQUEST']._serialized_start=838
-  _globals['_HOTLOADSNAPSHOTREQUEST']._serialized_end=934
-  _globals['_HOTLOADSNAPSHOTRESPONSE']._serialized_start=936
-  _globals['_HOTLOADSNAPSHOTRESPONSE']._serialized_end=1005
-  _globals['_PINSNAPSHOTREQUEST']._serialized_start=1007
-  _globals['_PINSNAPSHOTREQUEST']._serialized_end=1098
-  _globals['_PINSNAPSHOTRESPONSE']._serialized_start=1100
-  _globals['_PINSNAPSHOTRESPONSE']._serialized_end=1121
-  _globals['_DEPLOYMENTSERVICE']._serialized_start=1124
-  _globals['_DEPLOYMENTSERVICE']._serialized_end=1803
+  _globals['_CREATEDEPLOYMENTREQUEST']._serialized_end=344
+  _globals['_CREATEDEPLOYMENTRESPONSE']._serialized_start=346
+  _globals['_CREATEDEPLOYMENTRESPONSE']._serialized_end=416
+  _globals['_GETDEPLOYMENTREQUEST']._serialized_start=418
+  _globals['_GETDEPLOYMENTREQUEST']._serialized_end=454
+  _globals['_GETDEPLOYMENTRESPONSE']._serialized_start=456
+  _globals['_GETDEPLOYMENTRESPONSE']._serialized_end=525
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=527
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=590
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=592
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=689
+  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_start=691
+  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_end=730
+  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_start=732
+  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_end=758
+  _globals['_SCALEDEPLOYMENTREQUEST']._serialized_start=760
+  _globals['_SCALEDEPLOYMENTREQUEST']._serialized_end=816
+  _globals['_SCALEDEPLOYMENTRESPONSE']._serialized_start=818
+  _globals['_SCALEDEPLOYMENTRESPONSE']._serialized_end=889
+  _globals['_HOTLOADSNAPSHOTREQUEST']._serialized_start=892
+  _globals['_HOTLOADSNAPSHOTREQUEST']._serialized_end=1068
+  _globals['_HOTLOADSNAPSHOTRESPONSE']._serialized_start=1070
+  _globals['_HOTLOADSNAPSHOTRESPONSE']._serialized_end=1139
+  _globals['_PINSNAPSHOTREQUEST']._serialized_start=1141
+  _globals['_PINSNAPSHOTREQUEST']._serialized_end=1232
+  _globals['_PINSNAPSHOTRESPONSE']._serialized_start=1234
+  _globals['_PINSNAPSHOTRESPONSE']._serialized_end=1255
+  _globals['_DEPLOYMENTSERVICE']._serialized_start=1258
+  _globals['_DEPLOYMENTSERVICE']._serialized_end=1937
 # @@protoc_insertion_point(module_scope)

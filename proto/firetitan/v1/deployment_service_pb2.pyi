@@ -26,6 +26,7 @@ class CreateDeploymentRequest(google.protobuf.message.Message):
     TRAINER_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    TRANSITION_FIELD_NUMBER: builtins.int
     DEPLOYMENT_SHAPE_FIELD_NUMBER: builtins.int
     deployment_id: builtins.str
     """Last segment of the name; empty: the daemon chooses."""
@@ -39,6 +40,8 @@ class CreateDeploymentRequest(google.protobuf.message.Message):
     """"auto" (as stored, the default), "float32" or "bfloat16"."""
     request_id: builtins.str
     """Makes a retry safe."""
+    transition: firetitan.v1.deployment_pb2.HotloadTransition.ValueType
+    """Of hotloads that name none; one that exists keeps its own."""
     deployment_shape: builtins.str
     """Name of a deployment shape; refused where it cannot serve what is asked for. Empty: one is
     derived from the model and the host.
@@ -52,9 +55,10 @@ class CreateDeploymentRequest(google.protobuf.message.Message):
         trainer: builtins.str = ...,
         dtype: builtins.str = ...,
         request_id: builtins.str = ...,
+        transition: firetitan.v1.deployment_pb2.HotloadTransition.ValueType = ...,
         deployment_shape: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "deployment_id", b"deployment_id", "deployment_shape", b"deployment_shape", "dtype", b"dtype", "max_context_length", b"max_context_length", "request_id", b"request_id", "trainer", b"trainer"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "deployment_id", b"deployment_id", "deployment_shape", b"deployment_shape", "dtype", b"dtype", "max_context_length", b"max_context_length", "request_id", b"request_id", "trainer", b"trainer", "transition", b"transition"]) -> None: ...
 
 global___CreateDeploymentRequest = CreateDeploymentRequest
 
@@ -247,6 +251,8 @@ class HotloadSnapshotRequest(google.protobuf.message.Message):
     SNAPSHOT_FIELD_NUMBER: builtins.int
     ETAG_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    TRANSITION_FIELD_NUMBER: builtins.int
+    KEEP_PROMPT_CACHE_FIELD_NUMBER: builtins.int
     deployment: builtins.str
     """`deployments/{deployment}`."""
     snapshot: builtins.str
@@ -255,6 +261,10 @@ class HotloadSnapshotRequest(google.protobuf.message.Message):
     """Refused with ETAG_MISMATCH unless it is the deployment's; empty: not compared."""
     request_id: builtins.str
     """Makes a retry safe."""
+    transition: firetitan.v1.deployment_pb2.HotloadTransition.ValueType
+    """What becomes of running sequences."""
+    keep_prompt_cache: builtins.bool
+    """Keep computed prompts of snapshots that stay loaded; what other weights computed is never used."""
     def __init__(
         self,
         *,
@@ -262,8 +272,10 @@ class HotloadSnapshotRequest(google.protobuf.message.Message):
         snapshot: builtins.str = ...,
         etag: builtins.str = ...,
         request_id: builtins.str = ...,
+        transition: firetitan.v1.deployment_pb2.HotloadTransition.ValueType = ...,
+        keep_prompt_cache: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["deployment", b"deployment", "etag", b"etag", "request_id", b"request_id", "snapshot", b"snapshot"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deployment", b"deployment", "etag", b"etag", "keep_prompt_cache", b"keep_prompt_cache", "request_id", b"request_id", "snapshot", b"snapshot", "transition", b"transition"]) -> None: ...
 
 global___HotloadSnapshotRequest = HotloadSnapshotRequest
 

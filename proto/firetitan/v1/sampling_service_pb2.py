@@ -26,31 +26,35 @@ from firetitan.v1 import tensor_pb2 as firetitan_dot_v1_dot_tensor__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#firetitan/v1/sampling_service.proto\x12\x0c\x66iretitan.v1\x1a\x19\x66iretitan/v1/tensor.proto\x1a\x1egoogle/protobuf/duration.proto\"\xf4\x01\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\x05\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"\xf6\x01\n\rSampleRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12(\n\x06prompt\x18\x03 \x01(\x0b\x32\x18.firetitan.v1.ModelInput\x12\x13\n\x0bnum_samples\x18\x04 \x01(\x05\x12,\n\x06params\x18\x05 \x01(\x0b\x32\x1c.firetitan.v1.SamplingParams\x12\x17\n\x0fprompt_logprobs\x18\x06 \x01(\x08\x12\x18\n\x10routing_matrices\x18\x07 \x01(\x08\x12\x1f\n\x17prompt_routing_matrices\x18\x08 \x01(\x08\"\xa4\x01\n\x0fSampledSequence\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x19\n\x11sampling_logprobs\x18\x02 \x01(\x0c\x12\x1a\n\x12inference_logprobs\x18\x03 \x01(\x0c\x12-\n\x0bstop_reason\x18\x04 \x01(\x0e\x32\x18.firetitan.v1.StopReason\x12\x18\n\x10routing_matrices\x18\x05 \x03(\x0c\"\xf6\x01\n\x0eSampleResponse\x12\x30\n\tsequences\x18\x01 \x03(\x0b\x32\x1d.firetitan.v1.SampledSequence\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12\x17\n\x0fprompt_logprobs\x18\x03 \x01(\x0c\x12\x31\n\x0equeue_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10prefill_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1f\n\x17prompt_routing_matrices\x18\x06 \x03(\x0c\"o\n\x13SampleStreamRequest\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.firetitan.v1.SampleRequest\x12*\n\x06resume\x18\x02 \x01(\x0b\x32\x1a.firetitan.v1.SampleCursor\"2\n\x0cSampleCursor\x12\x10\n\x08snapshot\x18\x01 \x01(\t\x12\x10\n\x08received\x18\x02 \x03(\x05\"\xdb\x01\n\rSampledTokens\x12\x10\n\x08sequence\x18\x01 \x01(\x05\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x19\n\x11sampling_logprobs\x18\x04 \x01(\x0c\x12\x1a\n\x12inference_logprobs\x18\x05 \x01(\x0c\x12-\n\x0bstop_reason\x18\x06 \x01(\x0e\x32\x18.firetitan.v1.StopReason\x12\x10\n\x08snapshot\x18\x07 \x01(\t\x12\x18\n\x10routing_matrices\x18\x08 \x03(\x0c\"\x8e\x01\n\x14SampleStreamResponse\x12\x11\n\x04seed\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12+\n\x06tokens\x18\x02 \x03(\x0b\x32\x1b.firetitan.v1.SampledTokens\x12-\n\x07summary\x18\x03 \x01(\x0b\x32\x1c.firetitan.v1.SampleResponseB\x07\n\x05_seed*W\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10STOP_REASON_STOP\x10\x01\x12\x16\n\x12STOP_REASON_LENGTH\x10\x02\x32\xaf\x01\n\x0fSamplingService\x12\x43\n\x06Sample\x12\x1b.firetitan.v1.SampleRequest\x1a\x1c.firetitan.v1.SampleResponse\x12W\n\x0cSampleStream\x12!.firetitan.v1.SampleStreamRequest\x1a\".firetitan.v1.SampleStreamResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#firetitan/v1/sampling_service.proto\x12\x0c\x66iretitan.v1\x1a\x19\x66iretitan/v1/tensor.proto\x1a\x1egoogle/protobuf/duration.proto\"\xf4\x01\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\x05\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"\xa5\x03\n\rSampleRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12(\n\x06prompt\x18\x03 \x01(\x0b\x32\x18.firetitan.v1.ModelInput\x12\x13\n\x0bnum_samples\x18\x04 \x01(\x05\x12,\n\x06params\x18\x05 \x01(\x0b\x32\x1c.firetitan.v1.SamplingParams\x12\x17\n\x0fprompt_logprobs\x18\x06 \x01(\x08\x12\x18\n\x10routing_matrices\x18\x07 \x01(\x08\x12\x1f\n\x17prompt_routing_matrices\x18\x08 \x01(\x08\x12\x1c\n\x14topk_prompt_logprobs\x18\t \x01(\x05\x12\x34\n\x16target_prompt_logprobs\x18\n \x01(\x0b\x32\x14.firetitan.v1.Tensor\x12\x1e\n\x16prompt_logprobs_last_n\x18\x0b \x01(\x05\x12\x1c\n\x14topk_sample_logprobs\x18\x0c \x01(\x05\x12\x1b\n\x13prompt_alt_tokens_k\x18\r \x01(\x05\"J\n\rTokenLogprobs\x12\x14\n\x0cper_position\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x10\n\x08logprobs\x18\x03 \x01(\x0c\"\x85\x02\n\x0fSampledSequence\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x19\n\x11sampling_logprobs\x18\x02 \x01(\x0c\x12\x1a\n\x12inference_logprobs\x18\x03 \x01(\x0c\x12-\n\x0bstop_reason\x18\x04 \x01(\x0e\x32\x18.firetitan.v1.StopReason\x12\x18\n\x10routing_matrices\x18\x05 \x03(\x0c\x12\x31\n\x0ctop_logprobs\x18\x06 \x01(\x0b\x32\x1b.firetitan.v1.TokenLogprobs\x12,\n\x07made_by\x18\x07 \x03(\x0b\x32\x1b.firetitan.v1.SnapshotRange\"6\n\rSnapshotRange\x12\x10\n\x08snapshot\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\x05\"\x8c\x05\n\x0eSampleResponse\x12\x30\n\tsequences\x18\x01 \x03(\x0b\x32\x1d.firetitan.v1.SampledSequence\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12\x17\n\x0fprompt_logprobs\x18\x03 \x01(\x0c\x12\x31\n\x0equeue_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10prefill_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1f\n\x17prompt_routing_matrices\x18\x06 \x03(\x0c\x12\x38\n\x13prompt_top_logprobs\x18\x07 \x01(\x0b\x32\x1b.firetitan.v1.TokenLogprobs\x12\x34\n\x16target_prompt_logprobs\x18\x08 \x01(\x0b\x32\x14.firetitan.v1.Tensor\x12\x36\n\x11prompt_alt_tokens\x18\t \x01(\x0b\x32\x1b.firetitan.v1.TokenLogprobs\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\n \x01(\x05\x12\x37\n\x14\x66irst_token_duration\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12<\n\x19generation_queue_duration\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13generation_duration\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1f\n\x17num_concurrent_requests\x18\x0e \x01(\x05\"o\n\x13SampleStreamRequest\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.firetitan.v1.SampleRequest\x12*\n\x06resume\x18\x02 \x01(\x0b\x32\x1a.firetitan.v1.SampleCursor\"2\n\x0cSampleCursor\x12\x10\n\x08snapshot\x18\x01 \x01(\t\x12\x10\n\x08received\x18\x02 \x03(\x05\"\x8e\x02\n\rSampledTokens\x12\x10\n\x08sequence\x18\x01 \x01(\x05\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x19\n\x11sampling_logprobs\x18\x04 \x01(\x0c\x12\x1a\n\x12inference_logprobs\x18\x05 \x01(\x0c\x12-\n\x0bstop_reason\x18\x06 \x01(\x0e\x32\x18.firetitan.v1.StopReason\x12\x10\n\x08snapshot\x18\x07 \x01(\t\x12\x18\n\x10routing_matrices\x18\x08 \x03(\x0c\x12\x31\n\x0ctop_logprobs\x18\t \x01(\x0b\x32\x1b.firetitan.v1.TokenLogprobs\"\x8e\x01\n\x14SampleStreamResponse\x12\x11\n\x04seed\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12+\n\x06tokens\x18\x02 \x03(\x0b\x32\x1b.firetitan.v1.SampledTokens\x12-\n\x07summary\x18\x03 \x01(\x0b\x32\x1c.firetitan.v1.SampleResponseB\x07\n\x05_seed*W\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10STOP_REASON_STOP\x10\x01\x12\x16\n\x12STOP_REASON_LENGTH\x10\x02\x32\xaf\x01\n\x0fSamplingService\x12\x43\n\x06Sample\x12\x1b.firetitan.v1.SampleRequest\x1a\x1c.firetitan.v1.SampleResponse\x12W\n\x0cSampleStream\x12!.firetitan.v1.SampleStreamRequest\x1a\".firetitan.v1.SampleStreamResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'firetitan.v1.sampling_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STOPREASON']._serialized_start=1556
-  _globals['_STOPREASON']._serialized_end=1643
+  _globals['_STOPREASON']._serialized_start=2417
+  _globals['_STOPREASON']._serialized_end=2504
   _globals['_SAMPLINGPARAMS']._serialized_start=113
   _globals['_SAMPLINGPARAMS']._serialized_end=357
   _globals['_SAMPLEREQUEST']._serialized_start=360
-  _globals['_SAMPLEREQUEST']._serialized_end=606
-  _globals['_SAMPLEDSEQUENCE']._serialized_start=609
-  _globals['_SAMPLEDSEQUENCE']._serialized_end=773
-  _globals['_SAMPLERESPONSE']._serialized_start=776
-  _globals['_SAMPLERESPONSE']._serialized_end=1022
-  _globals['_SAMPLESTREAMREQUEST']._serialized_start=1024
-  _globals['_SAMPLESTREAMREQUEST']._serialized_end=1135
-  _globals['_SAMPLECURSOR']._serialized_start=1137
-  _globals['_SAMPLECURSOR']._serialized_end=1187
-  _globals['_SAMPLEDTOKENS']._serialized_start=1190
-  _globals['_SAMPLEDTOKENS']._serialized_end=1409
-  _globals['_SAMPLESTREAMRESPONSE']._serialized_start=1412
-  _globals['_SAMPLESTREAMRESPONSE']._serialized_end=1554
-  _globals['_SAMPLINGSERVICE']._serialized_start=1646
-  _globals['_SAMPLINGSERVICE']._serialized_end=1821
+  _globals['_SAMPLEREQUEST']._serialized_end=781
+  _globals['_TOKENLOGPROBS']._serialized_start=783
+  _globals['_TOKENLOGPROBS']._serialized_end=857
+  _globals['_SAMPLEDSEQUENCE']._serialized_start=860
+  _globals['_SAMPLEDSEQUENCE']._serialized_end=1121
+  _globals['_SNAPSHOTRANGE']._serialized_start=1123
+  _globals['_SNAPSHOTRANGE']._serialized_end=1177
+  _globals['_SAMPLERESPONSE']._serialized_start=1180
+  _globals['_SAMPLERESPONSE']._serialized_end=1832
+  _globals['_SAMPLESTREAMREQUEST']._serialized_start=1834
+  _globals['_SAMPLESTREAMREQUEST']._serialized_end=1945
+  _globals['_SAMPLECURSOR']._serialized_start=1947
+  _globals['_SAMPLECURSOR']._serialized_end=1997
+  _globals['_SAMPLEDTOKENS']._serialized_start=2000
+  _globals['_SAMPLEDTOKENS']._serialized_end=2270
+  _globals['_SAMPLESTREAMRESPONSE']._serialized_start=2273
+  _globals['_SAMPLESTREAMRESPONSE']._serialized_end=2415
+  _globals['_SAMPLINGSERVICE']._serialized_start=2507
+  _globals['_SAMPLINGSERVICE']._serialized_end=2682
 # @@protoc_insertion_point(module_scope)

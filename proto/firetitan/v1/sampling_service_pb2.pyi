@@ -60,7 +60,9 @@ class SamplingParams(google.protobuf.message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: builtins.int
     IGNORE_EOS_FIELD_NUMBER: builtins.int
     max_tokens: builtins.int
-    """New tokens at most; absent: 1024, or what the prompt leaves of the context."""
+    """New tokens at most; absent: 1024, or what the prompt leaves of the context; 0: none, where the
+    prompt is only to be scored.
+    """
     temperature: builtins.float
     """0 takes the most likely token; absent: 1."""
     top_p: builtins.float
@@ -120,6 +122,11 @@ class SampleRequest(google.protobuf.message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     ROUTING_MATRICES_FIELD_NUMBER: builtins.int
     PROMPT_ROUTING_MATRICES_FIELD_NUMBER: builtins.int
+    TOPK_PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
+    TARGET_PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
+    PROMPT_LOGPROBS_LAST_N_FIELD_NUMBER: builtins.int
+    TOPK_SAMPLE_LOGPROBS_FIELD_NUMBER: builtins.int
+    PROMPT_ALT_TOKENS_K_FIELD_NUMBER: builtins.int
     deployment: builtins.str
     """`deployments/{deployment}`."""
     snapshot: builtins.str
@@ -134,6 +141,16 @@ class SampleRequest(google.protobuf.message.Message):
     """Also return the experts that tokens went to; a dense model has none to return."""
     prompt_routing_matrices: builtins.bool
     """Also return those that the prompt's tokens went to."""
+    topk_prompt_logprobs: builtins.int
+    """Also return so many of the likeliest tokens of each position of the prompt."""
+    prompt_logprobs_last_n: builtins.int
+    """Score only so many tokens at the prompt's end, 1 to P - 1; 0: all. Goes with prompt_logprobs and
+    topk_prompt_logprobs.
+    """
+    topk_sample_logprobs: builtins.int
+    """Also return so many of the likeliest tokens of each new position."""
+    prompt_alt_tokens_k: builtins.int
+    """Also draw so many alternatives to each token of the prompt but the first, at the temperature."""
     @property
     def prompt(self) -> firetitan.v1.tensor_pb2.ModelInput:
         """The prompt."""
@@ -141,6 +158,12 @@ class SampleRequest(google.protobuf.message.Message):
     @property
     def params(self) -> global___SamplingParams:
         """How to sample."""
+
+    @property
+    def target_prompt_logprobs(self) -> firetitan.v1.tensor_pb2.Tensor:
+        """Also return the logprobs of these tokens: int64 [P - 1, K] for a prompt of P tokens, row i about
+        position i + 1, -1 where nothing is asked for.
+        """
 
     def __init__(
         self,
@@ -153,11 +176,42 @@ class SampleRequest(google.protobuf.message.Message):
         prompt_logprobs: builtins.bool = ...,
         routing_matrices: builtins.bool = ...,
         prompt_routing_matrices: builtins.bool = ...,
+        topk_prompt_logprobs: builtins.int = ...,
+        target_prompt_logprobs: firetitan.v1.tensor_pb2.Tensor | None = ...,
+        prompt_logprobs_last_n: builtins.int = ...,
+        topk_sample_logprobs: builtins.int = ...,
+        prompt_alt_tokens_k: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["params", b"params", "prompt", b"prompt"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["deployment", b"deployment", "num_samples", b"num_samples", "params", b"params", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "prompt_routing_matrices", b"prompt_routing_matrices", "routing_matrices", b"routing_matrices", "snapshot", b"snapshot"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["params", b"params", "prompt", b"prompt", "target_prompt_logprobs", b"target_prompt_logprobs"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["deployment", b"deployment", "num_samples", b"num_samples", "params", b"params", "prompt", b"prompt", "prompt_alt_tokens_k", b"prompt_alt_tokens_k", "prompt_logprobs", b"prompt_logprobs", "prompt_logprobs_last_n", b"prompt_logprobs_last_n", "prompt_routing_matrices", b"prompt_routing_matrices", "routing_matrices", b"routing_matrices", "snapshot", b"snapshot", "target_prompt_logprobs", b"target_prompt_logprobs", "topk_prompt_logprobs", b"topk_prompt_logprobs", "topk_sample_logprobs", b"topk_sample_logprobs"]) -> None: ...
 
 global___SampleRequest = SampleRequest
+
+@typing.final
+class TokenLogprobs(google.protobuf.message.Message):
+    """k tokens and their raw logprobs at each of n positions."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PER_POSITION_FIELD_NUMBER: builtins.int
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    LOGPROBS_FIELD_NUMBER: builtins.int
+    per_position: builtins.int
+    """k."""
+    token_ids: builtins.bytes
+    """[n, k], int32 little-endian; 0 where a position was not scored."""
+    logprobs: builtins.bytes
+    """[n, k], float32 little-endian; -99999 where a position was not scored."""
+    def __init__(
+        self,
+        *,
+        per_position: builtins.int = ...,
+        token_ids: builtins.bytes = ...,
+        logprobs: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["logprobs", b"logprobs", "per_position", b"per_position", "token_ids", b"token_ids"]) -> None: ...
+
+global___TokenLogprobs = TokenLogprobs
 
 @typing.final
 class SampledSequence(google.protobuf.message.Message):
@@ -170,6 +224,8 @@ class SampledSequence(google.protobuf.message.Message):
     INFERENCE_LOGPROBS_FIELD_NUMBER: builtins.int
     STOP_REASON_FIELD_NUMBER: builtins.int
     ROUTING_MATRICES_FIELD_NUMBER: builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: builtins.int
+    MADE_BY_FIELD_NUMBER: builtins.int
     token_ids: builtins.bytes
     """New tokens, int32 little-endian."""
     sampling_logprobs: builtins.bytes
@@ -186,6 +242,14 @@ class SampledSequence(google.protobuf.message.Message):
         the token was drawn at, so the first is that of the prompt's last token.
         """
 
+    @property
+    def top_logprobs(self) -> global___TokenLogprobs:
+        """Likeliest first, one position a token; only where asked for."""
+
+    @property
+    def made_by(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SnapshotRange]:
+        """What made it, in order: one entry unless it went over to other weights at a hotload."""
+
     def __init__(
         self,
         *,
@@ -194,10 +258,35 @@ class SampledSequence(google.protobuf.message.Message):
         inference_logprobs: builtins.bytes = ...,
         stop_reason: global___StopReason.ValueType = ...,
         routing_matrices: collections.abc.Iterable[builtins.bytes] | None = ...,
+        top_logprobs: global___TokenLogprobs | None = ...,
+        made_by: collections.abc.Iterable[global___SnapshotRange] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["inference_logprobs", b"inference_logprobs", "routing_matrices", b"routing_matrices", "sampling_logprobs", b"sampling_logprobs", "stop_reason", b"stop_reason", "token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["top_logprobs", b"top_logprobs"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["inference_logprobs", b"inference_logprobs", "made_by", b"made_by", "routing_matrices", b"routing_matrices", "sampling_logprobs", b"sampling_logprobs", "stop_reason", b"stop_reason", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]) -> None: ...
 
 global___SampledSequence = SampledSequence
+
+@typing.final
+class SnapshotRange(google.protobuf.message.Message):
+    """The weights that made some tokens of a sequence, up to the next range."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SNAPSHOT_FIELD_NUMBER: builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: builtins.int
+    snapshot: builtins.str
+    """`snapshots/{snapshot}`; empty: the base model."""
+    first_token: builtins.int
+    """Place of the first of these tokens."""
+    def __init__(
+        self,
+        *,
+        snapshot: builtins.str = ...,
+        first_token: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["first_token", b"first_token", "snapshot", b"snapshot"]) -> None: ...
+
+global___SnapshotRange = SnapshotRange
 
 @typing.final
 class SampleResponse(google.protobuf.message.Message):
@@ -211,10 +300,24 @@ class SampleResponse(google.protobuf.message.Message):
     QUEUE_DURATION_FIELD_NUMBER: builtins.int
     PREFILL_DURATION_FIELD_NUMBER: builtins.int
     PROMPT_ROUTING_MATRICES_FIELD_NUMBER: builtins.int
+    PROMPT_TOP_LOGPROBS_FIELD_NUMBER: builtins.int
+    TARGET_PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
+    PROMPT_ALT_TOKENS_FIELD_NUMBER: builtins.int
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    FIRST_TOKEN_DURATION_FIELD_NUMBER: builtins.int
+    GENERATION_QUEUE_DURATION_FIELD_NUMBER: builtins.int
+    GENERATION_DURATION_FIELD_NUMBER: builtins.int
+    NUM_CONCURRENT_REQUESTS_FIELD_NUMBER: builtins.int
     snapshot: builtins.str
-    """`snapshots/{snapshot}` that made every token; empty: the base model."""
+    """`snapshots/{snapshot}` that made every token, or of sequences that went over at a hotload the
+    last ones; empty: the base model.
+    """
     prompt_logprobs: builtins.bytes
-    """Float32 little-endian, one a prompt token, NaN at 0; only where asked for."""
+    """Float32 little-endian, one a prompt token, NaN at 0 and where not scored; only where asked for."""
+    cached_prompt_tokens: builtins.int
+    """Tokens of the prompt that were not computed again."""
+    num_concurrent_requests: builtins.int
+    """Requests at the worker when this one's turn came, itself included."""
     @property
     def sequences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SampledSequence]:
         """One a sample, in order."""
@@ -231,6 +334,30 @@ class SampleResponse(google.protobuf.message.Message):
     def prompt_routing_matrices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
         """Only where asked for, one a prompt token."""
 
+    @property
+    def prompt_top_logprobs(self) -> global___TokenLogprobs:
+        """Likeliest first, one position a prompt token; only where asked for."""
+
+    @property
+    def target_prompt_logprobs(self) -> firetitan.v1.tensor_pb2.Tensor:
+        """Float32 [P - 1, K], 0 where nothing was asked for; only where asked for."""
+
+    @property
+    def prompt_alt_tokens(self) -> global___TokenLogprobs:
+        """In the order drawn, P - 1 positions: row i about position i + 1; only where asked for."""
+
+    @property
+    def first_token_duration(self) -> google.protobuf.duration_pb2.Duration:
+        """From the request's arrival at the worker to its first token."""
+
+    @property
+    def generation_queue_duration(self) -> google.protobuf.duration_pb2.Duration:
+        """From the first token to the last sequence's place in the batch."""
+
+    @property
+    def generation_duration(self) -> google.protobuf.duration_pb2.Duration:
+        """From the first token to the end."""
+
     def __init__(
         self,
         *,
@@ -240,9 +367,17 @@ class SampleResponse(google.protobuf.message.Message):
         queue_duration: google.protobuf.duration_pb2.Duration | None = ...,
         prefill_duration: google.protobuf.duration_pb2.Duration | None = ...,
         prompt_routing_matrices: collections.abc.Iterable[builtins.bytes] | None = ...,
+        prompt_top_logprobs: global___TokenLogprobs | None = ...,
+        target_prompt_logprobs: firetitan.v1.tensor_pb2.Tensor | None = ...,
+        prompt_alt_tokens: global___TokenLogprobs | None = ...,
+        cached_prompt_tokens: builtins.int = ...,
+        first_token_duration: google.protobuf.duration_pb2.Duration | None = ...,
+        generation_queue_duration: google.protobuf.duration_pb2.Duration | None = ...,
+        generation_duration: google.protobuf.duration_pb2.Duration | None = ...,
+        num_concurrent_requests: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["prefill_duration", b"prefill_duration", "queue_duration", b"queue_duration"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["prefill_duration", b"prefill_duration", "prompt_logprobs", b"prompt_logprobs", "prompt_routing_matrices", b"prompt_routing_matrices", "queue_duration", b"queue_duration", "sequences", b"sequences", "snapshot", b"snapshot"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["first_token_duration", b"first_token_duration", "generation_duration", b"generation_duration", "generation_queue_duration", b"generation_queue_duration", "prefill_duration", b"prefill_duration", "prompt_alt_tokens", b"prompt_alt_tokens", "prompt_top_logprobs", b"prompt_top_logprobs", "queue_duration", b"queue_duration", "target_prompt_logprobs", b"target_prompt_logprobs"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "first_token_duration", b"first_token_duration", "generation_duration", b"generation_duration", "generation_queue_duration", b"generation_queue_duration", "num_concurrent_requests", b"num_concurrent_requests", "prefill_duration", b"prefill_duration", "prompt_alt_tokens", b"prompt_alt_tokens", "prompt_logprobs", b"prompt_logprobs", "prompt_routing_matrices", b"prompt_routing_matrices", "prompt_top_logprobs", b"prompt_top_logprobs", "queue_duration", b"queue_duration", "sequences", b"sequences", "snapshot", b"snapshot", "target_prompt_logprobs", b"target_prompt_logprobs"]) -> None: ...
 
 global___SampleResponse = SampleResponse
 
@@ -315,6 +450,7 @@ class SampledTokens(google.protobuf.message.Message):
     STOP_REASON_FIELD_NUMBER: builtins.int
     SNAPSHOT_FIELD_NUMBER: builtins.int
     ROUTING_MATRICES_FIELD_NUMBER: builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Which sequence, from 0."""
     first_token: builtins.int
@@ -333,6 +469,10 @@ class SampledTokens(google.protobuf.message.Message):
     def routing_matrices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
         """As in SampledSequence, one a token."""
 
+    @property
+    def top_logprobs(self) -> global___TokenLogprobs:
+        """As in SampledSequence."""
+
     def __init__(
         self,
         *,
@@ -344,8 +484,10 @@ class SampledTokens(google.protobuf.message.Message):
         stop_reason: global___StopReason.ValueType = ...,
         snapshot: builtins.str = ...,
         routing_matrices: collections.abc.Iterable[builtins.bytes] | None = ...,
+        top_logprobs: global___TokenLogprobs | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["first_token", b"first_token", "inference_logprobs", b"inference_logprobs", "routing_matrices", b"routing_matrices", "sampling_logprobs", b"sampling_logprobs", "sequence", b"sequence", "snapshot", b"snapshot", "stop_reason", b"stop_reason", "token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["top_logprobs", b"top_logprobs"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["first_token", b"first_token", "inference_logprobs", b"inference_logprobs", "routing_matrices", b"routing_matrices", "sampling_logprobs", b"sampling_logprobs", "sequence", b"sequence", "snapshot", b"snapshot", "stop_reason", b"stop_reason", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]) -> None: ...
 
 global___SampledTokens = SampledTokens
 

@@ -88,14 +88,7 @@ def test_what_a_failed_request_becomes(
     asyncio.run(asyncio.wait_for(controller.acquire(), 1))
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {"top_sampling_logprobs": 2},
-        {"sampling_mask": [1]},
-    ],
-)
-def test_firetitans_own_sampling_settings_are_refused(asked: dict[str, Any]) -> None:
+def test_a_sampling_mask_is_refused() -> None:
     client = FiretitanSamplingClient.create(ADDRESS, "d")
-    with pytest.raises(NotImplementedError, match=next(iter(asked))):
-        client.sample([1], 1, FiretitanSamplingParams(max_tokens=1, **asked))
+    with pytest.raises(NotImplementedError, match="sampling_mask"):
+        client.sample([1], 1, FiretitanSamplingParams(max_tokens=1, sampling_mask=[1]))

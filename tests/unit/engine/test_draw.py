@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.draw import DrawParams, draw, token_logprob, uniform
+from firetitan_daemon.engine.draw import DrawParams, draw, token_logprobs, uniform
 
 VOCAB = 700
 
@@ -69,7 +69,7 @@ def test_both_logprobs(params: DrawParams) -> None:
         drawn = draw(logits, params, uniform(5, sample, 0))
         assert drawn.sampling_logprob == pytest.approx(np.log(sampling[drawn.token]), abs=1e-5)
         assert drawn.inference_logprob == pytest.approx(np.log(raw[drawn.token]), abs=1e-5)
-        assert drawn.inference_logprob == token_logprob(logits, drawn.token)
+        assert drawn.inference_logprob == token_logprobs(logits, np.array([drawn.token]))[0]
 
 
 def test_logprobs_are_the_same_number_where_nothing_is_cut() -> None:
@@ -83,7 +83,11 @@ def test_temperature_zero_takes_the_first_of_the_largest_and_raw_logprobs() -> N
     logits[[40, 600]] = logits.max() + 1
     drawn = draw(logits, DrawParams(temperature=0.0, top_k=3, top_p=0.1), 0.999)
     assert drawn.token == 40
-    assert drawn.sampling_logprob == drawn.inference_logprob == token_logprob(logits, 40)
+    assert (
+        drawn.sampling_logprob
+        == drawn.inference_logprob
+        == token_logprobs(logits, np.array([40]))[0]
+    )
     assert drawn.inference_logprob < np.log(0.5) + 1e-6
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from firetitan_daemon.engine.api import PromptScores
 from firetitan_daemon.engine.decode import Prefill
 from firetitan_daemon.engine.prompts import PromptCache
+from firetitan_daemon.engine.score import Scoring
 
 ROW = np.zeros(3, np.float32)
+NONE = PromptScores()
+LOGPROBS = Scoring(logprobs=True)
 
 
 def _prompt(*tokens: int) -> np.ndarray:
@@ -16,33 +20,36 @@ def _prompt(*tokens: int) -> np.ndarray:
 
 def test_found_by_version_and_tokens_and_logprobs() -> None:
     cache = PromptCache(100)
-    plain, scored = Prefill("plain", ROW, None), Prefill("scored", ROW, ROW)
+    plain, scored = Prefill("plain", ROW, NONE), Prefill("scored", ROW, PromptScores(ROW))
     cache.add("a", _prompt(1, 2), plain, 10)
-    assert cache.find("a", _prompt(1, 2), logprobs=False) is plain
-    assert cache.find("a", _prompt(1, 2), logprobs=True) is None
-    assert cache.find("b", _prompt(1, 2), logprobs=False) is None
-    assert cache.find("a", _prompt(1), logprobs=False) is None
-    cache.add("a", _prompt(1, 2), scored, 10)
-    assert cache.find("a", _prompt(1, 2), logprobs=True) is scored
+    assert cache.find("a", _prompt(1, 2)) == plain
+    assert cache.find("a", _prompt(1, 2), LOGPROBS) is None
+    assert cache.find("b", _prompt(1, 2)) is None
+    assert cache.find("a", _prompt(1)) is None
+    cache.add("a", _prompt(1, 2), scored, 10, LOGPROBS)
+    assert cache.find("a", _prompt(1, 2), LOGPROBS) is scored
+    assert cache.find("a", _prompt(1, 2), Scoring(logprobs=True, top_k=2)) is None
+    unscored = cache.find("a", _prompt(1, 2))
+    assert unscored is not None and unscored.scores.logprobs is None
     assert cache.num_bytes == 10
 
 
 def test_the_longest_unused_goes_first() -> None:
     cache = PromptCache(30)
     for token in range(3):
-        cache.add("a", _prompt(token), Prefill(token, ROW, None), 10)
-    cache.find("a", _prompt(0), logprobs=False)
-    cache.add("a", _prompt(3), Prefill(3, ROW, None), 10)
-    left = [token for token in range(4) if cache.find("a", _prompt(token), logprobs=False)]
+        cache.add("a", _prompt(token), Prefill(token, ROW, NONE), 10)
+    cache.find("a", _prompt(0))
+    cache.add("a", _prompt(3), Prefill(3, ROW, NONE), 10)
+    left = [token for token in range(4) if cache.find("a", _prompt(token))]
     assert left == [0, 2, 3]
-    cache.add("a", _prompt(4), Prefill(4, ROW, None), 31)
+    cache.add("a", _prompt(4), Prefill(4, ROW, NONE), 31)
     assert cache.num_bytes == 0
 
 
 def test_versions_take_their_prompts_along() -> None:
     cache = PromptCache(30)
-    cache.add("a", _prompt(1), Prefill(1, ROW, None), 10)
-    cache.add("b", _prompt(1), Prefill(2, ROW, None), 10)
+    cache.add("a", _prompt(1), Prefill(1, ROW, NONE), 10)
+    cache.add("b", _prompt(1), Prefill(2, ROW, NONE), 10)
     cache.keep_versions(("b", "c"))
-    assert cache.find("a", _prompt(1), logprobs=False) is None
-    assert cache.find("b", _prompt(1), logprobs=False) is not None
+    assert cache.find("a", _prompt(1)) is None
+    assert cache.find("b", _prompt(1)) is not None

@@ -242,8 +242,8 @@ def test_sampler_agrees_with_the_trainer(tmp_path: Path, sampler: ToySampleEngin
     datum = Datum(tokens[:-1].astype(np.int32), {"target_tokens": tokens[1:]})
     logprobs = engine.forward([datum], "cross_entropy", {}).outputs[0]["logprobs"]
     np.testing.assert_allclose(logprobs[1:], result.sequences[0].inference_logprobs, atol=1e-5)
-    assert result.prompt_logprobs is not None and np.isnan(result.prompt_logprobs[0])
-    assert result.prompt_logprobs[1] == pytest.approx(logprobs[0], abs=1e-5)
+    assert result.prompt.logprobs is not None and np.isnan(result.prompt.logprobs[0])
+    assert result.prompt.logprobs[1] == pytest.approx(logprobs[0], abs=1e-5)
 
 
 @pytest.mark.timeout(30)

@@ -11,9 +11,12 @@ from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import (
     ForwardOutput,
     Normalization,
+    PromptScores,
     SampledSequence,
     SampleResult,
+    SampleTimes,
     StopReason,
+    TokenLogprobs,
 )
 from firetitan_daemon.worker import convert, convert_sampling
 
@@ -218,7 +221,15 @@ def test_a_sample_response() -> None:
         stop_reason=StopReason.LENGTH,
     )
     result = SampleResult(
-        sequences=[sequence], snapshot="a-1", prompt_logprobs=None, queue_s=0.25, prefill_s=1.5
+        sequences=[sequence],
+        snapshot="a-1",
+        prompt=PromptScores(
+            top=TokenLogprobs(np.int32([[0, 0], [5, 6]]), np.float32([[-9, -9], [-1, -2]])),
+            targets=np.float32([[-0.5]]),
+        ),
+        times=SampleTimes(0.25, 1.5, 2.0, 0.0, 3.0),
+        cached_prompt_tokens=2,
+        num_concurrent=4,
     )
     message = convert_sampling.sample_response_to_proto(result)
     assert message.snapshot == "snapshots/a-1" and message.prompt_logprobs == b""
@@ -227,3 +238,10 @@ def test_a_sample_response() -> None:
     assert message.sequences[0].stop_reason == sampling_service_pb2.STOP_REASON_LENGTH
     assert message.queue_duration.ToSeconds() == 0 and message.queue_duration.nanos == 250_000_000
     assert message.prefill_duration.ToTimedelta().total_seconds() == 1.5
+    assert message.first_token_duration.ToSeconds() == 2
+    assert message.generation_duration.ToSeconds() == 3
+    assert (message.cached_prompt_tokens, message.num_concurrent_requests) == (2, 4)
+    assert message.prompt_top_logprobs.per_position == 2
+    assert np.frombuffer(message.prompt_top_logprobs.token_ids, "<i4").tolist() == [0, 0, 5, 6]
+    assert list(message.target_prompt_logprobs.shape) == [1, 1]
+    assert not message.HasField("prompt_alt_tokens")

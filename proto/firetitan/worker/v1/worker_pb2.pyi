@@ -906,6 +906,12 @@ class ApplyRequest(google.protobuf.message.Message):
 
     LAYERS_FIELD_NUMBER: builtins.int
     KEEP_FIELD_NUMBER: builtins.int
+    TRANSITION_FIELD_NUMBER: builtins.int
+    KEEP_PROMPT_CACHE_FIELD_NUMBER: builtins.int
+    transition: builtins.str
+    """"finish" (the default), "sync" or "async": what becomes of running sequences."""
+    keep_prompt_cache: builtins.bool
+    """Keep computed prompts of snapshots that stay loaded."""
     @property
     def layers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SnapshotLayer]:
         """From a base, or from a delta whose parent is loaded, to the snapshot to serve."""
@@ -919,8 +925,10 @@ class ApplyRequest(google.protobuf.message.Message):
         *,
         layers: collections.abc.Iterable[global___SnapshotLayer] | None = ...,
         keep: collections.abc.Iterable[builtins.str] | None = ...,
+        transition: builtins.str = ...,
+        keep_prompt_cache: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["keep", b"keep", "layers", b"layers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["keep", b"keep", "keep_prompt_cache", b"keep_prompt_cache", "layers", b"layers", "transition", b"transition"]) -> None: ...
 
 global___ApplyRequest = ApplyRequest
 
