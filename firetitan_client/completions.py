@@ -18,7 +18,7 @@ from firetitan.v1 import sampling_service_pb2
 from firetitan_client import routing, types
 from firetitan_client.errors import Unsupported
 from firetitan_client.prompt_scores import Scores, tables
-from firetitan_client.sample_requests import build_request, stop_reason
+from firetitan_client.sample_requests import build_request, snapshot_ranges, stop_reason
 from firetitan_client.server_metrics import ServerMetrics
 
 MAX_TOP_LOGPROBS = 5
@@ -143,6 +143,8 @@ class SampledCompletion:
     """The model's own; entries as of `inference_logprobs`."""
     snapshot: str = ""
     """What made it; empty: the base model."""
+    snapshots: tuple[tuple[str, int], ...] = ()
+    """(snapshot, first completion token) of each part, more than one after an ASYNC hotload."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,7 @@ def completion(
         inference_topk_token_ids=[[t for t, _ in p.top] for p in scored] if has_top else None,
         inference_topk_logprobs=[[v for _, v in p.top] for p in scored] if has_top else None,
         snapshot=response.snapshot.rpartition("/")[2],
+        snapshots=snapshot_ranges(sequence),
     )
 
 

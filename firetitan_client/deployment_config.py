@@ -25,6 +25,12 @@ STATES = {
 """States as the managed service calls them; STOPPED is ours: scaled to zero."""
 
 
+_TRANSITIONS = {
+    "SYNC": deployment_pb2.HOTLOAD_TRANSITION_SYNC,
+    "ASYNC": deployment_pb2.HOTLOAD_TRANSITION_ASYNC,
+}
+
+
 @dataclass
 class DeploymentInfo:
     """A deployment, as the managed service describes one."""
@@ -39,6 +45,7 @@ class DeploymentInfo:
     hot_load_trainer_job: str | None = None
     """Name of the trainer whose snapshots it serves."""
     hot_load_transition_type: str | None = None
+    """SYNC or ASYNC; None: running sequences end on the weights they began with."""
     deployment_shape_version: str | None = None
     inference_model: str | None = None
     """What `DeploymentSampler(model=...)` takes."""
@@ -56,6 +63,9 @@ def deployment_info(deployment: deployment_pb2.Deployment) -> DeploymentInfo:
         state=STATES.get(deployment.state, "STATE_UNSPECIFIED"),
         hot_load_trainer_job=job_name_of(trainer) if trainer else None,
         deployment_shape_version=deployment.shape.name or None,
+        hot_load_transition_type=next(
+            (name for name, value in _TRANSITIONS.items() if value == deployment.transition), None
+        ),
         inference_model=name,
         base_model=deployment.base_model,
     )
@@ -147,7 +157,7 @@ class DeploymentConfig:
                 f"min_replica_count={self.min_replica_count}, max_replica_count="
                 f"{self.max_replica_count}: give 0 or 1 and 1; scale_to_zero stops a deployment"
             )
-        check_transition(self.hot_load_transition_type)
+        transition_of(self.hot_load_transition_type)
 
     def refuse_unsupported(self) -> None:
         """Refuse what the daemon cannot do rather than ignore it.
@@ -160,30 +170,22 @@ class DeploymentConfig:
                 f"max_replica_count={self.max_replica_count}: one is supported on this host",
                 field="max_replica_count",
             )
-        refuse_transition(self.hot_load_transition_type)
 
 
-def check_transition(transition: str | None) -> None:
-    """Refuse what is no transition type.
+def transition_of(transition: str | None) -> deployment_pb2.HotloadTransition.ValueType:
+    """What becomes of running sequences, as requests name it.
+
+    Args:
+        transition: SYNC (they end, then the weights change), ASYNC (they go over between two
+            tokens), in any case, or None: they end on the weights they began with, beside new ones
+            on the new weights.
 
     Raises:
-        ValueError: Neither SYNC nor ASYNC nor None.
+        ValueError: Anything else.
     """
-    if transition is not None and str(transition).upper() not in ("SYNC", "ASYNC"):
+    if transition is None:
+        return deployment_pb2.HOTLOAD_TRANSITION_UNSPECIFIED
+    found = _TRANSITIONS.get(str(transition).strip().upper())
+    if found is None:
         raise ValueError(f"hot_load_transition_type: is {transition!r}; give SYNC or ASYNC")
-
-
-def refuse_transition(transition: str | None) -> None:
-    """Refuse a transition type rather than ignore it.
-
-    Raises:
-        ValueError: Neither SYNC nor ASYNC nor None.
-        Unsupported: One was given.
-    """
-    check_transition(transition)
-    if transition is not None:
-        raise Unsupported(
-            f"hot_load_transition_type={transition!r} is not supported yet; leave it out: running "
-            "sequences end on the snapshot they began with, new ones take the new one",
-            field="hot_load_transition_type",
-        )
+    return found

@@ -21,7 +21,7 @@ from firetitan_client.deployment_config import (
     DeploymentConfig,
     DeploymentInfo,
     deployment_info,
-    refuse_transition,
+    transition_of,
 )
 from firetitan_client.errors import (
     FailedPrecondition,
@@ -36,6 +36,7 @@ from firetitan_client.sample_requests import build_request
 logger = logging.getLogger("firetitan")
 
 _State = deployment_pb2.Deployment
+_AS_IT_IS = deployment_pb2.HOTLOAD_TRANSITION_UNSPECIFIED
 _WARMUP_TRY_S = 60.0
 
 
@@ -189,14 +190,14 @@ class DeploymentManager(Hotloading):
             trainer_job_name: Id or name of the trainer.
             timeout_s: Seconds.
             poll_interval_s: Longest pause between two looks.
-            hot_load_transition_type: None; SYNC and ASYNC are refused.
+            hot_load_transition_type: SYNC, ASYNC, or None: as it is.
 
         Raises:
             ValueError: Another base model; nothing was changed.
             NotFound: No such deployment or trainer.
             TimeoutError: Attached, but not ready in time.
         """
-        refuse_transition(hot_load_transition_type)
+        transition = transition_of(hot_load_transition_type)
         given = deployment if isinstance(deployment, str) else deployment.deployment_id
         deployment_id = deployment_id_of(given, "deployment")
         trainer_id = job_id_of(trainer_job_name, "trainer_job_name")
@@ -204,7 +205,7 @@ class DeploymentManager(Hotloading):
         async def work() -> DeploymentInfo:
             found = await self._find_deployment(deployment_id)
             self._agree(found, base_model)
-            await self._attach(deployment_id, base_model, trainer_id)
+            await self._attach(deployment_id, base_model, trainer_id, transition)
             return await self._wait(deployment_id, timeout_s, poll_interval_s)
 
         return self._run("reattach_trainer", work())
@@ -259,12 +260,19 @@ class DeploymentManager(Hotloading):
         if force_recreate:
             await self._delete(deployment_id)
         shape = config.deployment_shape or ""
-        await self._create(deployment_id, config.base_model, trainer_id, shape)
+        transition = transition_of(config.hot_load_transition_type)
+        await self._create(deployment_id, config.base_model, trainer_id, transition, shape)
         return deployment_info(await self._find_deployment(deployment_id))
 
-    async def _attach(self, deployment_id: str, base_model: str, trainer_id: str) -> None:
+    async def _attach(
+        self,
+        deployment_id: str,
+        base_model: str,
+        trainer_id: str,
+        transition: deployment_pb2.HotloadTransition.ValueType = _AS_IT_IS,
+    ) -> None:
         await self._check_trainer(trainer_id, base_model)
-        await self._create(deployment_id, base_model, trainer_id)
+        await self._create(deployment_id, base_model, trainer_id, transition)
 
     async def _check_trainer(self, trainer_id: str, base_model: str) -> None:
         trainer = await self._find_trainer(trainer_id)
@@ -275,7 +283,12 @@ class DeploymentManager(Hotloading):
             )
 
     async def _create(
-        self, deployment_id: str, base_model: str, trainer_id: str, shape: str = ""
+        self,
+        deployment_id: str,
+        base_model: str,
+        trainer_id: str,
+        transition: deployment_pb2.HotloadTransition.ValueType,
+        shape: str = "",
     ) -> None:
         await self._transport.call(
             "DeploymentService/CreateDeployment",
@@ -285,6 +298,7 @@ class DeploymentManager(Hotloading):
                 trainer=f"trainers/{trainer_id}" if trainer_id else "",
                 request_id=uuid.uuid4().hex,
                 deployment_shape=shape,
+                transition=transition,
             ),
             deployment_service_pb2.CreateDeploymentResponse,
         )

@@ -72,7 +72,8 @@ class Hotloading(ControlClient):
             base_model: The deployment's; empty: not compared.
             snapshot_identity: What `save_weights_for_sampler` returned.
             incremental_snapshot_metadata: Ignored: the daemon knows the chain.
-            reset_prompt_cache: Ignored: what was computed with other weights is never used again.
+            reset_prompt_cache: Forget every computed prompt; False keeps those of snapshots that
+                stay loaded. What other weights computed is never used in either case.
             timeout: Seconds to wait for a daemon that is away.
             path: Not supported.
             cmek_resource: Not supported.
@@ -88,7 +89,11 @@ class Hotloading(ControlClient):
             if value is not None:
                 raise Unsupported(f"{name} is not supported; leave it out", field=name)
         work = self._hotload(
-            deployment_id_of(deployment_id), base_model, snapshot_identity, float(timeout)
+            deployment_id_of(deployment_id),
+            base_model,
+            snapshot_identity,
+            float(timeout),
+            reset_prompt_cache,
         )
         begun = self._run("hotload", work)
         return {
@@ -208,7 +213,12 @@ class Hotloading(ControlClient):
         return str(answer.snapshot.name)
 
     async def _hotload(
-        self, deployment_id: str, base_model: str, identity: str, patience_s: float
+        self,
+        deployment_id: str,
+        base_model: str,
+        identity: str,
+        patience_s: float,
+        reset_prompt_cache: bool,
     ) -> _Hotload:
         self._agree(await self._find_deployment(deployment_id, patience_s), base_model)
         snapshot = await self._snapshot_name(identity)
@@ -218,6 +228,7 @@ class Hotloading(ControlClient):
                 deployment=f"deployments/{deployment_id}",
                 snapshot=snapshot,
                 request_id=uuid.uuid4().hex,
+                keep_prompt_cache=not reset_prompt_cache,
             ),
             deployment_service_pb2.HotloadSnapshotResponse,
             patience_s=patience_s,

@@ -27,6 +27,7 @@ from firetitan.v1 import (
 )
 
 from firetitan_client.accepted_settings import AcceptedSettings
+from firetitan_client.deployment_config import transition_of
 from firetitan_client.errors import NotFound, Unsupported, from_status
 from firetitan_client.transport import Transport
 
@@ -84,6 +85,7 @@ class FiretitanProvisioningConfig(AcceptedSettings):
     max_lora_rank: int | None = None
     """Set: many training clients, each an adapter of at most this rank, on one trainer."""
     hot_load_transition_type: str | None = None
+    """SYNC, ASYNC or None: what becomes of running sequences at a hotload."""
     forward_only: bool = False
     """The trainer runs the frozen model and trains nothing."""
     trainer_timeout_s: float = 3600.0
@@ -119,14 +121,7 @@ class FiretitanProvisioningConfig(AcceptedSettings):
         if self.replica_count != 1:
             raise Unsupported(f"replica_count={self.replica_count}: one is supported on this host")
         refuse_ranks(self.trainer_replica_count)
-        if self.hot_load_transition_type is not None:
-            wanted = str(self.hot_load_transition_type).upper()
-            if wanted not in ("SYNC", "ASYNC"):
-                raise ValueError(f"hot_load_transition_type: is {wanted!r}; give SYNC or ASYNC")
-            raise Unsupported(
-                f"hot_load_transition_type={wanted!r} is not supported yet; leave it out: running "
-                "sequences end on the snapshot they began with, new ones take the new one"
-            )
+        transition_of(self.hot_load_transition_type)
         if self.forward_only and self.lora_rank:
             raise ValueError(
                 f"lora_rank: {self.lora_rank} with forward_only=True; a forward-only trainer runs "
@@ -411,6 +406,7 @@ class Provisioner:
                 trainer=joined_for,
                 deployment_shape=await self._deployment_shape(),
                 request_id=uuid.uuid4().hex,
+                transition=transition_of(config.hot_load_transition_type),
             ),
             deployment_service_pb2.CreateDeploymentResponse,
         )

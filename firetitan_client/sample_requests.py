@@ -203,6 +203,7 @@ def _sequence(sequence: sampling_service_pb2.SampledSequence) -> Any:
         facts |= {"tokens_np": tokens.copy(), "logprobs_np": sampling.copy()}
     else:
         facts |= {"tokens": tokens.tolist(), "logprobs": sampling.tolist()}
+    facts["snapshots"] = snapshot_ranges(sequence)
     if sequence.HasField("top_logprobs"):
         if "topk_logprobs_np" in accepted:
             facts["topk_logprobs_np"] = top_logprobs(sequence.top_logprobs)
@@ -211,6 +212,13 @@ def _sequence(sequence: sampling_service_pb2.SampledSequence) -> Any:
     if "sequence_id" in accepted:
         facts["sequence_id"] = uuid.uuid4().hex
     return kind(**facts)
+
+
+def snapshot_ranges(
+    sequence: sampling_service_pb2.SampledSequence,
+) -> tuple[tuple[str, int], ...]:
+    """What made a sequence: (snapshot, its first token), more than one after an ASYNC hotload."""
+    return tuple((one.snapshot.rpartition("/")[2], one.first_token) for one in sequence.made_by)
 
 
 def stop_reason(

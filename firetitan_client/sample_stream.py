@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import numpy as np
 from firetitan.v1 import sampling_service_pb2
 
 from firetitan_client import routing
+from firetitan_client.errors import SnapshotNotActive
 from firetitan_client.futures import APIFuture
 from firetitan_client.sample_requests import Target, follow, stop_reason
 from firetitan_client.transport import Patience, iterate, run
@@ -58,7 +60,8 @@ class SampleStream:
         self, ready: APIFuture[Target], request: sampling_service_pb2.SampleRequest
     ) -> None:
         self._request = request
-        self._chunks = self._read(ready)
+        self._answers = self._read(ready)
+        self._arrived: deque[SampleChunk] = deque()
 
     @property
     def seed(self) -> int:
@@ -67,29 +70,35 @@ class SampleStream:
 
     def close(self) -> None:
         """End the sampling; chunks asked for afterwards are StopIteration."""
-        run(self._chunks.aclose()).result()
+        self._arrived.clear()
+        run(self._answers.aclose()).result()
 
     async def aclose(self) -> None:
         """As `close`, for coroutines."""
-        await asyncio.wrap_future(run(self._chunks.aclose()))
+        self._arrived.clear()
+        await asyncio.wrap_future(run(self._answers.aclose()))
 
     def __iter__(self) -> SampleStream:
         return self
 
     def __next__(self) -> SampleChunk:
-        chunk = self._next().result()
-        if chunk is None:
-            raise StopIteration
-        return chunk
+        while not self._arrived:
+            answer = self._next().result()
+            if answer is None:
+                raise StopIteration
+            self._arrived.extend(answer)
+        return self._arrived.popleft()
 
     def __aiter__(self) -> SampleStream:
         return self
 
     async def __anext__(self) -> SampleChunk:
-        chunk = await self._next()
-        if chunk is None:
-            raise StopAsyncIteration
-        return chunk
+        while not self._arrived:
+            answer = await self._next()
+            if answer is None:
+                raise StopAsyncIteration
+            self._arrived.extend(answer)
+        return self._arrived.popleft()
 
     def __enter__(self) -> SampleStream:
         return self
@@ -103,17 +112,18 @@ class SampleStream:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    def _next(self) -> APIFuture[SampleChunk | None]:
-        future: APIFuture[SampleChunk | None] = APIFuture("sample_stream")
-        follow(anext(self._chunks, None), future)
+    def _next(self) -> APIFuture[list[SampleChunk] | None]:
+        future: APIFuture[list[SampleChunk] | None] = APIFuture("sample_stream")
+        follow(anext(self._answers, None), future)
         return future
 
-    async def _read(self, ready: APIFuture[Target]) -> AsyncGenerator[SampleChunk, None]:
+    async def _read(self, ready: APIFuture[Target]) -> AsyncGenerator[list[SampleChunk], None]:
         target = await ready
         self._request.deployment, self._request.snapshot = target.deployment, target.snapshot
         message = sampling_service_pb2.SampleStreamRequest(request=self._request)
         received = [0] * self._request.num_samples
         ended: set[int] = set()
+        made_by: list[str] = []
         patience = Patience(target.transport)
         while True:
             rpc = target.transport.channel.unary_stream(
@@ -124,20 +134,30 @@ class SampleStream:
             try:
                 async with contextlib.aclosing(iterate(rpc(message))) as responses:
                     async for response in responses:
+                        chunks = []
                         for tokens in response.tokens:
-                            patience = Patience(target.transport)
                             chunk = _chunk(tokens)
-                            message.resume.SetInParent()
-                            message.resume.snapshot = tokens.snapshot
                             received[chunk.sequence] += len(chunk.tokens)
                             if chunk.sequence not in ended:  # a resumed stream tells ends again
-                                yield chunk
+                                chunks.append(chunk)
                             if chunk.stop_reason is not None:
                                 ended.add(chunk.sequence)
+                            if chunk.snapshot not in made_by:
+                                made_by.append(chunk.snapshot)
+                            message.resume.SetInParent()
+                            message.resume.snapshot = tokens.snapshot
+                        if chunks:
+                            patience = Patience(target.transport)
+                            yield chunks
                         if response.HasField("summary"):
                             return
             except grpc.RpcError as error:
                 await patience.after(error)
+                if len(made_by) > 1:
+                    raise SnapshotNotActive(
+                        f"the stream broke after it had gone over from {made_by[0]!r} to "
+                        f"{made_by[-1]!r}: such a sequence cannot be made again; start over"
+                    ) from error
             if message.HasField("resume"):
                 message.resume.received[:] = received
 

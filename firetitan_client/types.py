@@ -276,6 +276,7 @@ def sampled_sequence_type() -> type[Any]:
             "inference_logprobs": (list[float] | None, None),
             "routing_matrices": (list[str] | None, None),
             "topk_logprobs": (list[Any] | None, None),
+            "snapshots": (tuple[tuple[str, int], ...], ()),
         },
     )
 

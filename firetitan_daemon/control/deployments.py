@@ -65,8 +65,8 @@ class DeploymentRequest:
     trainer: str
     """`trainers/{trainer}`, or empty."""
     dtype: str
-    transition: HotloadTransition
-    """Of hotloads that name none; an existing deployment keeps its own."""
+    transition: HotloadTransition | None
+    """Of hotloads that name none; None leaves that of a deployment that exists as it is."""
     request_id: str
     payload_digest: str
     shape_name: str = ""
@@ -215,7 +215,7 @@ class DeploymentManager:
             if existing is not None:
                 self._check_same(existing, request)
                 if existing.state is not ResourceState.FAILED:
-                    return await self._join(existing, trainer_id, operation)
+                    return await self._join(existing, trainer_id, request.transition, operation)
                 await self._pool.stop(existing.worker_id)
             spec = self._pool.new_spec(
                 WorkerKind.SAMPLER,
@@ -237,7 +237,7 @@ class DeploymentManager:
                 etag=new_etag(),
                 worker_id=spec.worker_id,
                 shape=request.shape,
-                transition=request.transition,
+                transition=request.transition or HotloadTransition.FINISH,
             )
             await services.operations.write(
                 Change(
@@ -248,11 +248,27 @@ class DeploymentManager:
             self._begin(deployment.id)
             return operation
 
-    async def _join(self, existing: Deployment, trainer_id: str, operation: Operation) -> Operation:
+    async def _join(
+        self,
+        existing: Deployment,
+        trainer_id: str,
+        transition: HotloadTransition | None,
+        operation: Operation,
+    ) -> Operation:
         if existing.state is not ResourceState.CREATING:
             operation = settled(operation, self._services.clock.now())
-        if trainer_id and trainer_id != existing.trainer_id:
-            await self.update(existing.id, operation=operation, trainer_id=trainer_id)
+        joined = replace(
+            existing,
+            trainer_id=trainer_id or existing.trainer_id,
+            transition=transition or existing.transition,
+        )
+        if joined != existing:
+            await self.update(
+                existing.id,
+                operation=operation,
+                trainer_id=joined.trainer_id,
+                transition=joined.transition,
+            )
         else:
             await self._services.operations.write(Change(operations=[operation]))
         return operation

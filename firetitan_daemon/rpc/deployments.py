@@ -12,7 +12,7 @@ from firetitan_daemon.control.codec import HotloadArguments
 from firetitan_daemon.control.deployments import DeploymentManager, DeploymentRequest
 from firetitan_daemon.control.supervisor import Supervisor
 from firetitan_daemon.control.weight_sync import WeightSyncer
-from firetitan_daemon.core.records import Deployment, HotloadTransition
+from firetitan_daemon.core.records import Deployment
 from firetitan_daemon.rpc import convert
 from firetitan_daemon.rpc.operations import OperationMessages
 from firetitan_daemon.rpc.paging import page
@@ -45,7 +45,7 @@ class DeploymentServicer:
                 max_context_length=request.max_context_length,
                 trainer=request.trainer,
                 dtype=request.dtype or "auto",
-                transition=convert.transition(request.transition) or HotloadTransition.FINISH,
+                transition=convert.transition(request.transition),
                 request_id=request.request_id,
                 shape_name=request.deployment_shape,
                 payload_digest=blake3(request.SerializeToString(deterministic=True)).hexdigest(),

@@ -30,6 +30,8 @@ from firetitan_daemon.engine.api import (
 from firetitan_daemon.worker import convert_sampling
 from firetitan_daemon.worker.servicer import EngineHost
 
+STREAMED_PARTS = 4096
+"""Entries of one message to a reader that is slower than the engine."""
 MessageT = TypeVar("MessageT", bound=Message)
 
 
@@ -104,6 +106,12 @@ class SamplerServicer(worker_pb2_grpc.SamplerWorkerServiceServicer):
             yield sampling_service_pb2.SampleStreamResponse(seed=sample.seed)
             while (news := await arrived.get()) is not None:
                 told = convert_sampling.new_tokens_to_proto(news, received)
+                while not arrived.empty() and len(told) < STREAMED_PARTS:
+                    more = arrived.get_nowait()
+                    if more is None:
+                        arrived.put_nowait(None)
+                        break
+                    told += convert_sampling.new_tokens_to_proto(more, received)
                 if told:
                     yield sampling_service_pb2.SampleStreamResponse(tokens=told)
             summary = convert_sampling.sample_response_to_proto(await running)

@@ -70,7 +70,7 @@ class _Sequence:
     reason: StopReason | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Request:
     spec: SampleRequest
     future: Future[SampleResult]

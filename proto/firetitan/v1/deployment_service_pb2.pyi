@@ -41,7 +41,7 @@ class CreateDeploymentRequest(google.protobuf.message.Message):
     request_id: builtins.str
     """Makes a retry safe."""
     transition: firetitan.v1.deployment_pb2.HotloadTransition.ValueType
-    """Of hotloads that name none; one that exists keeps its own."""
+    """Of hotloads that name none; UNSPECIFIED leaves that of a deployment that exists as it is."""
     deployment_shape: builtins.str
     """Name of a deployment shape; refused where it cannot serve what is asked for. Empty: one is
     derived from the model and the host.
