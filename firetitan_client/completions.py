@@ -143,7 +143,7 @@ class SampledCompletion:
     """The model's own; entries as of `inference_logprobs`."""
     snapshot: str = ""
     """What made it; empty: the base model."""
-    snapshots: tuple[tuple[str, int], ...] = ()
+    snapshots: tuple[tuple[str, int], ...] | None = None
     """(snapshot, first completion token) of each part, more than one after an ASYNC hotload."""
 
 

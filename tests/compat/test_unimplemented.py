@@ -15,8 +15,6 @@ from support import compatibility
 from support.daemon import DaemonProcess
 
 from firetitan_client import (
-    DeploymentConfig,
-    DeploymentManager,
     FiretitanSamplingParams,
     FiretitanServiceClient,
 )
@@ -52,11 +50,6 @@ def manager(place: SimpleNamespace) -> DeploymentManager:
     return DeploymentManager(address=place.address)
 
 
-def deployment(transition: str) -> Callable[[SimpleNamespace], Any]:
-    config = DeploymentConfig("later", TOY, hot_load_transition_type=transition)
-    return lambda place: manager(place).create_or_get(config)
-
-
 SERVICE = "FiretitanServiceClient"
 TRAINING = "FiretitanTrainingClient"
 SAMPLING = "FiretitanSamplingClient"
@@ -66,10 +59,6 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
     ],
     f"{SERVICE}: create_inference_deployment_sampler": [
         absent("create_inference_deployment_sampler")
-    ],
-    "FiretitanProvisioningConfig: hot_load_transition_type": [
-        config(hot_load_transition_type="sync"),
-        config(hot_load_transition_type="ASYNC"),
     ],
     f"{SERVICE}: projection_head_dim, lora_init_method of the call": [
         lambda on: on.service.create_training_client(projection_head_dim=8),
@@ -84,16 +73,13 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
         lambda on: manager(on).update("serving", {"displayName": "n"}, "displayName"),
     ],
     "FiretitanProvisioningConfig: projection_head_dim": [config(projection_head_dim=8)],
-    f"{TRAINING}: weight_sync": [
-        lambda on: on.policy.weight_sync()
-    ],
+    f"{TRAINING}: weight_sync": [lambda on: on.policy.weight_sync()],
     f"{SAMPLING}: images": [sample(images=["a"])],
     f"{SAMPLING}: get_sampler_handle, from_sampler_handle": [absent("get_sampler_handle")],
     "FiretitanSamplingParams: sampling_mask": [
         sample(sampling_params=FiretitanSamplingParams(sampling_mask=[1]))
     ],
     "DeploymentSampler: images": [native(images=["a"])],
-    "DeploymentConfig: hot_load_transition_type": [deployment("SYNC"), deployment("ASYNC")],
 }
 
 

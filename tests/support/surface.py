@@ -294,7 +294,7 @@ CLASSES = {
         text, full_tokens, prompt_len, finish_reason = 'unknown', completion_len = 0,
         inference_logprobs = None, sampling_logprobs = None, logprobs_echoed = False,
         routing_matrices = None, echoed_prompt_logprob_count = 0, inference_topk_token_ids = None,
-        inference_topk_logprobs = None, snapshot = '', snapshots = ()
+        inference_topk_logprobs = None, snapshot = '', snapshots = None
     """,
     "ServerMetrics": """
         num_concurrent_requests = None, prefill_queue_duration = None,

@@ -96,7 +96,6 @@ def test_what_no_daemon_does_is_refused(client: FireworksClient) -> None:
         ({"max_replica_count": 0}, ValueError),
         ({"min_replica_count": 2}, ValueError),
         ({"hot_load_transition_type": "fast"}, ValueError),
-        ({"hot_load_transition_type": "sync"}, NotImplementedError),
         ({"max_replica_count": 2}, NotImplementedError),
     ],
 )
