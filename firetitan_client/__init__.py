@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from firetitan_client.sdk_errors import (
         DeploymentSamplerTimeoutError as DeploymentSamplerTimeoutError,
     )
+    from firetitan_client.sdk_errors import SamplingClientClosedError as SamplingClientClosedError
     from firetitan_client.sdk_errors import SamplingRequestError as SamplingRequestError
     from firetitan_client.sdk_errors import validate_output_model_id as validate_output_model_id
     from firetitan_client.server_metrics import ServerMetrics as ServerMetrics
@@ -161,6 +162,7 @@ _EXPORTS = {
     "SampledCompletion": "completions",
     "SamplingConcurrencyController": "concurrency",
     "SamplingParams": "types",
+    "SamplingClientClosedError": "sdk_errors",
     "SamplingRequestError": "sdk_errors",
     "SaveSamplerResult": "types",
     "ServerMetrics": "server_metrics",

@@ -20,7 +20,6 @@ from firetitan_client.completions import (
     SampledCompletion,
     SampledRequestResult,
     completion,
-    metrics,
     response_dict,
 )
 from firetitan_client.concurrency import (
@@ -36,12 +35,11 @@ from firetitan_client.errors import (
     Unavailable,
 )
 from firetitan_client.futures import APIFuture, SelfFuture, completed
+from firetitan_client.limited_requests import send_within
 from firetitan_client.sample_requests import (
     Target,
     deployment_target,
-    follow,
     load_tokenizer,
-    send,
 )
 from firetitan_client.sdk_errors import DeploymentSamplerTimeoutError, SamplingRequestError
 from firetitan_client.server_metrics import ServerMetrics
@@ -275,31 +273,17 @@ class DeploymentSampler(SelfFuture[Target]):
             raise ClientClosed("this sampler is closed; create a new one")
         request = options.request(prompt, n)
         target = await self._ready
-        await self.concurrency_controller.acquire()
-        cost: ServerMetrics | None = None
         try:
-            future: APIFuture[sampling_service_pb2.SampleResponse] = APIFuture("sample")
-            follow(send(target, request, options.http_timeout), future)
-            response = await future
-            cost = metrics(response, len(prompt), self.model)
-        except FiretitanError as error:
-            cost = ServerMetrics(
-                http_status_code=error.status_code, transport_error=isinstance(error, Unavailable)
+            response, cost = await send_within(
+                self.concurrency_controller, target, request, len(prompt), options.http_timeout
             )
-            self._given_up(cost)
+        except FiretitanError as error:
             failure = _failure(error, self.model)
             if failure is None:
                 raise
             raise failure from error
-        finally:
-            self.concurrency_controller.release(cost)
         self._metrics.append(cost)
         return response, cost
-
-    def _given_up(self, metrics: ServerMetrics) -> None:
-        note = getattr(self.concurrency_controller, "note_retry_exhausted", None)
-        if note is not None:
-            note(metrics)
 
     def drain_metrics(self) -> list[ServerMetrics]:
         """What the requests since the last call cost."""

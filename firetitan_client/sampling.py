@@ -6,17 +6,20 @@ or brought to a snapshot.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from firetitan.v1 import sampling_service_pb2
 
-from firetitan_client import types
+from firetitan_client import transport, types
+from firetitan_client.concurrency import SamplingConcurrencyController
 from firetitan_client.deployment_sampler import DeploymentSampler
-from firetitan_client.errors import ClientClosed, Unsupported
+from firetitan_client.errors import Unsupported
 from firetitan_client.futures import APIFuture, SelfFuture, completed
+from firetitan_client.limited_requests import send_within
 from firetitan_client.prompt_scores import Scores
 from firetitan_client.sample_requests import (
     Target,
@@ -30,6 +33,11 @@ from firetitan_client.sample_requests import (
     set_pin,
 )
 from firetitan_client.sample_stream import SampleStream
+from firetitan_client.sampler_handles import SamplerHandle
+from firetitan_client.sdk_errors import SamplingClientClosedError
+
+_DRAIN_TIMEOUT_S = 3600.0
+_DRAIN_POLL_S = 0.05
 
 
 class FiretitanSamplingClient(SelfFuture[Target]):
@@ -43,6 +51,8 @@ class FiretitanSamplingClient(SelfFuture[Target]):
         tokenizer: A tokenizer, or what to load one from.
         pinned: Stay with the snapshot of `ready`.
         label: What was asked for, for `repr`.
+        concurrency_controller: Its `acquire` and `release` surround each request; None: all run at
+            once, the daemon batches them.
     """
 
     def __init__(
@@ -52,14 +62,17 @@ class FiretitanSamplingClient(SelfFuture[Target]):
         tokenizer: Any = None,
         pinned: bool = False,
         label: str = "",
+        concurrency_controller: SamplingConcurrencyController | None = None,
     ) -> None:
         self._ready = ready
         self._given_tokenizer = tokenizer
         self._tokenizer: Any = None
         self._label = label
         self._pin = uuid.uuid4().hex if pinned else None
+        self._controller = concurrency_controller
         self._closed = False
         self._unpin: Any = None
+        self._in_flight: set[APIFuture[Any]] = set()
 
     @classmethod
     def create(
@@ -68,7 +81,7 @@ class FiretitanSamplingClient(SelfFuture[Target]):
         model: str | None = None,
         api_key: str | None = None,
         tokenizer: Any = None,
-        concurrency_controller: Any = None,
+        concurrency_controller: SamplingConcurrencyController | None = None,
         **_: Any,
     ) -> FiretitanSamplingClient:
         """A client of a deployment that exists, by its id.
@@ -78,10 +91,66 @@ class FiretitanSamplingClient(SelfFuture[Target]):
             model: The deployment's id.
             api_key: Ignored on a Unix socket.
             tokenizer: Tokenizer, folder or id.
-            concurrency_controller: Ignored; the daemon batches what it gets.
+            concurrency_controller: As in the constructor.
         """
         target = deployment_target(inference_url, model, tokenizer)
-        return cls(completed(target), tokenizer=tokenizer, label=target.deployment)
+        return cls(
+            completed(target),
+            tokenizer=tokenizer,
+            label=target.deployment,
+            concurrency_controller=concurrency_controller,
+        )
+
+    # Elsewhere
+
+    def get_sampler_handle(self) -> str:
+        """A text that opens this sampler in another process of this machine; it holds no key."""
+        target = self._opened
+        given = self._given_tokenizer if isinstance(self._given_tokenizer, str) else ""
+        handle = SamplerHandle(
+            target.transport.address,
+            target.deployment,
+            target.snapshot,
+            target.base_model,
+            given or target.tokenizer,
+        )
+        return str(handle)
+
+    @classmethod
+    def from_sampler_handle(
+        cls, handle: str, *, api_key: str | None = None
+    ) -> FiretitanSamplingClient:
+        """The sampler that a handle names; one of a pinned client is pinned too.
+
+        Args:
+            handle: From `get_sampler_handle`.
+            api_key: Ignored on a Unix socket.
+
+        Raises:
+            ValueError: It is no handle.
+        """
+        parsed = SamplerHandle.parse(handle)
+        target = Target(
+            transport.connect(parsed.address),
+            parsed.deployment,
+            parsed.snapshot,
+            parsed.base_model,
+            parsed.tokenizer,
+        )
+        if not target.snapshot:
+            return cls(completed(target), tokenizer=parsed.tokenizer, label=target.deployment)
+        ready: APIFuture[Target] = APIFuture("from_sampler_handle")
+        client = cls(ready, tokenizer=parsed.tokenizer, pinned=True, label=target.deployment)
+
+        async def hold() -> Target:
+            await client.hold_snapshot(target)
+            return target
+
+        follow(hold(), ready)
+        return client
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return FiretitanSamplingClient.from_sampler_handle, (self.get_sampler_handle(),)
 
     def __repr__(self) -> str:
         if not self._ready.done():
@@ -147,11 +216,18 @@ class FiretitanSamplingClient(SelfFuture[Target]):
 
     def _submit(self, label: str, work: Coroutine[Any, Any, Any]) -> APIFuture[Any]:
         future: APIFuture[Any] = APIFuture(label)
+        self._in_flight.add(future)
+        future.add_done_callback(self._in_flight.discard)
         follow(work, future)
         return future
 
     async def _sample(self, request: sampling_service_pb2.SampleRequest, targets: Any) -> Any:
-        response = await send(await self._ready, request)
+        target = await self._ready
+        if self._controller is None:
+            response = await send(target, request)
+        else:
+            prompt_tokens = len(request.prompt.chunks[0].encoded_text.token_ids) // 4
+            response, _ = await send_within(self._controller, target, request, prompt_tokens)
         return sample_response(response, request.params.seed, targets)
 
     async def sample_async(self, *args: Any, **kwargs: Any) -> Any:
@@ -233,17 +309,55 @@ class FiretitanSamplingClient(SelfFuture[Target]):
         self._unpin.atexit = False
 
     def close(self, drain_timeout_s: float | None = 3600) -> None:
-        """Let the snapshot go; running samples still end."""
+        """Take no more calls; what runs still ends, in the background. Again is fine.
+
+        Args:
+            drain_timeout_s: Seconds after which what still runs ends with
+                SamplingClientClosedError; None: 3600.
+        """
+        if self._closed:
+            return
         self._closed = True
+        limit_s = _DRAIN_TIMEOUT_S if drain_timeout_s is None else drain_timeout_s
+        running = list(self._in_flight)
+        if running:
+            transport.run(_drain(running, limit_s, self._let_go))
+        else:
+            self._let_go()
+
+    def _let_go(self) -> None:
         if self._unpin is not None:
             self._unpin()
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ClientClosed("this sampling client is closed; create a new one")
+            raise SamplingClientClosedError("this sampling client is closed; create a new one")
 
     def __enter__(self) -> FiretitanSamplingClient:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+async def _drain(
+    running: Sequence[APIFuture[Any]], limit_s: float, then: Callable[[], None]
+) -> None:
+    """Wait for calls up to a limit, end the others, then let go of what they needed."""
+    deadline = asyncio.get_running_loop().time() + limit_s
+    while any(not future.done() for future in running):
+        left_s = deadline - asyncio.get_running_loop().time()
+        if left_s <= 0:
+            break
+        await asyncio.sleep(min(_DRAIN_POLL_S, left_s))
+    for future in running:
+        if not future.done():
+            future.finish(
+                None,
+                SamplingClientClosedError(
+                    f"the sampling client was closed and this call did not end within {limit_s:g} s"
+                ),
+            )
+            if future._canceller is not None:
+                future._canceller()
+    then()

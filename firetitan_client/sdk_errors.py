@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from firetitan_client.errors import Busy, FiretitanError
+from firetitan_client.errors import Busy, ClientClosed, FiretitanError
 
 logger = logging.getLogger("firetitan")
 T = TypeVar("T")
@@ -107,6 +107,10 @@ class DeploymentSamplerTimeoutError(SamplingRequestError, TimeoutError):
     """A sampling request ran out of time in all its tries."""
 
     status_code = 504
+
+
+class SamplingClientClosedError(ClientClosed):
+    """The sampling client was closed; the call did not begin, or did not end in the drain time."""
 
 
 def format_sdk_error(

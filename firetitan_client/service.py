@@ -19,6 +19,7 @@ from firetitan_client.managed import FiretitanProvisioningConfig, build_config
 from firetitan_client.sample_requests import follow, load_tokenizer
 from firetitan_client.service_control import ControlCalls
 from firetitan_client.service_core import SILENCE_S
+from firetitan_client.service_inference import InferenceDeployments
 from firetitan_client.service_references import ReferenceClients
 from firetitan_client.service_resuming import ResumingClients
 from firetitan_client.service_sampling import SamplingClients
@@ -30,7 +31,12 @@ logger = logging.getLogger("firetitan")
 
 
 class FiretitanServiceClient(
-    ReferenceClients, ResumingClients, SamplingClients, ControlCalls, TinkerServiceCalls
+    ReferenceClients,
+    ResumingClients,
+    SamplingClients,
+    InferenceDeployments,
+    ControlCalls,
+    TinkerServiceCalls,
 ):
     """One trainer and one deployment on the local daemon, and the clients that use them.
 
@@ -242,7 +248,7 @@ class FiretitanServiceClient(
                 lane.wait_accepted(SILENCE_S)
             for failure in lane.take_unseen():
                 logger.warning("%s failed, unnoticed: %s", failure.label, failure.error)
-        work: list[Callable[[], Any]] = [self._drop_references]
+        work: list[Callable[[], Any]] = [self._drop_references, self._drop_inference]
         if provisioner.deployment_created and config.cleanup_deployment_on_close == "delete":
             work.append(provisioner.delete_deployment)
         elif provisioner.deployment_created and config.cleanup_deployment_on_close is not None:

@@ -50,6 +50,8 @@ class ServiceCore:
         """Makes the separate reference trainer, where there is one."""
         self._reference_clients: dict[FiretitanTrainingClient | None, FiretitanTrainingClient] = {}
         """By their policy where the service has several, else one by None."""
+        self._inference: dict[str, str] = {}
+        """Deployments made beside its own, by name, and how they are cleaned up on close."""
         self._training: list[FiretitanTrainingClient] = []
         self._lanes: list[Lane] = []
         self._opening = asyncio.Lock()

@@ -47,7 +47,8 @@ class SamplingClients(ServiceCore):
             retry_config: Ignored, with a warning: retries need no settings here.
             deployment_sampler: Sample from where this one does.
             tokenizer: Tokenizer, folder or id; None: the service's.
-            concurrency_controller: Ignored; the daemon batches what it gets.
+            concurrency_controller: Its `acquire` and `release` surround each request; None: all
+                run at once, the daemon batches them.
             training_client: Ignored.
             pinned: Stay with `model_path` instead of following the deployment.
 
@@ -64,9 +65,13 @@ class SamplingClients(ServiceCore):
             self._config.base_model = base_model
         if deployment_sampler is not None:
             ready = deployment_sampler._ready
-            return FiretitanSamplingClient(ready, tokenizer=tokenizer, label="")
+            return FiretitanSamplingClient(
+                ready, tokenizer=tokenizer, concurrency_controller=concurrency_controller
+            )
         path = None if model_path is None else references.snapshot_reference(model_path)
-        return self._sampling(lambda: self._path(path), tokenizer, pinned)
+        return self._sampling(
+            lambda: self._path(path), tokenizer, pinned, controller=concurrency_controller
+        )
 
     def _sampling_after(
         self, saved: APIFuture[Any], *, wait: bool = True
@@ -81,11 +86,19 @@ class SamplingClients(ServiceCore):
         return path
 
     def _sampling(
-        self, path: Callable[[], Any], tokenizer: Any, pinned: bool, wait: bool = True
+        self,
+        path: Callable[[], Any],
+        tokenizer: Any,
+        pinned: bool,
+        wait: bool = True,
+        controller: Any = None,
     ) -> FiretitanSamplingClient:
         ready: APIFuture[Target] = APIFuture("create_sampling_client")
         client = FiretitanSamplingClient(
-            ready, tokenizer=tokenizer or self._config.tokenizer_model, pinned=pinned
+            ready,
+            tokenizer=tokenizer or self._config.tokenizer_model,
+            pinned=pinned,
+            concurrency_controller=controller,
         )
 
         async def open_() -> Target:

@@ -54,12 +54,6 @@ SERVICE = "FiretitanServiceClient"
 TRAINING = "FiretitanTrainingClient"
 SAMPLING = "FiretitanSamplingClient"
 CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
-    f"{SERVICE}: create_deployment_sampler_for_model": [
-        absent("create_deployment_sampler_for_model")
-    ],
-    f"{SERVICE}: create_inference_deployment_sampler": [
-        absent("create_inference_deployment_sampler")
-    ],
     f"{SERVICE}: projection_head_dim, lora_init_method of the call": [
         lambda on: on.service.create_training_client(projection_head_dim=8),
         lambda on: on.service.create_training_client(lora_init_method="pissa"),
@@ -75,7 +69,6 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
     "FiretitanProvisioningConfig: projection_head_dim": [config(projection_head_dim=8)],
     f"{TRAINING}: weight_sync": [lambda on: on.policy.weight_sync()],
     f"{SAMPLING}: images": [sample(images=["a"])],
-    f"{SAMPLING}: get_sampler_handle, from_sampler_handle": [absent("get_sampler_handle")],
     "FiretitanSamplingParams: sampling_mask": [
         sample(sampling_params=FiretitanSamplingParams(sampling_mask=[1]))
     ],

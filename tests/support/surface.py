@@ -109,7 +109,7 @@ CLASSES = {
         get_telemetry()
         close(drain_timeout_s=3600)
         get_sampler_handle()
-        from_sampler_handle(handle)
+        from_sampler_handle(handle, *, api_key=None)
         result(timeout=None) +async
         future()
         deployment_sampler

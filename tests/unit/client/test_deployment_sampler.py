@@ -15,8 +15,8 @@ from firetitan_client import (
     FiretitanSamplingParams,
     FixedConcurrencyController,
     SamplingRequestError,
-    deployment_sampler,
     errors,
+    limited_requests,
 )
 from firetitan_client.server_metrics import ServerMetrics
 
@@ -73,7 +73,7 @@ def test_what_a_failed_request_becomes(
     async def send(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(deployment_sampler, "send", send)
+    monkeypatch.setattr(limited_requests, "send", send)
     controller = Recording()
     sampler = DeploymentSampler(ADDRESS, "d", concurrency_controller=controller)
     with pytest.raises(kind) as failed:
