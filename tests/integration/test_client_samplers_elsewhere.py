@@ -7,6 +7,7 @@ import multiprocessing
 import pickle
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from firetitan_client import (
     SamplingClientClosedError,
     SnapshotNotActive,
 )
+from firetitan_client.sampler_handles import SamplerHandle
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -54,6 +56,13 @@ def service(address: str) -> Iterator[FiretitanServiceClient]:
 
 def tokens(answer: Any) -> list[list[int]]:
     return [sequence.tokens for sequence in answer.sequences]
+
+
+class Plain:
+    """Enough of a tokenizer."""
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
 
 
 def sample_there(pickled: bytes, handle: str, answers: Any) -> None:
@@ -90,10 +99,11 @@ def test_a_pinned_clients_clone_is_pinned(service: FiretitanServiceClient) -> No
     service.hotload_sampler_snapshot(two)
     assert clone.sample([1, 2], 1, PARAMS).result().snapshot == one
     three = policy.save_weights_for_sampler("three").result().path
-    service.hotload_sampler_snapshot(three)  # of full-parameter weights two live at most
-    late = pickle.loads(pickle.dumps(pinned))
-    with pytest.raises(SnapshotNotActive):
-        late.sample([1, 2], 1, PARAMS).result()
+    handle = replace(
+        SamplerHandle.parse(pinned.get_sampler_handle()), snapshot=f"snapshots/{three}"
+    )
+    with pytest.raises(SnapshotNotActive, match="three"):
+        FiretitanSamplingClient.from_sampler_handle(str(handle)).sample([1], 1, PARAMS).result()
 
 
 def test_closing_drains_and_then_ends_what_runs(address: str, service: Any) -> None:
@@ -128,7 +138,7 @@ async def test_a_sampler_of_any_deployment(address: str, service: Any) -> None:
     client = await service.create_sampling_client()
     wanted = tokens(await client.sample([1, 2], 1, PARAMS))
     for model in ("own", "deployments/own", "accounts/local/deployments/own", TOY):
-        sampler = await service.create_deployment_sampler_for_model(model)
+        sampler = await service.create_deployment_sampler_for_model(model, tokenizer=Plain())
         assert sampler.model == "own"
         (made,) = await sampler.sample_with_prompt_tokens([1, 2], max_tokens=6, seed=5, stop=[])
         assert [made.full_tokens[2:]] == wanted
