@@ -15,6 +15,7 @@ from support import compatibility
 from support.daemon import DaemonProcess
 
 from firetitan_client import (
+    DeploymentManager,
     FiretitanSamplingParams,
     FiretitanServiceClient,
 )
