@@ -1,0 +1,90 @@
+"""The examples run through on a tiny model, LoRA and full-parameter, and learn what it can learn."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.daemon import DaemonProcess
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+pytestmark = pytest.mark.timeout(300)
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """One daemon for all of them."""
+    process = DaemonProcess(tmp_path_factory.mktemp("examples") / "home")
+    process.start()
+    yield process
+    process.stop()
+
+
+@pytest.fixture(params=[8, 0], ids=["lora", "full"])
+def run(
+    request: pytest.FixtureRequest,
+    daemon: DaemonProcess,
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Run:
+    """Runs an example's `train` with a service of its own."""
+    from firetitan_client import FiretitanServiceClient
+
+    monkeypatch.setenv("FIRETITAN_ADDRESS", daemon.address)
+
+    def train(example: Any, **settings: Any) -> Any:
+        with FiretitanServiceClient.from_firetitan_config(
+            base_model=str(tiny_llama),
+            lora_rank=request.param,
+            cleanup_trainer_on_close=True,
+            cleanup_deployment_on_close="delete",
+        ) as service:
+            return example.train(
+                service,
+                model=str(tiny_llama),
+                lora_rank=request.param,
+                learning_rate=1e-2,
+                **settings,
+            )
+
+    return train
+
+
+def test_preferences_are_learned(run: Run) -> None:
+    import dpo
+
+    report = run(dpo, steps=6, batch_size=4)
+    assert report.losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert report.losses[-1] < 0.1
+    assert report.heldout[1] > 0.9 > report.heldout[0]
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_texts_are_told_apart(run: Run, custom: bool) -> None:
+    import embedding
+
+    report = run(embedding, steps=12, batch_size=8, custom=custom)
+    assert statistics.mean(report.losses[-3:]) < 0.8 * report.losses[0]
+
+
+def test_a_loss_of_ones_own_is_the_built_in_one(run: Run) -> None:
+    import embedding
+
+    ours = run(embedding, steps=3, batch_size=4, custom=True, seed=5)
+    built_in = run(embedding, steps=3, batch_size=4, custom=False, seed=5)
+    assert ours.losses == pytest.approx(built_in.losses, rel=1e-4)
+
+
+def test_the_teacher_is_approached(run: Run) -> None:
+    import distillation
+
+    report = run(distillation, steps=8, num_questions=16, max_tokens=16)
+    assert report.heldout[1] < 0.7 * report.heldout[0]
