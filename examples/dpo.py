@@ -2,7 +2,7 @@
 
     firetitand serve &
     python examples/dpo.py
-    python examples/dpo.py --lora-rank 0         # every parameter; the reference has its own trainer
+    python examples/dpo.py --lora-rank 0   # every parameter, and a trainer for the reference
 
 Each pair has one question and two answers with the same fact in it: one as the keeper of
 `data/chats.jsonl` would say it, one as an assistant would. The loss is that of Rafailov et al.

@@ -71,9 +71,7 @@ def draw_pairs(
     ]
 
 
-def info_nce(
-    embeddings: list[torch.Tensor], num_queries: int, temperature: float
-) -> torch.Tensor:
+def info_nce(embeddings: list[torch.Tensor], num_queries: int, temperature: float) -> torch.Tensor:
     """The loss in both directions, a mean over the queries."""
     unit = torch.nn.functional.normalize(torch.stack(embeddings), dim=-1)
     cosines = unit[:num_queries] @ unit[num_queries:].T / temperature
@@ -145,9 +143,7 @@ def train(
         data = to_data(draw_pairs(WARES, TOWNS, batch_size, order))
         done: Any
         if custom:
-            done = policy.forward_backward_custom(
-                data, loss_fn, output="embedding", pooling="last"
-            )
+            done = policy.forward_backward_custom(data, loss_fn, output="embedding", pooling="last")
         else:
             done = policy.forward_backward_contrastive(
                 data, num_queries=batch_size, temperature=temperature, pooling="last"

@@ -1,4 +1,4 @@
-"""The examples run through on a tiny model, LoRA and full-parameter, and learn what it can learn."""
+"""The examples on a tiny model, LoRA and full-parameter: they learn what it can learn."""
 
 from __future__ import annotations
 
@@ -67,20 +67,13 @@ def test_preferences_are_learned(run: Run) -> None:
     assert report.heldout[1] > 0.9 > report.heldout[0]
 
 
-@pytest.mark.parametrize("custom", [False, True])
-def test_texts_are_told_apart(run: Run, custom: bool) -> None:
+def test_texts_are_told_apart_by_either_loss(run: Run) -> None:
     import embedding
 
-    report = run(embedding, steps=12, batch_size=8, custom=custom)
-    assert statistics.mean(report.losses[-3:]) < 0.8 * report.losses[0]
-
-
-def test_a_loss_of_ones_own_is_the_built_in_one(run: Run) -> None:
-    import embedding
-
-    ours = run(embedding, steps=3, batch_size=4, custom=True, seed=5)
-    built_in = run(embedding, steps=3, batch_size=4, custom=False, seed=5)
-    assert ours.losses == pytest.approx(built_in.losses, rel=1e-4)
+    built_in = run(embedding, steps=10, batch_size=8)
+    assert statistics.mean(built_in.losses[-3:]) < 0.85 * built_in.losses[0]
+    ours = run(embedding, steps=2, batch_size=8, custom=True)
+    assert ours.losses == pytest.approx(built_in.losses[:2], rel=1e-4)
 
 
 def test_the_teacher_is_approached(run: Run) -> None:
