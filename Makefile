@@ -119,8 +119,8 @@ bench: setup ## Compare speed with PEFT and HF generate, interleaved in one run
 chaos: setup ## Train a 135M model while its processes are killed; the weights must not show it (10 min)
 	@$(BIN)/python tests/chaos/run.py
 
-examples: setup ## Run sft.py and grpo.py in full against a daemon of their own
-	@$(BIN)/python examples/demo.py --full
+examples: setup ## Run every example on the real model, LoRA and full-parameter (half an hour)
+	@$(BIN)/python examples/run_all.py
 
 ci: verify polyglot test ## What .ci/run runs
 

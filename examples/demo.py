@@ -94,18 +94,15 @@ def main() -> None:
     parser.add_argument("--model", default=sft.MODEL, help="Hugging Face id or folder")
     parser.add_argument("--lora-rank", type=int, default=16, help="0: every parameter")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--full", action="store_true", help="more steps of both")
     options = parser.parse_args()
     model, rank, seed = options.model, options.lora_rank, options.seed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     start = time.monotonic()
     with daemon(OUT / "demo"):
         with service(model, rank) as one:
-            steps = 40 if options.full else 16
-            tuned = sft.train(one, model=model, lora_rank=rank, steps=steps, seed=seed)
+            tuned = sft.train(one, model=model, lora_rank=rank, steps=16, seed=seed)
         with service(model, rank) as two:
-            steps = 30 if options.full else 16
-            taught = grpo.train(two, model=model, lora_rank=rank, steps=steps, seed=seed)
+            taught = grpo.train(two, model=model, lora_rank=rank, steps=16, seed=seed)
     table("SFT: mean loss of the assistant's tokens", "loss", tuned.losses)
     print(f"  conversations never trained on: {tuned.heldout[0]:.3f} -> {tuned.heldout[1]:.3f}")
     table("GRPO: mean reward", "reward", taught.rewards)
