@@ -110,7 +110,12 @@ def train(
     policy = service.create_training_client(base_model=model, lora_rank=lora_rank, seed=seed)
     tokenizer = policy.get_tokenizer()
     order = random.Random(seed)
-    unseen = draw_pairs(HELD_OUT_WARES, HELD_OUT_TOWNS, 48, random.Random(1000 + seed))
+    unseen = draw_pairs(
+        HELD_OUT_WARES,
+        HELD_OUT_TOWNS,
+        len(HELD_OUT_WARES) * len(HELD_OUT_TOWNS),
+        random.Random(1000 + seed),
+    )
     report = Report()
 
     def to_data(pairs: list[tuple[str, str]]) -> list[tinker.Datum]:
