@@ -86,7 +86,7 @@ def train(
     *,
     model: str = MODEL,
     lora_rank: int = 16,
-    steps: int = 20,
+    steps: int = 25,
     batch_size: int = 16,
     temperature: float = 0.05,
     custom: bool = False,
@@ -106,7 +106,7 @@ def train(
         learning_rate: None takes one that suits the rank.
         seed: Of the adapter's first weights and of the pairs.
     """
-    learning_rate = learning_rate or (5e-4 if lora_rank else 2e-5)
+    learning_rate = learning_rate or (5e-4 if lora_rank else 1e-4)
     policy = service.create_training_client(base_model=model, lora_rank=lora_rank, seed=seed)
     tokenizer = policy.get_tokenizer()
     order = random.Random(seed)
@@ -166,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default=MODEL, help="Hugging Face id or folder")
     parser.add_argument("--lora-rank", type=int, default=16, help="0: every parameter")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--custom", action="store_true", help="with the loss written here")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
