@@ -2,7 +2,7 @@
 
 Takes half an hour on two cores. Ends with 1 where a held-out figure did not move as far as it
 should: the loss of SFT by 15 %, the reward of GRPO by 0.2, DPO's preference accuracy by 0.1, the
-embeddings' recall@1 to its double.
+embeddings' recall@1 to its double, the KL to the teacher to its half.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import demo
+import distillation
 import dpo
 import embedding
 import grpo
@@ -38,6 +39,9 @@ EXAMPLES = {
         dpo, "preference accuracy", lambda r: r.heldout, lambda a, b: b >= min(a + 0.1, 0.9)
     ),
     "embedding": Example(embedding, "recall@1", lambda r: r.recall, lambda a, b: b >= 2 * a),
+    "distillation": Example(
+        distillation, "KL to the teacher", lambda r: r.heldout, lambda a, b: b <= 0.5 * a
+    ),
 }
 
 

@@ -28,7 +28,9 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     process.stop()
 
 
-@pytest.fixture(params=[8, 0], ids=["lora", "full"])
+@pytest.fixture(
+    params=[pytest.param(8, id="lora"), pytest.param(0, id="full", marks=pytest.mark.slow)]
+)
 def run(
     request: pytest.FixtureRequest,
     daemon: DaemonProcess,
@@ -61,7 +63,7 @@ def run(
 def test_preferences_are_learned(run: Run) -> None:
     import dpo
 
-    report = run(dpo, steps=6, batch_size=4)
+    report = run(dpo, steps=5, batch_size=2)
     assert report.losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert report.losses[-1] < 0.1
     assert report.heldout[1] > 0.9 > report.heldout[0]
@@ -70,7 +72,14 @@ def test_preferences_are_learned(run: Run) -> None:
 def test_texts_are_told_apart_by_either_loss(run: Run) -> None:
     import embedding
 
-    built_in = run(embedding, steps=10, batch_size=8)
+    built_in = run(embedding, steps=8, batch_size=8)
     assert statistics.mean(built_in.losses[-3:]) < 0.85 * built_in.losses[0]
     ours = run(embedding, steps=2, batch_size=8, custom=True)
     assert ours.losses == pytest.approx(built_in.losses[:2], rel=1e-4)
+
+
+def test_the_teacher_is_approached(run: Run) -> None:
+    import distillation
+
+    report = run(distillation, steps=8, num_questions=16, max_tokens=16)
+    assert report.heldout[1] < 0.7 * report.heldout[0]
