@@ -12,6 +12,9 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import distillation  # noqa: E402
+import dpo  # noqa: E402
+import embedding  # noqa: E402
 import grpo  # noqa: E402
 import sft  # noqa: E402
 from data import make_chats  # noqa: E402
@@ -47,6 +50,32 @@ def test_an_answer_keeps_its_logprobs_at_its_tokens() -> None:
     assert inputs["target_tokens"] == [2, 3, 7, 8]
     assert inputs["logprobs"] == [0.0, 0.0, -0.5, -0.25]
     assert inputs["advantages"] == [0.0, 0.0, 2.0, 2.0]
+
+
+def test_an_answer_is_rewarded_where_the_teacher_finds_it_likelier() -> None:
+    answer = distillation.Answer([1, 2], [7, 8], student=[-1.0, -2.0], teacher=[-0.5, -3.0])
+    datum = distillation.to_datum(answer)
+    inputs = {name: list(tensor.data) for name, tensor in datum.loss_fn_inputs.items()}
+    assert inputs["target_tokens"] == [2, 7, 8]
+    assert inputs["logprobs"] == [0.0, -1.0, -2.0]
+    assert inputs["advantages"] == [0.0, 0.5, -1.0]
+
+
+def test_a_pair_has_one_fact_in_two_manners(tokenizer: object) -> None:
+    chat = sft.read_chats(EXAMPLES / "data" / "chats.jsonl")[0]
+    pair = dpo.to_pair(tokenizer, chat)
+    texts = [
+        tokenizer.decode(datum.model_input.to_ints())  # type: ignore[attr-defined]
+        for datum in (pair.chosen, pair.rejected)
+    ]
+    fact = chat[1]["content"].removeprefix(dpo.GREETING).removesuffix(dpo.FAREWELL)
+    assert all(fact in text and chat[0]["content"] in text for text in texts)
+    assert [dpo.GREETING.strip() in text for text in texts] == [True, False]
+
+
+def test_what_is_held_out_is_never_trained_on() -> None:
+    assert not set(embedding.WARES) & set(embedding.HELD_OUT_WARES)
+    assert not set(embedding.TOWNS) & set(embedding.HELD_OUT_TOWNS)
 
 
 def test_the_reward_depends_on_the_question() -> None:
