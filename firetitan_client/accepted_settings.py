@@ -34,8 +34,6 @@ class AcceptedSettings:
     trainer_pending_timeout_s: float = 172800.0
     reattach_settle_timeout_s: float = 600.0
     reattach_poll_interval_s: float = 5.0
-    inactivity_timeout: Any = None
-    disable_inactivity_cleanup: bool = False
     display_name: str | None = None
     purpose: str | None = None
     preemptible: bool = False

@@ -312,6 +312,7 @@ BY_REASON: dict[str, type[FiretitanError]] = {
     "POISON_COMMAND": InternalError,
     "CHECKPOINT_IN_USE": FailedPrecondition,
     "MODEL_IN_USE": FailedPrecondition,
+    "RESOURCE_FAILED": FailedPrecondition,
 }
 """Class of each reason, by its name without the enum's prefix."""
 

@@ -10,7 +10,6 @@ leaves no hole. `submit`, `hold` and `close` may be called from any thread.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import os
 import threading
 import uuid
@@ -91,11 +90,18 @@ class Lane:
     Args:
         transport: The daemon.
         attach: Attaches under the given client id; says where that stands.
+        name: Makes a client id.
     """
 
-    def __init__(self, transport: Transport, attach: Callable[[str], Awaitable[Place]]) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        attach: Callable[[str], Awaitable[Place]],
+        name: Callable[[], str] = lambda: uuid.uuid4().hex,
+    ) -> None:
         self._transport = transport
         self._attach = attach
+        self._name = name
         self._closed = False
         self._reset()
         transports.on_fork(self)
@@ -315,7 +321,7 @@ class Lane:
             return None
 
     def _open(self) -> None:
-        client_id = uuid.uuid4().hex
+        client_id = self._name()
 
         async def attach() -> Place:
             return await self._attach(client_id)
@@ -431,4 +437,4 @@ def _flush_at_exit() -> None:
         lane.wait_accepted(_EXIT_FLUSH_S)
 
 
-atexit.register(_flush_at_exit)
+transports.at_exit(_flush_at_exit)

@@ -1,11 +1,10 @@
-"""Trainers and deployments: what was asked for, and creating or finding it.
+"""The settings of a managed service, and whether a trainer fits them.
 
-Knows: every documented setting, resource lifecycles. Must not know: sessions, lanes, clients.
+Knows: every documented setting. Must not know: how what is asked for is made (`provisioner`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import re
@@ -17,18 +16,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from firetitan.v1 import (
-    deployment_pb2,
-    deployment_service_pb2,
     operation_pb2,
     operation_service_pb2,
-    shape_service_pb2,
     trainer_pb2,
-    trainer_service_pb2,
 )
 
 from firetitan_client.accepted_settings import AcceptedSettings
 from firetitan_client.deployment_config import transition_of
-from firetitan_client.errors import NotFound, Unsupported, from_status
+from firetitan_client.errors import Unsupported, from_status
+from firetitan_client.inactivity import InactivityTimeout, inactivity_s
 from firetitan_client.transport import Transport
 
 logger = logging.getLogger("firetitan")
@@ -88,6 +84,11 @@ class FiretitanProvisioningConfig(AcceptedSettings):
     """SYNC, ASYNC or None: what becomes of running sequences at a hotload."""
     forward_only: bool = False
     """The trainer runs the frozen model and trains nothing."""
+    inactivity_timeout: InactivityTimeout | None = None
+    """How long trainer and deployment may be unused before their workers are stopped; the next use
+    starts them where they were. Seconds, a timedelta or "1800s"; None: as the daemon is set."""
+    disable_inactivity_cleanup: bool = False
+    """Never stop them for being unused."""
     trainer_timeout_s: float = 3600.0
     deployment_timeout_s: float = 5400.0
     hotload_timeout_s: float | None = 600.0
@@ -104,6 +105,8 @@ class FiretitanProvisioningConfig(AcceptedSettings):
                 raise ValueError("max_lora_rank cannot be combined with forward_only")
             if self.max_lora_rank == 0:
                 raise ValueError("max_lora_rank: is 0; give a rank above 0, or leave it out")
+        if self.inactivity_timeout is not None:
+            inactivity_s(self.inactivity_timeout)
         for name in ("lora_rank", "max_lora_rank", "max_context_length"):
             value = getattr(self, name)
             if value is not None and (
@@ -204,265 +207,6 @@ def build_config(
     return FiretitanProvisioningConfig(**values)
 
 
-@dataclass(frozen=True)
-class Found:
-    """A trainer and whether this service created it."""
-
-    trainer: trainer_pb2.Trainer
-    created: bool
-
-
-class Provisioner:
-    """Creates or finds one trainer and one deployment. Belongs to the background loop.
-
-    Args:
-        transport: The daemon.
-        config: What is wanted; ids chosen here are written back before anything is created, so
-            that a second try finds what the first one made.
-    """
-
-    def __init__(self, transport: Transport, config: FiretitanProvisioningConfig) -> None:
-        self.transport = transport
-        self.config = config
-        self.trainer: trainer_pb2.Trainer | None = None
-        self.deployment: deployment_pb2.Deployment | None = None
-        self.trainer_created = False
-        self.deployment_created = False
-        self.needs_sync = False
-        """Whether the attached deployment serves another trainer's weights."""
-        self._trainer_task: asyncio.Task[trainer_pb2.Trainer] | None = None
-        self._trainer_known = asyncio.Event()
-        self._deployment_task: asyncio.Task[deployment_pb2.Deployment] | None = None
-        self._joined_for = ""
-        """The trainer the deployment was asked for; empty: for its base model alone."""
-
-    async def get_trainer(self) -> trainer_pb2.Trainer:
-        """The trainer, ready."""
-        if self.trainer is not None:
-            return self.trainer
-        if self._trainer_task is None:
-            self._trainer_task = asyncio.get_running_loop().create_task(self._make_trainer())
-        task = self._trainer_task
-        try:
-            self.trainer = await asyncio.shield(task)
-        finally:
-            if task.done() and self._trainer_task is task:
-                self._trainer_task = None
-        return self.trainer
-
-    async def get_deployment(self) -> deployment_pb2.Deployment:
-        """The deployment, ready; its trainer is made beside it where one is wanted."""
-        if self.deployment is not None and (self._joined_for or not self._wants_trainer):
-            return self.deployment
-        if self._deployment_task is None:
-            self._deployment_task = asyncio.get_running_loop().create_task(self._make_deployment())
-        task = self._deployment_task
-        try:
-            self.deployment = await asyncio.shield(task)
-        finally:
-            if task.done() and self._deployment_task is task:
-                self._deployment_task = None
-        return self.deployment
-
-    async def roll_back(self) -> None:
-        """Remove what this service created, after provisioning failed half-way."""
-        if self._trainer_task is not None:
-            await asyncio.wait([self._trainer_task])
-        if self.deployment_created and self.config.deployment_id:
-            await self.delete_deployment()
-        if self.trainer_created and self.config.trainer_job_id:
-            await self.delete_trainer()
-
-    async def delete_trainer(self) -> None:
-        """Delete the trainer; its checkpoints stay."""
-        await self.transport.call(
-            "TrainerService/DeleteTrainer",
-            trainer_service_pb2.DeleteTrainerRequest(name=self._trainer_name()),
-            trainer_service_pb2.DeleteTrainerResponse,
-            timeout_s=None,
-        )
-        self.trainer, self.trainer_created = None, False
-
-    async def delete_deployment(self) -> None:
-        """Delete the deployment."""
-        await self.transport.call(
-            "DeploymentService/DeleteDeployment",
-            deployment_service_pb2.DeleteDeploymentRequest(name=self._deployment_name()),
-            deployment_service_pb2.DeleteDeploymentResponse,
-            timeout_s=None,
-        )
-        self.deployment, self.deployment_created = None, False
-
-    async def scale_deployment(self, replicas: int) -> deployment_pb2.Deployment:
-        """Stop the deployment's worker, or start it."""
-        answer = await self.transport.call(
-            "DeploymentService/ScaleDeployment",
-            deployment_service_pb2.ScaleDeploymentRequest(
-                name=self._deployment_name(), replicas=replicas
-            ),
-            deployment_service_pb2.ScaleDeploymentResponse,
-            timeout_s=None,
-        )
-        scaled: deployment_pb2.Deployment = answer.deployment
-        return scaled
-
-    async def find_trainer(self) -> trainer_pb2.Trainer | None:
-        """The trainer of the configured id, if there is one."""
-        if not self.config.trainer_job_id:
-            return None
-        try:
-            answer = await self.transport.call(
-                "TrainerService/GetTrainer",
-                trainer_service_pb2.GetTrainerRequest(name=self._trainer_name()),
-                trainer_service_pb2.GetTrainerResponse,
-            )
-        except NotFound:
-            if self.config.base_model is None:
-                raise
-            return None
-        found: trainer_pb2.Trainer = answer.trainer
-        return found
-
-    def _trainer_name(self) -> str:
-        return f"trainers/{self.config.trainer_job_id}"
-
-    def _deployment_name(self) -> str:
-        return f"deployments/{self.config.deployment_id}"
-
-    async def _make_trainer(self) -> trainer_pb2.Trainer:
-        config = self.config
-        found = await self.find_trainer()
-        if found is not None:
-            check_same(config, found)
-            if found.state == trainer_pb2.Trainer.STATE_ACTIVE:
-                self._trainer_known.set()
-                return found
-        elif config.base_model is None:
-            raise ValueError("base_model is required for a direct training client")
-        if config.trainer_job_id is None:
-            kind = "reference" if config.forward_only else "training-api-service"
-            config.trainer_job_id = f"{kind}-{uuid.uuid4().hex[:8]}"
-        self.trainer_created = self.trainer_created or found is None
-        answer = await self.transport.call(
-            "TrainerService/CreateTrainer",
-            trainer_service_pb2.CreateTrainerRequest(
-                trainer_id=config.trainer_job_id,
-                base_model=found.base_model if found else config.base_model or "",
-                lora_rank=found.lora_rank if found else config.lora_rank or 0,
-                max_context_length=config.max_context_length or 0,
-                forward_only=found.forward_only if found else config.forward_only,
-                max_lora_rank=found.max_lora_rank if found else config.max_lora_rank or 0,
-                training_shape="" if found else config.training_shape_id or "",
-                request_id=uuid.uuid4().hex,
-            ),
-            trainer_service_pb2.CreateTrainerResponse,
-        )
-        self._trainer_known.set()
-        operation = await wait_operation(self.transport, answer.operation)
-        made: trainer_pb2.Trainer = operation.trainer
-        logger.info(
-            "trainer %s: %s from %s, shape %s (%d tokens, %s on %s)",
-            made.name,
-            made.base_model,
-            made.model.source,
-            made.shape.name,
-            made.shape.max_context_length,
-            made.shape.dtype,
-            made.shape.device,
-        )
-        return made
-
-    async def _make_deployment(self) -> deployment_pb2.Deployment:
-        config = self.config
-        if not config.create_deployment:
-            raise Unsupported(
-                "this service has no deployment (create_deployment=False); create one without it, "
-                "or sample with another service on the same trainer_job_id"
-            )
-        trainer: asyncio.Task[trainer_pb2.Trainer] | None = None
-        base_model = config.base_model
-        if self._wants_trainer:
-            # The deployment names its trainer, which need not be ready yet.
-            trainer = asyncio.get_running_loop().create_task(self.get_trainer())
-            known = asyncio.get_running_loop().create_task(self._trainer_known.wait())
-            await asyncio.wait([trainer, known], return_when=asyncio.FIRST_COMPLETED)
-            known.cancel()
-            if trainer.done():
-                trainer.result()
-            base_model = base_model or (await trainer).base_model
-        elif base_model is None:
-            raise ValueError("base_model: missing; name the model to sample from")
-        joined_for = self._trainer_name() if trainer is not None else ""
-        found = await self._find_deployment(base_model, joined_for)
-        if config.deployment_id is None:
-            config.deployment_id = default_deployment_id(base_model)
-        self.deployment_created = self.deployment_created or found is None
-        answer = await self.transport.call(
-            "DeploymentService/CreateDeployment",
-            deployment_service_pb2.CreateDeploymentRequest(
-                deployment_id=config.deployment_id,
-                base_model=base_model,
-                max_context_length=config.max_context_length or 0,
-                trainer=joined_for,
-                deployment_shape=await self._deployment_shape(),
-                request_id=uuid.uuid4().hex,
-                transition=transition_of(config.hot_load_transition_type),
-            ),
-            deployment_service_pb2.CreateDeploymentResponse,
-        )
-        operation = await wait_operation(self.transport, answer.operation)
-        made: deployment_pb2.Deployment = operation.deployment
-        if made.state == deployment_pb2.Deployment.STATE_STOPPED:
-            made = await self.scale_deployment(1)
-        if trainer is not None:
-            await trainer
-        self._joined_for = joined_for
-        return made
-
-    async def _deployment_shape(self) -> str:
-        """The shape asked for, or the one that belongs to the named training shape."""
-        config = self.config
-        if config.deployment_shape or not config.training_shape_id:
-            return config.deployment_shape or ""
-        answer = await self.transport.call(
-            "ShapeService/GetShape",
-            shape_service_pb2.GetShapeRequest(name=config.training_shape_id),
-            shape_service_pb2.GetShapeResponse,
-        )
-        return str(answer.shape.deployment_shape)
-
-    @property
-    def _wants_trainer(self) -> bool:
-        """Whether anyone asked for training: a base model alone can be sampled without."""
-        config = self.config
-        settings = (config.trainer_job_id, config.lora_rank, config.max_lora_rank)
-        asked = any(one is not None for one in settings)
-        return asked or self.trainer is not None or self._trainer_task is not None
-
-    async def _find_deployment(
-        self, base_model: str, trainer: str
-    ) -> deployment_pb2.Deployment | None:
-        if self.config.deployment_id is None:
-            return None
-        try:
-            answer = await self.transport.call(
-                "DeploymentService/GetDeployment",
-                deployment_service_pb2.GetDeploymentRequest(name=self._deployment_name()),
-                deployment_service_pb2.GetDeploymentResponse,
-            )
-        except NotFound:
-            return None
-        found: deployment_pb2.Deployment = answer.deployment
-        if found.base_model != base_model:
-            raise ValueError(
-                f"deployment_id: {self.config.deployment_id!r} serves {found.base_model!r}, this "
-                f"service has {base_model!r}; choose another deployment_id"
-            )
-        if trainer and not self.deployment_created:
-            self.needs_sync = found.trainer != trainer
-        return found
-
-
 def check_same(config: FiretitanProvisioningConfig, trainer: trainer_pb2.Trainer) -> None:
     """Refuse a trainer that is not what was asked for.
 
@@ -490,6 +234,12 @@ def check_same(config: FiretitanProvisioningConfig, trainer: trainer_pb2.Trainer
         raise ValueError(
             f"trainer {config.trainer_job_id!r} trains, a forward-only one was asked for; give the "
             "id of a forward-only trainer, or leave it out to get one"
+        )
+    length = trainer.max_context_length
+    if config.max_context_length and length and config.max_context_length != length:
+        raise ValueError(
+            f"max_context_length: {config.max_context_length} was asked for, trainer "
+            f"{config.trainer_job_id!r} has {length}; leave max_context_length out to join it"
         )
 
 

@@ -10,7 +10,7 @@ import concurrent.futures
 import logging
 import secrets
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from firetitan_client import address as addresses
 from firetitan_client import convert, routing, transport, types
 from firetitan_client.errors import Unsupported
 from firetitan_client.futures import APIFuture
+from firetitan_client.leases import Lease
 from firetitan_client.prompt_scores import (
     Scores,
     alternatives,
@@ -48,6 +49,8 @@ class Target:
     base_model: str = ""
     tokenizer: str = ""
     """Folder or id the tokenizer is loaded from."""
+    lease: Lease | None = field(default=None, compare=False, repr=False)
+    """Says that the deployment is used, for as long as somebody has this."""
 
 
 def build_request(
@@ -141,6 +144,8 @@ async def send(
         request: What to sample.
         timeout_s: Seconds for one try, of which `LATE_TRIES` may run into it; None: no limit.
     """
+    if target.lease is not None:
+        await target.lease.hold(target.deployment)
     request.deployment, request.snapshot = target.deployment, target.snapshot
     answer: sampling_service_pb2.SampleResponse = await target.transport.call(
         "SamplingService/Sample",
@@ -310,4 +315,5 @@ def deployment_target(inference_url: str | None, model: str | None, tokenizer: A
     name = model.rpartition("#")[2]
     name = name if name.startswith("deployments/") else f"deployments/{name.rpartition('/')[2]}"
     source = tokenizer if isinstance(tokenizer, str) else ""
-    return Target(transport.connect(endpoint.address), name, tokenizer=source)
+    daemon = transport.connect(endpoint.address)
+    return Target(daemon, name, tokenizer=source, lease=Lease(daemon))

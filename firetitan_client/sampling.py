@@ -19,6 +19,7 @@ from firetitan_client.concurrency import SamplingConcurrencyController
 from firetitan_client.deployment_sampler import DeploymentSampler
 from firetitan_client.errors import Unsupported
 from firetitan_client.futures import APIFuture, SelfFuture, completed
+from firetitan_client.leases import Lease
 from firetitan_client.limited_requests import send_within
 from firetitan_client.prompt_scores import Scores
 from firetitan_client.sample_requests import (
@@ -43,13 +44,12 @@ _DRAIN_POLL_S = 0.05
 class FiretitanSamplingClient(SelfFuture[Target]):
     """Samples from a deployment, in tinker's shape.
 
-    Follows what the deployment serves, or, where `pinned`, stays with one snapshot. Also the
+    Follows what the deployment serves, or stays with the snapshot that `ready` names. Also the
     future of itself: `client.result(timeout)`, `await client`, `client.future()`.
 
     Args:
         ready: Done once the deployment serves what was asked for.
         tokenizer: A tokenizer, or what to load one from.
-        pinned: Stay with the snapshot of `ready`.
         label: What was asked for, for `repr`.
         concurrency_controller: Its `acquire` and `release` surround each request; None: all run at
             once, the daemon batches them.
@@ -60,7 +60,6 @@ class FiretitanSamplingClient(SelfFuture[Target]):
         ready: APIFuture[Target],
         *,
         tokenizer: Any = None,
-        pinned: bool = False,
         label: str = "",
         concurrency_controller: SamplingConcurrencyController | None = None,
     ) -> None:
@@ -68,7 +67,6 @@ class FiretitanSamplingClient(SelfFuture[Target]):
         self._given_tokenizer = tokenizer
         self._tokenizer: Any = None
         self._label = label
-        self._pin = uuid.uuid4().hex if pinned else None
         self._controller = concurrency_controller
         self._closed = False
         self._unpin: Any = None
@@ -130,17 +128,19 @@ class FiretitanSamplingClient(SelfFuture[Target]):
             ValueError: It is no handle.
         """
         parsed = SamplerHandle.parse(handle)
+        daemon = transport.connect(parsed.address)
         target = Target(
-            transport.connect(parsed.address),
+            daemon,
             parsed.deployment,
             parsed.snapshot,
             parsed.base_model,
             parsed.tokenizer,
+            Lease(daemon),
         )
         if not target.snapshot:
             return cls(completed(target), tokenizer=parsed.tokenizer, label=target.deployment)
         ready: APIFuture[Target] = APIFuture("from_sampler_handle")
-        client = cls(ready, tokenizer=parsed.tokenizer, pinned=True, label=target.deployment)
+        client = cls(ready, tokenizer=parsed.tokenizer, label=target.deployment)
 
         async def hold() -> Target:
             await client.hold_snapshot(target)
@@ -303,9 +303,12 @@ class FiretitanSamplingClient(SelfFuture[Target]):
 
     async def hold_snapshot(self, target: Target) -> None:
         """Keep the snapshot loaded while this client lives; for whoever opens it."""
-        assert self._pin is not None
-        await set_pin(target, self._pin)
-        self._unpin = weakref.finalize(self, release_pin, target, self._pin)
+        holder = uuid.uuid4().hex
+        if target.lease is not None:
+            await target.lease.hold(target.deployment)
+            holder = target.lease.part("pin")
+        await set_pin(target, holder)
+        self._unpin = weakref.finalize(self, release_pin, target, holder)
         self._unpin.atexit = False
 
     def close(self, drain_timeout_s: float | None = 3600) -> None:

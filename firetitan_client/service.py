@@ -8,14 +8,20 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from typing import Any, Self
 
 from firetitan_client import address as addresses
 from firetitan_client import transport
 from firetitan_client.errors import FiretitanError
 from firetitan_client.futures import APIFuture
-from firetitan_client.managed import FiretitanProvisioningConfig, build_config
+from firetitan_client.leases import DELETE, STOP, Cleanup, report
+from firetitan_client.managed import (
+    CLEANUP_DEPLOYMENT_ON_CLOSE_DELETE,
+    FiretitanProvisioningConfig,
+    build_config,
+)
 from firetitan_client.sample_requests import follow, load_tokenizer
 from firetitan_client.service_control import ControlCalls
 from firetitan_client.service_core import SILENCE_S
@@ -232,38 +238,60 @@ class FiretitanServiceClient(
     def close(self) -> None:
         """End this service: what was called still runs, then what it created is cleaned up.
 
-        A trainer or deployment that existed before is never touched. The first error is raised at
-        the end, further ones are logged.
+        A trainer or deployment that existed before is never touched. One that others use too stays
+        until the last of them has left; the log says so. The first error is raised at the end,
+        further ones are logged. Ctrl-C stops the waiting, not the clean-up. Again is fine.
         """
-        if self._closed:
-            return
         self._closed = True
+        self._closing.run(
+            ("the references", self._leave_references),
+            ("the inference deployments", self._leave_inference),
+            ("the calls that were made", self._finish_calls),
+            ("the clean-up", self._leave),
+        )
+
+    @property
+    def _cleanups(self) -> dict[str, Cleanup]:
+        """What to do with what this service created, in order."""
         provisioner, config = self._provisioner, self._config
-        deletes_trainer = provisioner.trainer_created and config.cleanup_trainer_on_close
+        found: dict[str, Cleanup] = {}
+        if self._pid != os.getpid():
+            return found  # a forked child: what the parent made is the parent's
+        if provisioner.deployment_created and config.cleanup_deployment_on_close is not None:
+            delete = config.cleanup_deployment_on_close == CLEANUP_DEPLOYMENT_ON_CLOSE_DELETE
+            found[provisioner.deployment_name] = DELETE if delete else STOP
+        if provisioner.trainer_created and config.cleanup_trainer_on_close:
+            found[provisioner.trainer_name] = DELETE
+        return found
+
+    def _leave_references(self) -> None:
+        try:
+            self.release_references()
+        except FiretitanError as error:  # what matters more comes after it
+            logger.warning("close: %s", error)
+
+    def _leave_inference(self) -> None:
+        if self._pid == os.getpid():
+            report(transport.run(self._drop_inference()).result(), "close")
+
+    def _finish_calls(self) -> None:
         for lane in self._lanes:
             lane.close()
+        deletes_trainer = self._cleanups.get(self._provisioner.trainer_name) == DELETE
+        for lane in self._lanes:
             if deletes_trainer:
                 lane.wait_finished()
             else:
                 lane.wait_accepted(SILENCE_S)
             for failure in lane.take_unseen():
                 logger.warning("%s failed, unnoticed: %s", failure.label, failure.error)
-        work: list[Callable[[], Any]] = [self._drop_references, self._drop_inference]
-        if provisioner.deployment_created and config.cleanup_deployment_on_close == "delete":
-            work.append(provisioner.delete_deployment)
-        elif provisioner.deployment_created and config.cleanup_deployment_on_close is not None:
-            work.append(lambda: provisioner.scale_deployment(0))
-        if deletes_trainer:
-            work.append(provisioner.delete_trainer)
-        first: FiretitanError | None = None
-        for one in work:
-            try:
-                transport.run(one()).result()
-            except FiretitanError as error:
-                logger.warning("close: %s", error)
-                first = first or error
-        if first is not None:
-            raise first
+
+    def _leave(self) -> None:
+        """Ask for the clean-ups and give the lease back, in one request."""
+        if not self._lease.held:
+            return
+        outcomes = transport.run(self._lease.release(self._cleanups, everything=True)).result()
+        report(outcomes, "close")
 
     def __enter__(self) -> Self:
         return self

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from firetitan_client import address as addresses
 from firetitan_client import transport
-from firetitan_client.errors import FiretitanError
+from firetitan_client.closing import Closing
 from firetitan_client.futures import SelfFuture, in_event_loop
 from firetitan_client.lane import Lane
-from firetitan_client.managed import FiretitanProvisioningConfig, Provisioner
+from firetitan_client.leases import Lease
+from firetitan_client.managed import FiretitanProvisioningConfig
+from firetitan_client.provisioner import Provisioner
 from firetitan_client.stubs import Stubs
 
 if TYPE_CHECKING:
@@ -44,7 +47,8 @@ class ServiceCore:
         self._managed = managed
         self._user_metadata = dict(user_metadata or {})
         self._transport = transport.connect(endpoint.address, autostart)
-        self._provisioner = Provisioner(self._transport, config)
+        self._lease = Lease(self._transport)
+        self._provisioner = Provisioner(self._transport, config, self._lease)
         self._lock = threading.Lock()
         self._reference: Provisioner | None = None
         """Makes the separate reference trainer, where there is one."""
@@ -56,6 +60,8 @@ class ServiceCore:
         self._lanes: list[Lane] = []
         self._opening = asyncio.Lock()
         self._closed = False
+        self._closing = Closing("close")
+        self._pid = os.getpid()
         self.stubs = Stubs(self._transport)
         """The raw services, for what is not wrapped."""
 
@@ -70,17 +76,6 @@ class ServiceCore:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("FiretitanServiceClient is closed")
-
-    async def _roll_back(self) -> None:
-        """Remove what this service created, after creating the rest failed."""
-        await self._remove(self._provisioner)
-
-    async def _remove(self, provisioner: Provisioner) -> None:
-        try:
-            await provisioner.roll_back()
-        except FiretitanError as error:
-            if self._transport.served:  # else nothing can have been created
-                logger.warning("what was created could not be removed: %s", error)
 
     def _await_ready(
         self,

@@ -7,6 +7,7 @@ training, how samples travel.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from typing import Any
@@ -19,6 +20,7 @@ from firetitan_client.deployment_config import STATES, DeploymentConfig, transit
 from firetitan_client.deployment_sampler import DeploymentSampler
 from firetitan_client.errors import FailedPrecondition, FiretitanError, NotFound
 from firetitan_client.futures import APIFuture
+from firetitan_client.leases import DELETE, STOP, CleanupOutcome, Lease
 from firetitan_client.managed import wait_operation
 from firetitan_client.sample_requests import Target, follow
 from firetitan_client.service_core import ServiceCore
@@ -128,6 +130,7 @@ class InferenceDeployments(ServiceCore):
                 found.name,
                 base_model=found.base_model,
                 tokenizer=found.model.path or found.base_model,
+                lease=self._lease if daemon is self._transport else Lease(daemon),
             )
 
         follow(open_(), ready)
@@ -139,13 +142,9 @@ class InferenceDeployments(ServiceCore):
     ) -> deployment_pb2.Deployment:
         deployment_id = config.deployment_id.rpartition("/")[2]
         name = f"deployments/{deployment_id}"
-        try:
-            found = await _get(self._transport, name)
-        except NotFound:
-            if cleanup is not None:
-                self._inference[name] = cleanup
-        else:
-            _check_alive(found)
+        await self._lease.hold(name)
+        with contextlib.suppress(NotFound):
+            _check_alive(await _get(self._transport, name))
         answer = await self._transport.call(
             "DeploymentService/CreateDeployment",
             deployment_service_pb2.CreateDeploymentRequest(
@@ -157,6 +156,8 @@ class InferenceDeployments(ServiceCore):
             ),
             deployment_service_pb2.CreateDeploymentResponse,
         )
+        if answer.created and cleanup is not None:
+            self._inference[name] = cleanup
         try:
             async with asyncio.timeout(timeout_s):
                 operation = await wait_operation(self._transport, answer.operation)
@@ -173,24 +174,14 @@ class InferenceDeployments(ServiceCore):
         made: deployment_pb2.Deployment = operation.deployment
         return made
 
-    async def _drop_inference(self) -> None:
+    async def _drop_inference(self) -> list[CleanupOutcome]:
         """Clean up the deployments this service made beside its own."""
-        while self._inference:
-            name, cleanup = self._inference.popitem()
-            if cleanup == "delete":
-                await self._transport.call(
-                    "DeploymentService/DeleteDeployment",
-                    deployment_service_pb2.DeleteDeploymentRequest(name=name),
-                    deployment_service_pb2.DeleteDeploymentResponse,
-                    timeout_s=None,
-                )
-            else:
-                await self._transport.call(
-                    "DeploymentService/ScaleDeployment",
-                    deployment_service_pb2.ScaleDeploymentRequest(name=name, replicas=0),
-                    deployment_service_pb2.ScaleDeploymentResponse,
-                    timeout_s=None,
-                )
+        uses = {
+            name: DELETE if cleanup == "delete" else STOP
+            for name, cleanup in self._inference.items()
+        }
+        self._inference.clear()
+        return await self._lease.release(uses) if uses else []
 
 
 async def _get(daemon: Transport, name: str) -> deployment_pb2.Deployment:

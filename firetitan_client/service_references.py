@@ -7,15 +7,18 @@ Must not know: how commands travel.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 from firetitan_client import transport
-from firetitan_client.errors import FiretitanError, InvalidArgument
+from firetitan_client.errors import InvalidArgument
 from firetitan_client.forward_only import ForwardOnlyClient
 from firetitan_client.futures import APIFuture
-from firetitan_client.managed import FiretitanProvisioningConfig, Provisioner
+from firetitan_client.leases import DELETE, KEEP, CleanupOutcome, report
+from firetitan_client.managed import FiretitanProvisioningConfig
+from firetitan_client.provisioner import Provisioner, raise_first
 from firetitan_client.sample_requests import follow
 from firetitan_client.service_core import SILENCE_S
 from firetitan_client.service_training import TrainingClients
@@ -149,9 +152,10 @@ class ReferenceClients(TrainingClients):
                 return await self._open_base(policy)
         reference = await self._get_reference()
         try:
-            return await self._open_with(reference, None, wanted)
-        except (FiretitanError, ValueError):
-            await self._roll_back_reference()
+            async with reference.opening("trainer"):
+                return await self._open_with(reference, None, wanted)
+        except BaseException:
+            self._reference = None  # the next call may want another one
             raise
 
     @property
@@ -174,38 +178,31 @@ class ReferenceClients(TrainingClients):
                 create_deployment=False,
                 forward_only=True,
             )
-            self._reference = Provisioner(self._transport, wanted)
+            at_death = DELETE if config.cleanup_reference_trainer_on_close else KEEP
+            self._reference = Provisioner(self._transport, wanted, self._lease, at_death)
         return self._reference
 
-    async def _open(self, session: str | None, wanted: Wanted) -> Opened:
+    async def _open_all(self, session: str | None, wanted: Wanted, both: bool) -> Opened:
         config = self._config
         separate = self._reference_is_separate or config.lora_rank == 0
-        if config.reference_required and separate and not config.forward_only:
-            reference = await self._get_reference()
+        if not config.reference_required or not separate or config.forward_only:
+            return await super()._open_all(session, wanted, both)
+        reference = await self._get_reference()
+        async with reference.opening("trainer"):
             opened, made = await asyncio.gather(
-                super()._open(session, wanted), reference.get_trainer(), return_exceptions=True
+                super()._open_all(session, wanted, both),
+                reference.get_trainer(),
+                return_exceptions=True,
             )
-            for failure in (opened, made):
-                if isinstance(failure, BaseException):
-                    await self._roll_back()
-                    raise failure
-            return cast(Opened, opened)
-        return await super()._open(session, wanted)
-
-    async def _roll_back(self) -> None:
-        await super()._roll_back()
-        await self._roll_back_reference()
-
-    async def _roll_back_reference(self) -> None:
-        if self._reference is not None:
-            await self._remove(self._reference)
-            self._reference = None
+            raise_first((opened, made))
+        return cast(Opened, opened)
 
     def release_references(self) -> None:
         """Let go of the reference clients; again is fine.
 
         A separate trainer that this service created is deleted, unless
-        `cleanup_reference_trainer_on_close` is False; one that existed stays.
+        `cleanup_reference_trainer_on_close` is False; one that existed stays, and one that others
+        use until the last of them has left.
         """
         with self._lock:
             clients = list(self._reference_clients.values())
@@ -213,12 +210,15 @@ class ReferenceClients(TrainingClients):
         for client in clients:
             client._lane.close()
             client._lane.wait_accepted(SILENCE_S)
-        transport.run(self._drop_references()).result()
+        report(transport.run(self._drop_references()).result(), "release_references")
 
-    async def _drop_references(self) -> None:
-        if self._reference is not None and self._config.cleanup_reference_trainer_on_close:
-            await self._reference.roll_back()
-        self._reference = None
+    async def _drop_references(self) -> list[CleanupOutcome]:
+        reference, self._reference = self._reference, None
+        if reference is None or reference.config.trainer_job_id is None:
+            return []
+        deletes = reference.trainer_created and self._config.cleanup_reference_trainer_on_close
+        cleanup = DELETE if deletes and self._pid == os.getpid() else KEEP
+        return await self._lease.release({reference.trainer_name: cleanup})
 
     @property
     def reference_trainer_job_id(self) -> str | None:

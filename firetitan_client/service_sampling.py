@@ -97,7 +97,6 @@ class SamplingClients(ServiceCore):
         client = FiretitanSamplingClient(
             ready,
             tokenizer=tokenizer or self._config.tokenizer_model,
-            pinned=pinned,
             concurrency_controller=controller,
         )
 
@@ -157,12 +156,8 @@ class SamplingClients(ServiceCore):
         return self._provisioner.needs_sync
 
     async def _open_target(self, path: str | None, snapshot: str = "") -> Target:
-        try:
+        async with self._provisioner.opening("deployment", "trainer"):
             deployment = await self._provisioner.get_deployment()
-        except Exception:
-            if not self._training:  # nobody else here uses the trainer made beside it
-                await self._roll_back()
-            raise
         if path is not None:
             await self._hotload(deployment.name, path)
         return Target(
@@ -171,6 +166,7 @@ class SamplingClients(ServiceCore):
             snapshot,
             deployment.base_model,
             deployment.model.path or deployment.base_model,
+            self._lease,
         )
 
     async def _open_pinned(self, path: str, client: FiretitanSamplingClient) -> Target:

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from firetitan_client.convert import whole_number
-from firetitan_client.errors import Unavailable, Unsupported
+from firetitan_client.errors import FailedPrecondition, Unavailable, Unsupported
 from firetitan_client.forward_only import ForwardOnlyClient
 from firetitan_client.futures import APIFuture
 from firetitan_client.lane import Lane
-from firetitan_client.managed import Provisioner, check_same
+from firetitan_client.managed import check_same
+from firetitan_client.provisioner import Kind, Provisioner, raise_first
 from firetitan_client.sample_requests import follow
 from firetitan_client.service_core import ServiceCore
 from firetitan_client.sessions import (
@@ -42,6 +43,7 @@ class _Unset:
 
 
 UNSET = _Unset()
+_GONE = ("WORKER_UNAVAILABLE", "RESOURCE_FAILED")
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ class TrainingClients(ServiceCore):
 
     def _client(self, kind: type[Client], opened: APIFuture[Opened]) -> Client:
         """A client with a lane of its own on a session that is being opened."""
-        lane = Lane(self._transport, lambda client_id: self._attach(opened, client_id))
+        lane = self._lane(opened)
         self._lanes.append(lane)
         label = self._config.base_model or self._config.trainer_job_id or ""
         return kind(cast("FiretitanServiceClient", self), lane, opened, label)
@@ -255,21 +257,25 @@ class TrainingClients(ServiceCore):
     async def _open(self, session: str | None, wanted: Wanted) -> Opened:
         provisioner = self._provisioner
         both = self._managed and self._config.create_deployment
-        made = await asyncio.gather(
-            provisioner.get_trainer(),
-            *([provisioner.get_deployment()] if both else []),
-            return_exceptions=True,
-        )
-        failures = [one for one in made if isinstance(one, BaseException)]
-        if failures:
-            await self._roll_back()
-            raise failures[0]
-        opened = await self._open_with(provisioner, session, wanted)
+        kinds: list[Kind] = ["trainer", "deployment"] if both else ["trainer"]
+        async with provisioner.opening(*kinds):
+            opened = await self._open_all(session, wanted, both)
         config, trainer = self._config, opened.trainer
         config.base_model, config.forward_only = opened.base_model, trainer.forward_only
         config.max_lora_rank = trainer.max_lora_rank or None
         config.lora_rank = None if trainer.max_lora_rank else opened.lora_rank
         return opened
+
+    async def _open_all(self, session: str | None, wanted: Wanted, both: bool) -> Opened:
+        """Make or find everything that is wanted, and open the session."""
+        provisioner = self._provisioner
+        made = await asyncio.gather(
+            provisioner.get_trainer(),
+            *([provisioner.get_deployment()] if both else []),
+            return_exceptions=True,
+        )
+        raise_first(made)
+        return await self._open_with(provisioner, session, wanted)
 
     async def _open_with(
         self, provisioner: Provisioner, session: str | None, wanted: Wanted
@@ -278,8 +284,8 @@ class TrainingClients(ServiceCore):
         for pause_s in (0.1, 0.5):
             try:
                 return await self._open_on(provisioner, session, wanted, request_id)
-            except Unavailable as error:
-                if error.reason != "WORKER_UNAVAILABLE":
+            except (Unavailable, FailedPrecondition) as error:
+                if error.reason not in _GONE:
                     raise
                 # Its worker died after it was looked at: making it again starts another.
                 provisioner.trainer = None
@@ -318,8 +324,18 @@ class TrainingClients(ServiceCore):
         follow(unload(), done)
         return done
 
+    def _lane(self, opened: APIFuture[Opened]) -> Lane:
+        """A lane in a session that is being opened."""
+        return Lane(
+            self._transport,
+            lambda client_id: self._attach(opened, client_id),
+            lambda: self._lease.part("lane"),
+        )
+
     async def _attach(self, opened: APIFuture[Opened], client_id: str) -> Any:
-        return await attach(self._transport, (await opened).session, client_id)
+        session = (await opened).session
+        await self._lease.hold(session)
+        return await attach(self._transport, session, client_id)
 
     # Twins: `await` them for the client
 

@@ -5,15 +5,14 @@ Knows: the documented settings. Must not know: the daemon.
 
 from __future__ import annotations
 
-import datetime
-import re
 from dataclasses import dataclass
 
+from firetitan_client.errors import InvalidArgument
+from firetitan_client.inactivity import InactivityTimeout, inactivity_s
 from firetitan_client.managed import refuse_ranks
 
 _DISPLAY_NAME_LENGTH = 64
 _LONGEST_INACTIVITY_S = 3 * 3600
-_DURATION = re.compile(r"\d+(\.\d{1,9})?s")
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class TrainerJobConfig:
     forward_only: bool = False
     """Run the frozen model and train nothing; lora_rank must be 0."""
     auto_select_training_shape: bool = False
-    inactivity_timeout: datetime.timedelta | str | None = None
+    inactivity_timeout: InactivityTimeout | None = None
     disable_inactivity_cleanup: bool = False
     skip_validations: bool = False
     purpose: str | None = None
@@ -120,15 +119,11 @@ class TrainerJobConfig:
         refuse_ranks(self.trainer_replica_count)
 
 
-def _check_inactivity(value: datetime.timedelta | str) -> list[str]:
-    if isinstance(value, datetime.timedelta):
-        seconds = value.total_seconds()
-    elif isinstance(value, str) and _DURATION.fullmatch(value):
-        seconds = float(value[:-1])
-    else:
-        return ["inactivity_timeout must be a datetime.timedelta or a text like '1800s'"]
-    if seconds < 0:
-        return ["inactivity_timeout must be non-negative"]
+def _check_inactivity(value: InactivityTimeout) -> list[str]:
+    try:
+        seconds = inactivity_s(value)
+    except InvalidArgument as error:
+        return [str(error)]
     if seconds > _LONGEST_INACTIVITY_S:
         return ["inactivity_timeout must be at most 3 hours"]
     return []

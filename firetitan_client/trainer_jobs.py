@@ -40,6 +40,7 @@ _JOB_STATES = {
     _State.STATE_CREATING: "JOB_STATE_CREATING",
     _State.STATE_ACTIVE: "JOB_STATE_RUNNING",
     _State.STATE_RECOVERING: "JOB_STATE_CREATING",
+    _State.STATE_STOPPED: "JOB_STATE_PAUSED",
     _State.STATE_FAILED: "JOB_STATE_FAILED",
     _State.STATE_DELETING: "JOB_STATE_DELETING",
 }
@@ -285,6 +286,7 @@ class TrainerJobManager(FireworksClient):
                 trainer_id,
                 trainer.error.message,
             )
+        if trainer.state in (_State.STATE_FAILED, _State.STATE_STOPPED):
             await self._start_again(trainer)
         return await self._wait(trainer_id, poll_interval_s, timeout_s)
 

@@ -10,6 +10,7 @@ the child gets a loop and a channel of its own.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import concurrent.futures
 import contextlib
 import logging
@@ -52,6 +53,8 @@ _loop: asyncio.AbstractEventLoop | None = None
 _delivery: ThreadPoolExecutor | None = None
 _own_threads: set[int] = set()
 _transports: dict[str, Transport] = {}
+_exit_first: list[Callable[[], object]] = []
+_exit_last: list[Callable[[], object]] = []
 _forked: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -98,6 +101,19 @@ def deliver(function: Callable[..., object], *arguments: object) -> None:
         executor = _delivery
     with contextlib.suppress(RuntimeError):  # the interpreter is ending: nobody waits any more
         executor.submit(function, *arguments)
+
+
+def at_exit(function: Callable[[], object], *, last: bool = False) -> None:
+    """Have a function called when the interpreter ends; the `last` ones behind all others."""
+    (_exit_last if last else _exit_first).append(function)
+
+
+def _run_exit_functions() -> None:
+    for function in (*_exit_first, *_exit_last):
+        function()
+
+
+atexit.register(_run_exit_functions)
 
 
 def in_own_thread() -> bool:

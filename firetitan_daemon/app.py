@@ -20,8 +20,10 @@ import uuid
 from firetitan_daemon import durable, handshake
 from firetitan_daemon.config import DaemonConfig
 from firetitan_daemon.control.checkpoints import CheckpointManager
+from firetitan_daemon.control.cleanup import Cleaner
 from firetitan_daemon.control.deployments import DeploymentManager
 from firetitan_daemon.control.exports import ExportManager
+from firetitan_daemon.control.leases import LeaseManager
 from firetitan_daemon.control.models import ModelRegistry
 from firetitan_daemon.control.operations import OperationRegistry
 from firetitan_daemon.control.removal import SavedRemover
@@ -42,6 +44,7 @@ from firetitan_daemon.places import Places
 from firetitan_daemon.rpc.checkpoints import CheckpointServicer
 from firetitan_daemon.rpc.codec import ProtobufCodec
 from firetitan_daemon.rpc.deployments import DeploymentServicer
+from firetitan_daemon.rpc.leases import LeaseServicer
 from firetitan_daemon.rpc.models import ModelServicer
 from firetitan_daemon.rpc.operations import OperationMessages, OperationServicer
 from firetitan_daemon.rpc.sampling import SamplingServicer
@@ -122,6 +125,7 @@ class Daemon:
             limits=config.limits,
             operations=OperationRegistry(self._store, self._spool, config.limits),
             recovery=config.recovery,
+            inactivity_s=config.idle.timeout_s,
             models=ModelNames(config.models),
             shapes=Shapes(config.training_shapes, config.deployment_shapes, count_gpus()),
             num_threads=config.workers.num_threads,
@@ -151,10 +155,24 @@ class Daemon:
         remover = SavedRemover(services, checkpoints, sessions, deployments)
         models = ModelRegistry(services, trainers, deployments)
         exports = ExportManager(services, checkpoints, ProcessExporter(services.num_threads))
-        self._supervisor = supervisor = Supervisor(
-            services, pool, sessions, trainers, deployments, syncer, checkpoints, remover, models
+        cleaner = Cleaner(services, sessions, trainers, deployments)
+        leases = LeaseManager(
+            services, self.config.leases.ttl_s, cleaner.clean_up, syncer.release_pins
         )
-        messages = OperationMessages(services.spool, trainers, deployments, sessions)
+        self._supervisor = supervisor = Supervisor(
+            services,
+            pool,
+            sessions,
+            trainers,
+            deployments,
+            syncer,
+            checkpoints,
+            remover,
+            models,
+            leases,
+            cleaner,
+        )
+        messages = OperationMessages(services, trainers, deployments, sessions)
         self._identity = Identity(
             version=importlib.metadata.version("firetitan"),
             instance_id=uuid.uuid4().hex,
@@ -168,9 +186,10 @@ class Daemon:
             ModelServicer(models, exports, supervisor),
             ShapeServicer(services.shapes),
             OperationServicer(services.operations, sessions, messages),
-            SamplingServicer(SamplingRouter(deployments), supervisor),
+            SamplingServicer(SamplingRouter(services, deployments), supervisor),
             DeploymentServicer(deployments, syncer, messages, supervisor),
             TrainerServicer(trainers, sessions, messages, supervisor),
+            LeaseServicer(leases, services),
             SystemServicer(
                 self._identity, services.limits, supervisor, pool, sessions, self._stopping.set
             ),

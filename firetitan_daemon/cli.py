@@ -1,4 +1,4 @@
-"""`firetitand`: serve, status, stop, drain, config, models.
+"""`firetitand`: serve, status, ls, rm, stop, drain, config, models.
 
 Knows: the command line, exit codes, how a running daemon is found. Must not know: how it works.
 Exit codes: 0 done, 1 failed, 2 wrong usage or setting, 3 another daemon owns the state, 4 no daemon
@@ -8,14 +8,17 @@ runs.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import functools
 import json
 import logging
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -25,6 +28,7 @@ from firetitan_daemon.places import PlaceError, Places
 
 EXIT_FAILED, EXIT_USAGE, EXIT_OWNED, EXIT_NOT_RUNNING = 1, 2, 3, 4
 _STOP_MARGIN_S = 15.0
+_T = TypeVar("_T")
 
 _home_option = click.option(
     "--home",
@@ -167,6 +171,69 @@ def models(home: Path | None, as_json: bool) -> None:
     for one in found:
         made = f"from {one.snapshot} on {one.base_model}" if one.snapshot else one.location
         click.echo(f"{one.name:48} {made}")
+
+
+@main.command()
+@_home_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def ls(home: Path | None, as_json: bool) -> None:
+    """List trainers, sessions and deployments: their state, how long unused, and by whom used."""
+    running = _running(_places(home))
+    from firetitan_daemon.resources import Resources
+
+    rows = _asked(running["address"], lambda channel: Resources(channel).rows())
+    if as_json:
+        click.echo(json.dumps({"resources": [dataclasses.asdict(row) for row in rows]}))
+        return
+    for row in rows:
+        idle = "" if row.idle_s is None else f"idle {row.idle_s:.0f} s"
+        users = f"used by {', '.join(row.used_by)}" if row.used_by else ""
+        waiting = f"{row.cleanup} when they have left" if row.cleanup else ""
+        facts = "  ".join(filter(None, (row.what, idle, users, waiting, row.error)))
+        click.echo(f"{row.name:48} {row.state:10} {facts}")
+
+
+@main.command()
+@_home_option
+@click.option("--force", is_flag=True, help="Also where clients use it.")
+@click.argument("name", nargs=-1, required=True)
+def rm(home: Path | None, force: bool, name: tuple[str, ...]) -> None:
+    """Remove trainers, sessions and deployments by name; checkpoints and snapshots stay."""
+    running = _running(_places(home))
+    from firetitan_daemon.resources import Resources
+
+    used = {
+        row.name: row.used_by
+        for row in _asked(running["address"], lambda channel: Resources(channel).rows())
+    }
+    for one in name:
+        if used.get(one) and not force:
+            _fail(f"{one} is used by {', '.join(used[one])}; --force removes it", EXIT_FAILED)
+        if one not in used:
+            _fail(f"{one} does not exist; `firetitand ls` lists what does", EXIT_FAILED)
+    for one in name:
+        _asked(running["address"], functools.partial(_remove, one))
+        click.echo(f"removed {one}")
+
+
+def _remove(name: str, channel: Any) -> None:
+    from firetitan_daemon.resources import Resources
+
+    Resources(channel).remove(name)
+
+
+def _asked(address: str, ask: Callable[[Any], _T]) -> _T:
+    """What a running daemon answers; ends the program where it does not."""
+    import grpc
+
+    try:
+        with grpc.insecure_channel(address) as channel:
+            return ask(channel)
+    except grpc.RpcError as error:
+        details = getattr(error, "details", None)
+        _fail(f"the daemon refused: {details() if details else error}", EXIT_FAILED)
+    except ValueError as error:
+        _fail(str(error), EXIT_USAGE)
 
 
 def _models(address: str) -> list[Any]:

@@ -58,6 +58,23 @@ class WorkersConfig:
 
 
 @dataclass(frozen=True)
+class LeasesConfig:
+    """Clients that say they are there."""
+
+    ttl_s: float = 60.0
+    """How long a client that does not renew its lease counts as there."""
+
+
+@dataclass(frozen=True)
+class IdleConfig:
+    """Trainers and deployments that nobody uses."""
+
+    timeout_s: float = 0.0
+    """How long one may be unused before its worker is stopped, where whoever made it did not say;
+    0: for ever."""
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """The log, on standard error."""
 
@@ -75,6 +92,8 @@ class DaemonConfig:
     limits: Limits = field(default_factory=Limits)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     recovery: RecoveryLimits = field(default_factory=RecoveryLimits)
+    leases: LeasesConfig = field(default_factory=LeasesConfig)
+    idle: IdleConfig = field(default_factory=IdleConfig)
     log: LogConfig = field(default_factory=LogConfig)
     models: Mapping[str, NamedModel] = field(default_factory=dict)
     """What a name of a model stands for, beside the built-in ones."""
@@ -82,7 +101,7 @@ class DaemonConfig:
     deployment_shapes: tuple[Shape, ...] = ()
 
 
-_SECTIONS = ("server", "limits", "workers", "recovery", "log")
+_SECTIONS = ("server", "limits", "workers", "recovery", "leases", "idle", "log")
 _MODELS = "models."
 _LEVELS = ("debug", "info", "warning", "error")
 

@@ -93,6 +93,11 @@ class CommandPipeline:
         """The session's record with the highest commit_seq given out."""
         return self._rows.current
 
+    @property
+    def busy(self) -> bool:
+        """Whether commands are being accepted, wait or run."""
+        return bool(self._admissions or self._rows.open_operations())
+
     # -- admission -----------------------------------------------------------------------------
 
     async def submit(self, header: Header, method: str, payload: bytes) -> Operation:

@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from firetitan_daemon.control.provisioning import (
-    check_equal,
     check_etag,
     check_request,
+    check_same,
     check_text,
     choose_id,
+    failure,
+    inactivity_s,
     log_shape,
     new_etag,
     new_operation,
@@ -73,12 +75,14 @@ class DeploymentRequest:
     """Of its deployment shape; empty: derived."""
     shape: Shape | None = None
     """Set by the manager."""
+    inactivity_s: float | None = None
+    """None: the setting for a new one, what it was for one that exists; 0: never stopped."""
 
 
 class DeploymentManager:
     """Every deployment by id.
 
-    Owns the records, one lock a deployment for whatever changes its weights, and the pins.
+    Owns the records, and one lock a deployment for whatever changes its weights.
     """
 
     def __init__(self, services: Services, pool: WorkerPool) -> None:
@@ -86,7 +90,6 @@ class DeploymentManager:
         self._pool = pool
         self._deployments: dict[str, Deployment] = {}
         self._locks: dict[str, asyncio.Lock] = {}
-        self._pins: set[tuple[str, str, str]] = set()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._lock = asyncio.Lock()
         self._rows = asyncio.Lock()
@@ -99,7 +102,7 @@ class DeploymentManager:
 
     def restore(self, ledger: Ledger) -> None:
         """Take over the deployments of a former daemon; `recover` reaches their workers."""
-        self._pins = set(ledger.pins)
+        self._services.pins.restore(ledger)
         for deployment in ledger.deployments:
             if deployment.state is ResourceState.ACTIVE:
                 deployment = replace(deployment, state=ResourceState.RECOVERING)
@@ -125,6 +128,11 @@ class DeploymentManager:
         """All deployments, by name."""
         return sorted(self._deployments.values(), key=lambda one: names.natural_key(one.id))
 
+    def made_by(self, name: str, request_id: str) -> bool:
+        """Whether a request made the deployment of a name; it may be gone again."""
+        found = self._deployments.get(names.parse_deployment(name))
+        return found is not None and bool(request_id) and found.made_by == request_id
+
     def pid(self, deployment: Deployment) -> int:
         """Process id of its worker; 0 without one."""
         return self._pool.pid(deployment.worker_id)
@@ -132,10 +140,6 @@ class DeploymentManager:
     def weights_lock(self, deployment_id: str) -> asyncio.Lock:
         """Held while a deployment's weights change."""
         return self._locks.setdefault(deployment_id, asyncio.Lock())
-
-    def pins(self, deployment_id: str) -> list[str]:
-        """Snapshots that clients keep loaded there."""
-        return sorted({pin[1] for pin in self._pins if pin[0] == deployment_id})
 
     async def ready(self, name: str) -> tuple[Deployment, Worker]:
         """A deployment that can answer; one being created or restarted is waited for.
@@ -165,8 +169,7 @@ class DeploymentManager:
         if deployment.state is ResourceState.ACTIVE and worker is not None:
             return deployment, worker
         if deployment.state is ResourceState.FAILED and deployment.error is not None:
-            error = deployment.error
-            raise FiretitanError(Reason(error.reason), error.message, **error.metadata)
+            raise failure(deployment.error)
         raise FiretitanError(
             Reason.RECOVERING,
             f"{deployment.name} is {deployment.state}; try again",
@@ -181,7 +184,9 @@ class DeploymentManager:
         Raises:
             FiretitanError: NAME_INVALID, INVALID_ARGUMENT, ALREADY_EXISTS, REQUEST_ID_REUSED.
         """
-        check_request(request.base_model, request.max_context_length, request.dtype)
+        check_request(
+            request.base_model, request.max_context_length, request.dtype, request.inactivity_s
+        )
         check_text(request.request_id, "request_id")
         if request.trainer:
             names.parse_trainer(request.trainer, "trainer")
@@ -213,9 +218,16 @@ class DeploymentManager:
             operation = new_operation(METHOD, name, request.request_id, request.payload_digest, now)
             existing = self._deployments.get(request.deployment_id)
             if existing is not None:
-                self._check_same(existing, request)
+                check_same(
+                    existing,
+                    request.base_model,
+                    request.dtype,
+                    request.max_context_length,
+                    "deployment_id",
+                    *_shapes(existing, request),
+                )
                 if existing.state is not ResourceState.FAILED:
-                    return await self._join(existing, trainer_id, request.transition, operation)
+                    return await self._join(existing, trainer_id, request, operation)
                 await self._pool.stop(existing.worker_id)
             spec = self._pool.new_spec(
                 WorkerKind.SAMPLER,
@@ -233,11 +245,15 @@ class DeploymentManager:
                 state=ResourceState.CREATING,
                 create_time=now,
                 trainer_id=trainer_id,
+                made_by=existing.made_by if existing is not None else request.request_id,
+                inactivity_s=inactivity_s(request.inactivity_s, existing, services),
                 active_snapshot=existing.active_snapshot if existing is not None else "",
                 etag=new_etag(),
                 worker_id=spec.worker_id,
                 shape=request.shape,
                 transition=request.transition or HotloadTransition.FINISH,
+                requires_sync=existing is not None
+                and (existing.requires_sync or existing.trainer_id != trainer_id),
             )
             await services.operations.write(
                 Change(
@@ -252,23 +268,21 @@ class DeploymentManager:
         self,
         existing: Deployment,
         trainer_id: str,
-        transition: HotloadTransition | None,
+        request: DeploymentRequest,
         operation: Operation,
     ) -> Operation:
+        changes: dict[str, Any] = {}
+        if trainer_id and trainer_id != existing.trainer_id:
+            # It serves on what it served; what the new trainer made has to be brought to it.
+            changes |= {"trainer_id": trainer_id, "requires_sync": True}
+        if request.inactivity_s not in (None, existing.inactivity_s):
+            changes["inactivity_s"] = request.inactivity_s
+        if request.transition not in (None, existing.transition):
+            changes["transition"] = request.transition
         if existing.state is not ResourceState.CREATING:
             operation = settled(operation, self._services.clock.now())
-        joined = replace(
-            existing,
-            trainer_id=trainer_id or existing.trainer_id,
-            transition=transition or existing.transition,
-        )
-        if joined != existing:
-            await self.update(
-                existing.id,
-                operation=operation,
-                trainer_id=joined.trainer_id,
-                transition=joined.transition,
-            )
+        if changes:
+            await self.update(existing.id, operation=operation, **changes)
         else:
             await self._services.operations.write(Change(operations=[operation]))
         return operation
@@ -455,16 +469,6 @@ class DeploymentManager:
                     await self.update(deployment_id, state=ResourceState.STOPPED, worker_id=None)
             return self.get(deployment_id)
 
-    async def pin(self, deployment_id: str, snapshot_id: str, holder: str, release: bool) -> None:
-        """Keep a snapshot loaded for a holder, or let it go."""
-        pin = (deployment_id, snapshot_id, holder)
-        if release:
-            await self._services.store.write(Change(deleted_pins=[pin]))
-            self._pins.discard(pin)
-        else:
-            await self._services.store.write(Change(pins=[pin]))
-            self._pins.add(pin)
-
     async def delete(self, name: str) -> None:
         """End the worker, forget the deployment. One that is gone already is fine."""
         deployment_id = names.parse_deployment(name)
@@ -481,11 +485,10 @@ class DeploymentManager:
             await self._pool.stop(deployment.worker_id)
             gone = ErrorRecord(str(Reason.CLOSED), f"{deployment.name} was deleted")
             now = self._services.clock.now()
-            pins = [pin for pin in self._pins if pin[0] == deployment_id]
             await self._services.operations.write(
                 Change(
                     deleted_deployments=[deployment_id],
-                    deleted_pins=pins,
+                    deleted_pins=self._services.pins.of(deployment_id),
                     operations=[
                         settled(one, now, gone)
                         for one in self._services.operations.open_of(deployment.name)
@@ -493,7 +496,7 @@ class DeploymentManager:
                     durable=True,
                 )
             )
-            self._pins.difference_update(pins)
+            self._services.pins.forget(deployment_id)
             del self._deployments[deployment_id]
 
     async def _cancel_task(self, deployment_id: str) -> None:
@@ -507,16 +510,10 @@ class DeploymentManager:
         for deployment_id in list(self._tasks):
             await self._cancel_task(deployment_id)
 
-    @staticmethod
-    def _check_same(existing: Deployment, request: DeploymentRequest) -> None:
-        if existing.state is ResourceState.DELETING:
-            raise FiretitanError(
-                Reason.CLOSED, f"{existing.name} is being deleted; try again when it is gone"
-            )
-        compared = [("base_model", existing.base_model, request.base_model)]
-        if request.dtype != "auto":
-            compared.append(("dtype", existing.dtype, request.dtype))
-        if request.shape_name and existing.shape and request.shape:
-            found, asked = unversioned(existing.shape.name), unversioned(request.shape.name)
-            compared.append(("deployment_shape", found, asked))
-        check_equal(existing.name, compared, "deployment_id")
+
+def _shapes(existing: Deployment, request: DeploymentRequest) -> list[tuple[str, object, object]]:
+    """The shapes to compare, where one was named."""
+    if not (request.shape_name and existing.shape and request.shape):
+        return []
+    found, asked = unversioned(existing.shape.name), unversioned(request.shape.name)
+    return [("deployment_shape", found, asked)]

@@ -219,7 +219,7 @@ class OperationRegistry:
     async def page(
         self, target: str, *, pending_only: bool, after_id: str, limit: int
     ) -> Sequence[Operation]:
-        """Operations of a session in order of acceptance."""
+        """Operations of a session by commit_seq; those without one last."""
         return await self._store.operations(
             target, pending_only=pending_only, after_id=after_id, limit=limit
         )

@@ -11,14 +11,18 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import replace
 
+from firetitan_daemon.control.services import Services
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.records import (
+    Deployment,
     ErrorRecord,
     ModelInfo,
     Operation,
     OperationState,
+    ResourceState,
     Shape,
     SpoolRef,
+    Trainer,
 )
 from firetitan_daemon.core.sequencer import MAX_TEXT
 from firetitan_daemon.core.shapes import DTYPES, as_loaded
@@ -26,7 +30,9 @@ from firetitan_daemon.core.shapes import DTYPES, as_loaded
 logger = logging.getLogger("firetitan.shapes")
 
 
-def check_request(base_model: str, max_context_length: int, dtype: str) -> None:
+def check_request(
+    base_model: str, max_context_length: int, dtype: str, inactivity: float | None
+) -> None:
     """Refuse what no worker could load.
 
     Raises:
@@ -43,6 +49,12 @@ def check_request(base_model: str, max_context_length: int, dtype: str) -> None:
             Reason.INVALID_ARGUMENT,
             f"max_context_length: {max_context_length} is negative; 0 takes the model's own limit",
             field="max_context_length",
+        )
+    if inactivity is not None and inactivity < 0:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"inactivity_timeout: {inactivity:g} s is negative; 0 never stops it",
+            field="inactivity_timeout",
         )
     if dtype not in DTYPES:
         raise FiretitanError(
@@ -136,6 +148,66 @@ def log_shape(name: str, shape: Shape | None, model: ModelInfo) -> None:
             chosen.dtype,
             chosen.device,
         )
+
+
+def context_length(record: Trainer | Deployment) -> int:
+    """The longest sequence, in tokens; 0 where the model that limits it is not loaded yet."""
+    if record.max_context_length or record.model is None:
+        return record.max_context_length
+    return record.model.max_context_length
+
+
+def check_same(
+    existing: Trainer | Deployment,
+    base_model: str,
+    dtype: str,
+    max_context_length: int,
+    id_field: str,
+    *others: tuple[str, object, object],
+) -> None:
+    """Refuse to join a trainer or a deployment that is not what was asked for.
+
+    Args:
+        existing: What is there.
+        base_model: As asked for.
+        dtype: As asked for; "auto" is whatever it has.
+        max_context_length: As asked for; 0 is whatever it has.
+        id_field: The field that another id goes in.
+        others: Further settings: field, what it has, what was asked for.
+
+    Raises:
+        FiretitanError: ALREADY_EXISTS naming the field that differs; CLOSED while it is deleted.
+    """
+    if existing.state is ResourceState.DELETING:
+        raise FiretitanError(
+            Reason.CLOSED, f"{existing.name} is being deleted; try again when it is gone"
+        )
+    compared: list[tuple[str, object, object]] = [
+        ("base_model", existing.base_model, base_model),
+        *others,
+    ]
+    if max_context_length and context_length(existing):
+        compared.append(("max_context_length", context_length(existing), max_context_length))
+    if dtype != "auto":
+        compared.append(("dtype", existing.dtype, dtype))
+    check_equal(existing.name, compared, id_field)
+
+
+def failure(record: ErrorRecord) -> FiretitanError:
+    """What a failed trainer or deployment answers: for good, whatever ended its worker."""
+    error = FiretitanError(Reason(record.reason), record.message, **record.metadata)
+    if error.reason is Reason.WORKER_UNAVAILABLE:
+        error.reason = Reason.RESOURCE_FAILED
+    return error
+
+
+def inactivity_s(
+    asked: float | None, existing: Trainer | Deployment | None, services: Services
+) -> float:
+    """How long a new record may be unused: as asked, as one of its id had, else the setting."""
+    if asked is not None:
+        return asked
+    return services.inactivity_s if existing is None else existing.inactivity_s
 
 
 def new_operation(

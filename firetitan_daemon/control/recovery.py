@@ -317,6 +317,13 @@ class SessionRecovery:
         self.stats.load_s, self.stats.replay_s = loaded - began, clock.monotonic() - loaded
         return bool(held.last_snapshot)
 
+    async def can_rebuild(self, session: Session) -> bool:
+        """Whether a new worker could be brought to where the session is."""
+        for start in (session.origin_commit_seq, *(point.commit_seq for point in self._points)):
+            if not (await self._plan(session, start)).missing:
+                return True
+        return False
+
     async def _plan(self, session: Session, after: int) -> Plan:
         return plan_replay(await self.services.store.done_operations(session.name, after), after)
 

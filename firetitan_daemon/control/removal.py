@@ -113,7 +113,7 @@ class SavedRemover:
                 deployment.name
                 for deployment in self._deployments.all()
                 if snapshot.id == deployment.active_snapshot
-                or snapshot.id in self._deployments.pins(deployment.id)
+                or snapshot.id in self._services.pins.snapshots(deployment.id)
             ),
             None,
         )

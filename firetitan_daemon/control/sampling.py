@@ -10,13 +10,15 @@ import contextlib
 from collections.abc import AsyncGenerator
 
 from firetitan_daemon.control.deployments import DeploymentManager
+from firetitan_daemon.control.services import Services
 from firetitan_daemon.core.errors import FiretitanError, Reason
 
 
 class SamplingRouter:
     """Sends requests to the workers of deployments."""
 
-    def __init__(self, deployments: DeploymentManager) -> None:
+    def __init__(self, services: Services, deployments: DeploymentManager) -> None:
+        self._services = services
         self._deployments = deployments
 
     async def sample(self, deployment: str, request: bytes) -> bytes:
@@ -33,9 +35,10 @@ class SamplingRouter:
             FiretitanError: DEPLOYMENT_NOT_FOUND, RECOVERING, WORKER_UNAVAILABLE,
                 SNAPSHOT_NOT_ACTIVE, INVALID_ARGUMENT.
         """
-        _, worker = await self._deployments.ready(deployment)
+        record, worker = await self._deployments.ready(deployment)
         try:
-            return await worker.generate(request)
+            with self._services.activity.using(record.name):
+                return await worker.generate(request)
         except FiretitanError as error:
             raise _explained(deployment, error) from error
 
@@ -52,11 +55,12 @@ class SamplingRouter:
         Raises:
             FiretitanError: As `sample`.
         """
-        _, worker = await self._deployments.ready(deployment)
+        record, worker = await self._deployments.ready(deployment)
         try:
-            async with contextlib.aclosing(worker.generate_stream(request)) as responses:
-                async for response in responses:
-                    yield response
+            with self._services.activity.using(record.name):
+                async with contextlib.aclosing(worker.generate_stream(request)) as responses:
+                    async for response in responses:
+                        yield response
         except FiretitanError as error:
             raise _explained(deployment, error) from error
 

@@ -10,10 +10,13 @@ import logging
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
+from firetitan_daemon.control.activity import Activity
 from firetitan_daemon.control.codec import Codec
 from firetitan_daemon.control.operations import OperationRegistry
+from firetitan_daemon.control.pins import Pins
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.model_names import ModelNames
 from firetitan_daemon.core.ports import Clock, Folders, Limits, Spool, Store, WorkerLauncher
@@ -39,12 +42,24 @@ class Services:
     limits: Limits
     operations: OperationRegistry
     recovery: RecoveryLimits = field(default_factory=RecoveryLimits)
+    inactivity_s: float = 0.0
+    """How long a new trainer or deployment may be unused before it is stopped; 0: for ever."""
     num_threads: int = 0
     """Threads a worker computes with; 0: as many as there are cores."""
     models: ModelNames = field(default_factory=ModelNames)
     shapes: Shapes = field(default_factory=Shapes)
     adopt_timeout_s: float = 5.0
     """How long one attempt to reach a worker of a former daemon may take."""
+
+    @cached_property
+    def activity(self) -> Activity:
+        """What runs on trainers and deployments, and when they were last used."""
+        return Activity(self.clock)
+
+    @cached_property
+    def pins(self) -> Pins:
+        """Who keeps which snapshot loaded."""
+        return Pins(self.store)
 
 
 async def when_there_is_space(what: str, write: Callable[[], Awaitable[_T]]) -> _T:

@@ -9,7 +9,7 @@ import asyncio
 import functools
 import random
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from firetitan_daemon.control.checkpoints import CheckpointManager
@@ -47,6 +47,11 @@ class SessionManager:
         self._opening = asyncio.Lock()
         self._made: dict[str, str] = {}
         self._refusal: FiretitanError | None = None
+        self._used: Callable[[str], None] = lambda trainer_id: None
+
+    def connect(self, used: Callable[[str], None]) -> None:
+        """Say whom to tell that somebody uses a trainer, by its id."""
+        self._used = used
 
     async def restore(self, ledger: Ledger) -> None:
         """Take over the sessions of a former daemon; they answer RECOVERING until `resume`."""
@@ -131,6 +136,7 @@ class SessionManager:
                 LANE_BROKEN, RECOVERING.
         """
         pipeline = self._find(name)
+        self._used(pipeline.session.trainer_id)
         check_same(pipeline.session, wanted, Reason.INVALID_ARGUMENT)
         lane = pipeline.attach(client_id)
         return pipeline.current, lane
@@ -163,7 +169,9 @@ class SessionManager:
 
     async def submit(self, header: Header, method: str, payload: bytes) -> Operation:
         """Accept a command; see `CommandPipeline.submit`."""
-        return await self._find(header.session, "header.session").submit(header, method, payload)
+        pipeline = self._find(header.session, "header.session")
+        self._used(pipeline.session.trainer_id)
+        return await pipeline.submit(header, method, payload)
 
     async def cancel(self, operation: Operation) -> Operation:
         """Cancel an operation that has not started; one that has goes on."""
@@ -178,6 +186,31 @@ class SessionManager:
         for pipeline in self._of_trainer(trainer_id):
             if pipeline.session.state is not SessionState.LOST:
                 await pipeline.suspend()
+
+    async def rest(self, trainer_id: str) -> bool:
+        """Let a trainer's sessions do without a worker until `resume`.
+
+        Returns:
+            False where they cannot: commands are open, or what the worker holds could not be
+            brought back. They go on then.
+        """
+        pipelines = [
+            pipeline
+            for pipeline in self._of_trainer(trainer_id)
+            if pipeline.session.state is not SessionState.LOST
+        ]
+        for pipeline in pipelines:
+            if not await pipeline.recovery.can_rebuild(pipeline.session):
+                return False
+        if self.busy(trainer_id):
+            return False
+        for pipeline in pipelines:
+            await pipeline.suspend()
+        return True
+
+    def busy(self, trainer_id: str) -> bool:
+        """Whether commands of a trainer's sessions are being accepted, wait or run."""
+        return any(pipeline.busy for pipeline in self._of_trainer(trainer_id))
 
     async def resume(self, trainer_id: str, worker: Worker, *, exact: bool) -> None:
         """Go on with a trainer's sessions on its adopted worker, or on a new one.

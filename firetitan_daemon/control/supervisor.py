@@ -11,7 +11,9 @@ import contextlib
 from collections.abc import Awaitable
 
 from firetitan_daemon.control.checkpoints import CheckpointManager
+from firetitan_daemon.control.cleanup import Cleaner
 from firetitan_daemon.control.deployments import DeploymentManager
+from firetitan_daemon.control.leases import LeaseManager
 from firetitan_daemon.control.models import ModelRegistry
 from firetitan_daemon.control.removal import SavedRemover
 from firetitan_daemon.control.services import Services, internal_error, logger
@@ -39,6 +41,8 @@ class Supervisor:
         checkpoints: CheckpointManager,
         remover: SavedRemover,
         models: ModelRegistry,
+        leases: LeaseManager,
+        cleaner: Cleaner,
     ) -> None:
         self._services = services
         self._pool = pool
@@ -49,6 +53,8 @@ class Supervisor:
         self._checkpoints = checkpoints
         self._remover = remover
         self._models = models
+        self._leases = leases
+        self._cleaner = cleaner
         self._tasks: set[asyncio.Task[None]] = set()
         self.draining = False
 
@@ -65,6 +71,7 @@ class Supervisor:
         await self._sessions.restore(ledger)
         self._trainers.restore(ledger)
         self._deployments.restore(ledger)
+        self._leases.restore(ledger)
         logger.info(
             "restored trainers=%d sessions=%d deployments=%d open_operations=%d workers=%d "
             "swept_files=%d swept_folders=%d",
@@ -95,11 +102,12 @@ class Supervisor:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
-            try:
-                await self._sessions.expire()
-                await self._remover.expire()
-            except FiretitanError as error:
-                logger.warning("what is over is looked after again later: %s", error)
+            self._cleaner.stop_idle()
+            for expire in (self._sessions.expire, self._leases.expire, self._remover.expire):
+                try:
+                    await expire()
+                except FiretitanError as error:
+                    logger.warning("what is over is looked after again later: %s", error)
 
     def _spawn(self, what: str, work: Awaitable[None]) -> None:
         async def run() -> None:
@@ -139,6 +147,8 @@ class Supervisor:
             task.cancel()
         with contextlib.suppress(ValueError):
             await asyncio.wait(list(self._tasks))
+        await self._leases.close()
+        await self._cleaner.close()
         await self._sessions.pause(timeout_s)
         await self._syncer.close()
         await self._trainers.close()

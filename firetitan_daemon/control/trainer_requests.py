@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from firetitan_daemon.control.provisioning import check_equal, check_request, check_text
+from firetitan_daemon.control import provisioning
+from firetitan_daemon.control.provisioning import check_request, check_text
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.records import ResourceState, Shape, Trainer
+from firetitan_daemon.core.records import Shape, Trainer
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class TrainerRequest:
     """Of its training shape; empty: derived."""
     shape: Shape | None = None
     """Set by the manager."""
+    inactivity_s: float | None = None
+    """None: the setting for a new one, what it was for one that exists; 0: never stopped."""
 
 
 def check_values(request: TrainerRequest) -> None:
@@ -38,7 +41,9 @@ def check_values(request: TrainerRequest) -> None:
     Raises:
         FiretitanError: INVALID_ARGUMENT naming the field.
     """
-    check_request(request.base_model, request.max_context_length, request.dtype)
+    check_request(
+        request.base_model, request.max_context_length, request.dtype, request.inactivity_s
+    )
     check_text(request.request_id, "request_id")
     if not 0 <= request.lora_rank <= 4096:
         raise FiretitanError(
@@ -69,26 +74,18 @@ def check_values(request: TrainerRequest) -> None:
 
 
 def check_same(existing: Trainer, request: TrainerRequest) -> None:
-    """Refuse to take one trainer for another.
+    """Refuse to join a trainer that is not what was asked for.
 
     Raises:
-        FiretitanError: ALREADY_EXISTS naming the field that differs, CLOSED while it is deleted.
+        FiretitanError: ALREADY_EXISTS naming the field that differs; CLOSED while it is deleted.
     """
-    if existing.state is ResourceState.DELETING:
-        raise FiretitanError(
-            Reason.CLOSED, f"{existing.name} is being deleted; try again when it is gone"
-        )
-    compared: list[tuple[str, object, object]] = [
-        ("base_model", existing.base_model, request.base_model),
+    provisioning.check_same(
+        existing,
+        request.base_model,
+        request.dtype,
+        request.max_context_length,
+        "trainer_id",
         ("lora_rank", existing.lora_rank, request.lora_rank),
         ("forward_only", existing.forward_only, request.forward_only),
         ("max_lora_rank", existing.max_lora_rank, request.max_lora_rank),
-    ]
-    # Left out, these mean whatever the trainer has.
-    if request.max_context_length:
-        compared.append(
-            ("max_context_length", existing.max_context_length, request.max_context_length)
-        )
-    if request.dtype != "auto":
-        compared.append(("dtype", existing.dtype, request.dtype))
-    check_equal(existing.name, compared, "trainer_id")
+    )

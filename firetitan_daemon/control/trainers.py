@@ -1,31 +1,24 @@
-"""Trainers: a base model in a worker of its own.
+"""Trainers: made, found, taken over and deleted.
 
-Knows: trainer records, the pool, the sessions on a trainer. Must not know: RPCs. Provisioning runs
-in a task of the manager; a caller that goes away changes nothing.
+Knows: trainer records, the sessions on a trainer. Must not know: RPCs, how a worker is kept alive
+(`trainer_workers`). A caller that goes away changes nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from firetitan_daemon.control.provisioning import (
     choose_id,
-    log_shape,
+    failure,
+    inactivity_s,
     new_operation,
     settled,
 )
-from firetitan_daemon.control.services import (
-    Services,
-    error_record,
-    internal_error,
-    when_there_is_space,
-)
-from firetitan_daemon.control.sessions import SessionManager
 from firetitan_daemon.control.trainer_requests import TrainerRequest, check_same, check_values
-from firetitan_daemon.control.workers import WorkerPool
+from firetitan_daemon.control.trainer_workers import METHOD, TrainerWorkers
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
@@ -39,29 +32,9 @@ from firetitan_daemon.core.records import (
 )
 from firetitan_daemon.core.shapes import FORWARD_MODE, FULL_MODE, LORA_MODE, TRAINING, Wish
 
-METHOD = "CreateTrainer"
-_REPLACE_PAUSES_S = (0.0, 0.2, 1.0, 3.0)
-"""Before each try to put a worker in the place of a dead one."""
-_MAX_RESTARTS, _RESTARTS_WITHIN_S = 5, 60.0
 
-logger = logging.getLogger("firetitan.trainers")
-
-
-class TrainerManager:
-    """Every trainer by id.
-
-    Owns the records; each changes in memory when its row is written.
-    """
-
-    def __init__(self, services: Services, pool: WorkerPool, sessions: SessionManager) -> None:
-        self._services = services
-        self._pool = pool
-        self._sessions = sessions
-        self._trainers: dict[str, Trainer] = {}
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._lock = asyncio.Lock()
-        self._replaced: dict[str, list[float]] = {}
-        """When workers of a trainer were replaced, monotonic seconds, of late."""
+class TrainerManager(TrainerWorkers):
+    """Every trainer by id."""
 
     def restore(self, ledger: Ledger) -> None:
         """Take over the trainers of a former daemon; `recover` reaches their workers."""
@@ -90,16 +63,27 @@ class TrainerManager:
         """All trainers, by name."""
         return sorted(self._trainers.values(), key=lambda one: names.natural_key(one.id))
 
+    def made_by(self, name: str, request_id: str) -> bool:
+        """Whether a request made the trainer of a name; it may be gone again."""
+        found = self._trainers.get(names.parse_trainer(name))
+        return found is not None and bool(request_id) and found.made_by == request_id
+
+    def busy(self, trainer_id: str) -> bool:
+        """Whether it is being made, or its sessions have commands that are not done."""
+        return trainer_id in self._tasks or self._sessions.busy(trainer_id)
+
     def pid(self, trainer: Trainer) -> int:
         """Process id of its worker; 0 without one."""
         return self._pool.pid(trainer.worker_id)
 
     async def ready(self, name: str) -> tuple[Trainer, Worker]:
-        """A trainer that can work; one that is being created is waited for.
+        """A trainer that can work; one that is being created is waited for, a stopped one started.
 
         Raises:
-            FiretitanError: TRAINER_NOT_FOUND, RECOVERING, or what its creation failed for.
+            FiretitanError: TRAINER_NOT_FOUND, RECOVERING, RESOURCE_FAILED where its worker is gone
+                for good, or what its creation failed for.
         """
+        self.wake(self.get(name).id)
         task = self._tasks.get(self.get(name).id)
         if task is not None:
             await asyncio.wait([task])
@@ -108,9 +92,7 @@ class TrainerManager:
         if trainer.state is ResourceState.ACTIVE and worker is not None:
             return trainer, worker
         if trainer.state is ResourceState.FAILED and trainer.error is not None:
-            raise FiretitanError(
-                Reason(trainer.error.reason), trainer.error.message, **trainer.error.metadata
-            )
+            raise failure(trainer.error)
         raise FiretitanError(
             Reason.RECOVERING,
             f"{trainer.name} is {trainer.state}; try again",
@@ -159,11 +141,8 @@ class TrainerManager:
                 check_same(existing, request)
                 if not request.shape_name:
                     request = replace(request, shape=existing.shape or request.shape)
-                if existing.state in (ResourceState.ACTIVE, ResourceState.RECOVERING):
-                    operation = settled(operation, services.clock.now())
                 if existing.state is not ResourceState.FAILED:
-                    await services.operations.write(Change(operations=[operation]))
-                    return operation
+                    return await self._join(existing, request.inactivity_s, operation)
                 await self._pool.stop(existing.worker_id)
             spec = self._pool.new_spec(
                 WorkerKind.TRAINER,
@@ -185,6 +164,8 @@ class TrainerManager:
                 forward_only=request.forward_only,
                 max_lora_rank=request.max_lora_rank,
                 shape=request.shape,
+                made_by=existing.made_by if existing is not None else request.request_id,
+                inactivity_s=inactivity_s(request.inactivity_s, existing, services),
             )
             await services.operations.write(
                 Change(trainers=[trainer], workers=[spec], operations=[operation], durable=True)
@@ -193,170 +174,19 @@ class TrainerManager:
             self._begin(trainer.id, self._provision(trainer.id))
             return operation
 
-    def _begin(self, trainer_id: str, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks[trainer_id] = task
-
-        def ended(_: asyncio.Task[None]) -> None:
-            if self._tasks.get(trainer_id) is task:
-                del self._tasks[trainer_id]
-
-        task.add_done_callback(ended)
-        return task
-
-    async def _provision(self, trainer_id: str) -> None:
-        trainer = self._trainers[trainer_id]
-        spec = self._pool.spec(trainer.worker_id)
-        assert spec is not None, "a trainer's row and its worker's are written together"
-        try:
-            worker, model = await self._pool.start(spec)
-        except FiretitanError as error:
-            await self._failed(trainer, error_record(error))
-            return
-        except Exception as error:  # a supervisor: the trainer fails, the daemon goes on
-            await self._failed(trainer, error_record(internal_error(trainer.name, error)))
-            return
-        failpoint("create.loaded")
-        active = replace(trainer, state=ResourceState.ACTIVE, model=model, error=None)
-        await self._write(active)
-        log_shape(active.name, active.shape, model)
-        self._watch(trainer_id, worker)
-
-    async def _failed(self, trainer: Trainer, error: ErrorRecord) -> None:
-        await self._write(
-            replace(trainer, state=ResourceState.FAILED, error=error, worker_id=None), error
-        )
-
-    async def _write(self, trainer: Trainer, error: ErrorRecord | None = None) -> None:
-        now = self._services.clock.now()
-        operations = [
-            settled(one, now, error)
-            for one in self._services.operations.open_of(trainer.name, METHOD)
-        ]
-        change = Change(trainers=[trainer], operations=operations, durable=True)
-        await when_there_is_space(trainer.name, lambda: self._services.operations.write(change))
-        self._trainers[trainer.id] = trainer
-
-    def _watch(self, trainer_id: str, worker: Worker) -> None:
-        async def exited(cause: str) -> None:
-            await self._ended(trainer_id, cause)
-
-        self._pool.watch(worker, exited)
-
-    async def _ended(self, trainer_id: str, cause: str) -> None:
-        """A worker is gone: put another in its place, or say what was lost."""
-        trainer = self._trainers.get(trainer_id)
-        if trainer is None or trainer.state is ResourceState.DELETING:
-            await self._lost(trainer_id, cause)
-            return
-        now = self._services.clock.monotonic()
-        late = [one for one in self._replaced.get(trainer_id, []) if now - one < _RESTARTS_WITHIN_S]
-        self._replaced[trainer_id] = [*late, now]
-        if len(late) >= _MAX_RESTARTS:
-            await self._lost(
-                trainer_id, f"{cause}; its worker ended {len(late) + 1} times in a minute"
-            )
-            return
-        await self._begin(trainer_id, self._replace(trainer_id, cause))
-
-    async def _replace(self, trainer_id: str, cause: str) -> None:
-        """Bring the trainer's sessions to where they were, in a new worker."""
-        problem, began = "", self._services.clock.monotonic()
-        try:
-            for pause_s in _REPLACE_PAUSES_S:
-                # Each time: of several sessions some may be in a worker that ended since.
-                await self._sessions.suspend(trainer_id)
-                await asyncio.sleep(pause_s)
-                started = self._services.clock.monotonic()
-                try:
-                    worker = await when_there_is_space(
-                        f"a new worker of trainers/{trainer_id}",
-                        lambda: self._start_again(trainer_id),
-                    )
-                    start_s = self._services.clock.monotonic() - started
-                    await self._resume(trainer_id, worker)
-                except FiretitanError as error:
-                    problem = error.message
-                    await self._pool.stop(self._trainers[trainer_id].worker_id)
-                    if error.reason is not Reason.WORKER_UNAVAILABLE:
-                        break
-                    logger.error("worker not replaced trainer=%s: %s", trainer_id, error)
-                else:
-                    now = self._services.clock.monotonic()
-                    self._sessions.recovered(trainer_id, now - began, start_s)
-                    return
-        except Exception as error:  # a supervisor: the trainer fails, the daemon goes on
-            problem = internal_error(
-                f"replacing the worker of trainers/{trainer_id}", error
-            ).message
-            await self._pool.stop(self._trainers[trainer_id].worker_id)
-        await self._lost(trainer_id, f"{cause}; {problem}")
-
-    async def _start_again(self, trainer_id: str) -> Worker:
-        """A new worker for a trainer, its model loaded.
-
-        Raises:
-            FiretitanError: As `WorkerPool.start`; SESSION_LOSS where the model is another now.
-        """
-        trainer = self._trainers[trainer_id]
-        await self._pool.forget(trainer.worker_id)
-        spec = self._pool.new_spec(
-            WorkerKind.TRAINER,
-            trainer.name,
-            trainer.base_model,
-            trainer.dtype,
-            trainer.max_context_length,
-            trainer.shape,
-        )
-        trainer = replace(trainer, state=ResourceState.RECOVERING, worker_id=spec.worker_id)
-        await self._services.operations.write(
-            Change(trainers=[trainer], workers=[spec], durable=True)
-        )
-        self._trainers[trainer_id] = trainer
-        worker, model = await self._pool.start(spec)
-        failpoint("recovery.launched")
-        if trainer.model is not None and trainer.model.fingerprint != model.fingerprint:
-            raise FiretitanError(
-                Reason.SESSION_LOSS,
-                f"the files of {trainer.base_model!r} are others now than when the trainer began: "
-                f"fingerprint {model.fingerprint[:12]}, was {trainer.model.fingerprint[:12]}",
-            )
-        self._trainers[trainer_id] = replace(trainer, model=model)
-        return worker
-
-    async def _resume(self, trainer_id: str, worker: Worker) -> None:
-        """Let a trainer's sessions go on in a worker.
-
-        Raises:
-            FiretitanError: As `SessionManager.resume`.
-        """
-        model = self._trainers[trainer_id].model
-        # On other devices than the CPU, sums may come in another order.
-        exact = model is None or model.device == "cpu"
-        await self._sessions.resume(trainer_id, worker, exact=exact)
-        active = replace(self._trainers[trainer_id], state=ResourceState.ACTIVE, error=None)
-        await self._write(active)
-        self._watch(trainer_id, worker)
-
-    async def _lost(self, trainer_id: str, cause: str) -> None:
-        # The sessions first: a daemon that dies between them finds the rest to do; and without
-        # the lock, which a deletion holds while it waits for them.
-        await self._sessions.lose(trainer_id, cause)
-        async with self._lock:
-            await self._end_lost(trainer_id, cause)
-
-    async def _end_lost(self, trainer_id: str, cause: str) -> None:
-        trainer = self._trainers.get(trainer_id)
-        if trainer is None or trainer.state is ResourceState.DELETING:
-            return
-        error = ErrorRecord(
-            str(Reason.WORKER_UNAVAILABLE),
-            f"{trainer.name}: its worker ended: {cause}; create the trainer again with the same "
-            "id, then load the last checkpoint",
-            {"cause": cause},
-        )
-        await self._pool.forget(trainer.worker_id)
-        await self._failed(trainer, error)
+    async def _join(
+        self, existing: Trainer, inactivity: float | None, operation: Operation
+    ) -> Operation:
+        if existing.state in (ResourceState.ACTIVE, ResourceState.RECOVERING):
+            operation = settled(operation, self._services.clock.now())
+        joined = existing
+        if inactivity is not None:
+            joined = replace(existing, inactivity_s=inactivity)
+        await self._services.operations.write(Change(trainers=[joined], operations=[operation]))
+        self._trainers[joined.id] = joined
+        self._wake_after.pop(joined.id, None)
+        self.wake(joined.id)
+        return operation
 
     async def recover(self, trainer_id: str) -> None:
         """At start: reach a trainer's worker, or say what was lost."""
@@ -421,11 +251,3 @@ class TrainerManager:
                     Change(deleted_trainers=[trainer_id], durable=True)
                 )
                 self._sessions.forget(trainer_id)
-
-    async def close(self) -> None:
-        """Stop provisioning; what is half done is finished at the next start."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)

@@ -7,12 +7,13 @@ leaves what was served and says why in the deployment's `error`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import replace
 
 from firetitan_daemon.control.checkpoints import hold_snapshot
 from firetitan_daemon.control.codec import HotloadArguments
 from firetitan_daemon.control.deployments import DeploymentManager
+from firetitan_daemon.control.pins import Pin
 from firetitan_daemon.control.provisioning import check_text, new_operation, settled
 from firetitan_daemon.control.services import Services, error_record, internal_error, logger
 from firetitan_daemon.core import chain, names
@@ -39,6 +40,7 @@ class WeightSyncer:
 
     def __init__(self, services: Services, deployments: DeploymentManager) -> None:
         self._services = services
+        self._pins = services.pins
         self._deployments = deployments
         self._tasks: set[asyncio.Task[None]] = set()
         self._accepting = asyncio.Lock()
@@ -63,6 +65,7 @@ class WeightSyncer:
     ) -> Operation:
         deployment = self._deployments.get(arguments.deployment)
         services = self._services
+        services.activity.touch(deployment.name)
         ref = await services.spool.write(payload)
         operation: Operation | None = None
         try:
@@ -104,7 +107,10 @@ class WeightSyncer:
 
     def _begin(self, operation: Operation, arguments: HotloadArguments) -> None:
         """Start on a hotload; its arguments name the snapshot by id."""
-        task = asyncio.create_task(self._run(operation, arguments))
+        self._start(self._run(operation, arguments))
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -149,6 +155,7 @@ class WeightSyncer:
                 deployment.id,
                 operation=settled(operation, self._services.clock.now()),
                 active_snapshot=snapshot_id,
+                requires_sync=False,
                 error=None,
             )
         logger.info("hotloaded deployment=%s snapshot=%s", deployment.id, snapshot_id)
@@ -159,7 +166,7 @@ class WeightSyncer:
         Adapters that clients have pinned are loaded first; of whole models only one is held.
         """
         status = await worker.describe()
-        for pinned in self._deployments.pins(deployment.id):
+        for pinned in self._pins.snapshots(deployment.id):
             snapshot = await self._services.store.snapshot(pinned)
             if (
                 snapshot is not None
@@ -186,7 +193,7 @@ class WeightSyncer:
         loaded = {names.last_segment(name) for name in status.loaded_snapshots}
         # A loaded one that is not active is applied again from what it stands on.
         layers = await self._plan(snapshot_id, loaded - {snapshot_id})
-        keep = [names.snapshot_name(pin) for pin in self._deployments.pins(deployment.id)]
+        keep = self._kept(deployment.id)
         await worker.apply(layers, keep, transition, keep_prompt_cache=keep_prompt_cache)
 
     async def _plan(self, snapshot_id: str, loaded: Collection[str]) -> list[SnapshotLayer]:
@@ -232,8 +239,9 @@ class WeightSyncer:
         """
         deployment = self._deployments.get(name)
         snapshot_id = names.parse_snapshot(reference)
+        pin = (deployment.id, snapshot_id, holder)
         if release:
-            await self._deployments.pin(deployment.id, snapshot_id, holder, True)
+            await self._unpin([pin])
             return
         if not holder:
             raise FiretitanError(
@@ -252,7 +260,35 @@ class WeightSyncer:
                     f"{deployment.active_snapshot or 'the base model'}; hotload it first",
                     snapshot=f"snapshots/{snapshot_id}",
                 )
-            await self._deployments.pin(deployment.id, snapshot_id, holder, False)
+            await self._pins.add(pin)
+
+    async def release_pins(self, alive: Callable[[str], bool]) -> None:
+        """Let go of the pins of clients that are not there any more."""
+        abandoned = self._pins.abandoned(alive)
+        if abandoned:
+            logger.info("pins of clients that are gone released=%d", len(abandoned))
+            await self._unpin(abandoned)
+
+    async def _unpin(self, pins: Sequence[Pin]) -> None:
+        before = {pin[:2] for pin in pins}
+        await self._pins.remove(pins)
+        for deployment_id in {pin[0] for pin in pins}:
+            kept = self._pins.snapshots(deployment_id)
+            if any(one == deployment_id and snapshot not in kept for one, snapshot in before):
+                self._start(self._retain(deployment_id))
+
+    async def _retain(self, deployment_id: str) -> None:
+        """Let a worker drop the adapters that nobody keeps any more."""
+        try:
+            async with self._deployments.weights_lock(deployment_id):
+                _, worker = self._deployments.serving(deployment_id)
+                await worker.retain(self._kept(deployment_id))
+        except FiretitanError as error:
+            # Stopped or gone: what it loads next is loaded without them.
+            logger.info("adapters not dropped deployment=%s: %s", deployment_id, error)
+
+    def _kept(self, deployment_id: str) -> list[str]:
+        return [names.snapshot_name(one) for one in self._pins.snapshots(deployment_id)]
 
     async def close(self) -> None:
         """Stop; what is half done is finished at the next start."""

@@ -39,6 +39,8 @@ class WorkerPool:
         self._pulses: dict[str, asyncio.Task[None]] = {}
         self._silent: set[str] = set()
         """Workers that live and did not answer when they were last asked."""
+        self._gone: set[str] = set()
+        """Workers that ended by themselves and are not forgotten yet."""
 
     def restore(self, ledger: Ledger) -> None:
         """Take over what a former daemon started."""
@@ -64,6 +66,10 @@ class WorkerPool:
     def answers(self, worker_id: str | None) -> bool:
         """False for a worker that lives, as far as is known, but hangs."""
         return (worker_id or "") not in self._silent
+
+    def ended(self, worker_id: str) -> bool:
+        """Whether a worker ended by itself and nothing was done about it yet."""
+        return worker_id in self._gone
 
     def new_spec(
         self,
@@ -152,6 +158,7 @@ class WorkerPool:
             self._live.pop(worker_id, None)
             self._watches.pop(worker_id, None)
             self._end_pulse(worker_id)
+            self._gone.add(worker_id)
             logger.error("worker ended worker=%s cause=%s", worker_id, cause)
             try:
                 await exited(cause)
@@ -205,6 +212,7 @@ class WorkerPool:
     async def forget(self, worker_id: str | None) -> None:
         """Remove what is left of a worker whose process is gone."""
         spec = self._specs.pop(worker_id or "", None)
+        self._gone.discard(worker_id or "")
         if spec is not None:
             await self._services.launcher.discard(spec)
             await self._services.store.write(Change(deleted_workers=[spec.worker_id]))

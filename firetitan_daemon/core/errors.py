@@ -59,6 +59,7 @@ class Reason(StrEnum):
     POISON_COMMAND = "POISON_COMMAND"
     CHECKPOINT_IN_USE = "CHECKPOINT_IN_USE"
     MODEL_IN_USE = "MODEL_IN_USE"
+    RESOURCE_FAILED = "RESOURCE_FAILED"
 
 
 CODES: dict[Reason, str] = {
@@ -109,6 +110,7 @@ CODES: dict[Reason, str] = {
     Reason.POISON_COMMAND: "INTERNAL",
     Reason.CHECKPOINT_IN_USE: "FAILED_PRECONDITION",
     Reason.MODEL_IN_USE: "FAILED_PRECONDITION",
+    Reason.RESOURCE_FAILED: "FAILED_PRECONDITION",
 }
 """The gRPC status code of each reason, by name."""
 

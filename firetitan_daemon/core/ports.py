@@ -12,10 +12,12 @@ from typing import Protocol
 
 from firetitan_daemon.core.records import (
     Checkpoint,
+    DeferredCleanup,
     Deployment,
     ErrorRecord,
     HotloadTransition,
     Lane,
+    Lease,
     Model,
     ModelInfo,
     Operation,
@@ -60,6 +62,9 @@ class Ledger:
     """By (session, commit_seq)."""
     kept_operations: Sequence[Operation] = ()
     """Done, their payload kept for a replay; by (target, commit_seq)."""
+    leases: Sequence[Lease] = ()
+    cleanups: Sequence[DeferredCleanup] = ()
+    """In the order they were asked for."""
     spool: Sequence[SpoolRef] = ()
     """Every spool file that a row refers to: payloads of open operations and of those
     a replay needs, results not taken yet."""
@@ -93,10 +98,15 @@ class Change:
     """Ids; they are never used again."""
     deleted_models: Sequence[str] = ()
     """Ids."""
+    leases: Sequence[Lease] = ()
+    cleanups: Sequence[DeferredCleanup] = ()
     deleted_trainers: Sequence[str] = ()
     deleted_deployments: Sequence[str] = ()
     deleted_workers: Sequence[str] = ()
     deleted_pins: Sequence[tuple[str, str, str]] = ()
+    deleted_leases: Sequence[str] = ()
+    deleted_cleanups: Sequence[str] = ()
+    """By name of the trainer or deployment."""
     durable: bool = False
     """Wait for the disk (survives power loss), as checkpoints, snapshots and deletions must."""
 
@@ -136,7 +146,7 @@ class Store(Protocol):
     async def operations(
         self, target: str, *, pending_only: bool, after_id: str, limit: int
     ) -> Sequence[Operation]:
-        """Operations of a session in order of acceptance, a page at a time."""
+        """Operations of a target by commit_seq, a page at a time; those without one last."""
 
     async def checkpoints(self, trainer_id: str | None) -> Sequence[Checkpoint]:
         """Checkpoints of a trainer's sessions, deleted trainers too; or all. Oldest first."""
@@ -416,6 +426,9 @@ class Worker(Protocol):
         keep_prompt_cache: bool = False,
     ) -> Sequence[str]:
         """Serve the last layer's weights; returns what is loaded."""
+
+    async def retain(self, keep: Sequence[str]) -> Sequence[str]:
+        """Drop the snapshots that are neither active nor named; returns what is loaded."""
 
     async def generate(self, request: bytes) -> bytes:
         """A serialized SampleRequest in, a SampleResponse out; cancelling frees its place."""

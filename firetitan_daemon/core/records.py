@@ -162,6 +162,10 @@ class Trainer:
     """Above 0: many sessions, each with an adapter of its own of at most this rank."""
     shape: Shape | None = None
     """What it was made as; None: before there were shapes."""
+    made_by: str = ""
+    """Request id of the creation."""
+    inactivity_s: float = 0.0
+    """How long it may be unused before its worker is stopped; 0: for ever."""
 
     @property
     def name(self) -> str:
@@ -428,11 +432,49 @@ class Deployment:
     """What it was made as; None: before there were shapes."""
     transition: HotloadTransition = HotloadTransition.FINISH
     """Of hotloads that name none."""
+    made_by: str = ""
+    """Request id of the creation."""
+    inactivity_s: float = 0.0
+    """How long it may be unused before its worker is stopped; 0: for ever."""
+    requires_sync: bool = False
+    """Attached to another trainer, it still serves what the former one made."""
 
     @property
     def name(self) -> str:
         """`deployments/{deployment}`."""
         return f"deployments/{self.id}"
+
+
+class Cleanup(StrEnum):
+    """What happens to a trainer or a deployment that nobody uses any more."""
+
+    KEEP = ""
+    STOP = "stop"
+    DELETE = "delete"
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A client that is there, and what it uses."""
+
+    client_id: str
+    label: str
+    """The client for people."""
+    ttl_s: float
+    """How long it holds without being renewed."""
+    uses: Mapping[str, Cleanup] = field(default_factory=dict)
+    """Names of trainers, sessions and deployments, each with what to do when the client leaves."""
+
+
+@dataclass(frozen=True)
+class DeferredCleanup:
+    """A clean-up that waits until nobody uses its trainer or deployment."""
+
+    name: str
+    cleanup: Cleanup
+    asked_by: str
+    """The client that asked, for people."""
+    create_time: float
 
 
 class WorkerKind(StrEnum):

@@ -560,6 +560,9 @@ class SampleEngine(Protocol):
             FiretitanError: CHECKSUM_MISMATCH, CHAIN_BROKEN.
         """
 
+    def retain(self, keep: Sequence[str]) -> None:
+        """Drop the snapshots that are neither active nor in `keep`, nor have running sequences."""
+
     def submit(
         self, request: SampleRequest, progress: Progress | None = None
     ) -> Future[SampleResult]:

@@ -130,6 +130,11 @@ class HfSampleEngine:
         if not keep_prompts:
             self._scheduler.forget_prompts()
 
+    def retain(self, keep: Sequence[str]) -> None:
+        """See `SampleEngine`."""
+        with self._applying:
+            self._versions.activate(self._versions.active, keep)
+
     def submit(
         self, request: SampleRequest, progress: Progress | None = None
     ) -> Future[SampleResult]:

@@ -185,6 +185,12 @@ class RemoteWorker:
         response = await self._call(lambda: self._sampler.Apply(request))
         return tuple(response.loaded_snapshots)
 
+    async def retain(self, keep: Sequence[str]) -> Sequence[str]:
+        """Drop the snapshots that are neither active nor named; returns what is loaded."""
+        request = worker_pb2.RetainRequest(keep=keep)
+        response = await self._call(lambda: self._sampler.Retain(request))
+        return tuple(response.loaded_snapshots)
+
     async def generate(self, request: bytes) -> bytes:
         """A serialized SampleRequest in, a SampleResponse out; cancelling frees its place."""
         message = worker_pb2.GenerateRequest(request=request)

@@ -18,6 +18,7 @@ from firetitan.v1 import (
     shape_pb2,
     trainer_pb2,
 )
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from firetitan_daemon.control.codec import Header
@@ -48,6 +49,7 @@ _TRAINER_STATES = {
     ResourceState.CREATING: trainer_pb2.Trainer.STATE_CREATING,
     ResourceState.ACTIVE: trainer_pb2.Trainer.STATE_ACTIVE,
     ResourceState.RECOVERING: trainer_pb2.Trainer.STATE_RECOVERING,
+    ResourceState.STOPPED: trainer_pb2.Trainer.STATE_STOPPED,
     ResourceState.FAILED: trainer_pb2.Trainer.STATE_FAILED,
     ResourceState.DELETING: trainer_pb2.Trainer.STATE_DELETING,
 }
@@ -92,6 +94,18 @@ def timestamp(seconds: float) -> Timestamp:
     stamp = Timestamp()
     stamp.FromNanoseconds(int(seconds * 1e9))
     return stamp
+
+
+def duration(seconds: float) -> Duration:
+    """Seconds as a Duration."""
+    message = Duration()
+    message.FromNanoseconds(int(seconds * 1e9))
+    return message
+
+
+def seconds(message: Duration) -> float:
+    """A Duration as seconds."""
+    return message.ToNanoseconds() / 1e9
 
 
 def header(message: command_pb2.CommandHeader) -> Header:
@@ -167,6 +181,7 @@ def trainer(record: Trainer, worker_pid: int, session: str) -> trainer_pb2.Train
         session=session,
         forward_only=record.forward_only,
         max_lora_rank=record.max_lora_rank,
+        inactivity_timeout=duration(record.inactivity_s),
     )
     if record.shape is not None:
         message.shape.CopyFrom(shape(as_loaded(record.shape, record.model)))
@@ -192,6 +207,8 @@ def deployment(record: Deployment, worker_pid: int) -> deployment_pb2.Deployment
         create_time=timestamp(record.create_time),
         worker_pid=worker_pid,
         transition=_TRANSITIONS[record.transition],
+        requires_sync=record.requires_sync,
+        inactivity_timeout=duration(record.inactivity_s),
     )
     if record.shape is not None:
         message.shape.CopyFrom(shape(as_loaded(record.shape, record.model)))

@@ -6,13 +6,12 @@ Knows: messages, the managers. Must not know: rules.
 from __future__ import annotations
 
 from blake3 import blake3
-from firetitan.v1 import deployment_pb2, deployment_service_pb2
+from firetitan.v1 import deployment_service_pb2
 
 from firetitan_daemon.control.codec import HotloadArguments
 from firetitan_daemon.control.deployments import DeploymentManager, DeploymentRequest
 from firetitan_daemon.control.supervisor import Supervisor
 from firetitan_daemon.control.weight_sync import WeightSyncer
-from firetitan_daemon.core.records import Deployment
 from firetitan_daemon.rpc import convert
 from firetitan_daemon.rpc.operations import OperationMessages
 from firetitan_daemon.rpc.paging import page
@@ -48,11 +47,17 @@ class DeploymentServicer:
                 transition=convert.transition(request.transition),
                 request_id=request.request_id,
                 shape_name=request.deployment_shape,
+                inactivity_s=(
+                    convert.seconds(request.inactivity_timeout)
+                    if request.HasField("inactivity_timeout")
+                    else None
+                ),
                 payload_digest=blake3(request.SerializeToString(deterministic=True)).hexdigest(),
             )
         )
         return deployment_service_pb2.CreateDeploymentResponse(
-            operation=await self._messages.build(operation)
+            operation=await self._messages.build(operation),
+            created=self._deployments.made_by(operation.target, request.request_id),
         )
 
     async def GetDeployment(
@@ -60,7 +65,7 @@ class DeploymentServicer:
     ) -> deployment_service_pb2.GetDeploymentResponse:
         """One deployment."""
         return deployment_service_pb2.GetDeploymentResponse(
-            deployment=self._message(self._deployments.get(request.name))
+            deployment=self._messages.deployment(self._deployments.get(request.name))
         )
 
     async def ListDeployments(
@@ -69,7 +74,8 @@ class DeploymentServicer:
         """All deployments."""
         records, following = page(self._deployments.all(), request.page_size, request.page_token)
         return deployment_service_pb2.ListDeploymentsResponse(
-            deployments=[self._message(record) for record in records], next_page_token=following
+            deployments=[self._messages.deployment(record) for record in records],
+            next_page_token=following,
         )
 
     async def DeleteDeployment(
@@ -85,7 +91,9 @@ class DeploymentServicer:
         """Stops the worker, or starts it again."""
         self._supervisor.check_admitting()
         record = await self._deployments.scale(request.name, request.replicas)
-        return deployment_service_pb2.ScaleDeploymentResponse(deployment=self._message(record))
+        return deployment_service_pb2.ScaleDeploymentResponse(
+            deployment=self._messages.deployment(record)
+        )
 
     async def HotloadSnapshot(
         self, request: deployment_service_pb2.HotloadSnapshotRequest
@@ -115,6 +123,3 @@ class DeploymentServicer:
             request.deployment, request.snapshot, request.holder, request.release
         )
         return deployment_service_pb2.PinSnapshotResponse()
-
-    def _message(self, record: Deployment) -> deployment_pb2.Deployment:
-        return convert.deployment(record, self._deployments.pid(record))

@@ -9,15 +9,16 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 
-from firetitan.v1 import operation_pb2, operation_service_pb2, trainer_pb2
+from firetitan.v1 import deployment_pb2, operation_pb2, operation_service_pb2, trainer_pb2
+from google.protobuf.timestamp_pb2 import Timestamp
 
-from firetitan_daemon.control import deployments, trainers, weight_sync
+from firetitan_daemon.control import deployments, trainer_workers, trainers, weight_sync
 from firetitan_daemon.control.operations import OperationRegistry
+from firetitan_daemon.control.services import Services
 from firetitan_daemon.control.sessions import SessionManager
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError
-from firetitan_daemon.core.ports import Spool
-from firetitan_daemon.core.records import Operation, OperationState
+from firetitan_daemon.core.records import Deployment, Operation, OperationState, Trainer
 from firetitan_daemon.rpc import convert
 from firetitan_daemon.rpc.errors import to_status
 from firetitan_daemon.rpc.paging import page_limit
@@ -33,12 +34,12 @@ class OperationMessages:
 
     def __init__(
         self,
-        spool: Spool,
+        services: Services,
         trainer_manager: trainers.TrainerManager,
         deployment_manager: deployments.DeploymentManager,
         sessions: SessionManager,
     ) -> None:
-        self._spool = spool
+        self._services = services
         self._trainers = trainer_manager
         self._deployments = deployment_manager
         self._sessions = sessions
@@ -56,22 +57,34 @@ class OperationMessages:
                 return message
         try:
             if operation.result is not None:
-                message.MergeFromString(await self._spool.read(operation.result))
-            elif operation.method == trainers.METHOD:
-                message.trainer.CopyFrom(self._trainer(operation.target))
+                message.MergeFromString(await self._services.spool.read(operation.result))
+            elif operation.method == trainer_workers.METHOD:
+                message.trainer.CopyFrom(self.trainer(self._trainers.get(operation.target)))
             elif operation.method in (deployments.METHOD, weight_sync.METHOD):
                 record = self._deployments.get(operation.target)
-                message.deployment.CopyFrom(
-                    convert.deployment(record, self._deployments.pid(record))
-                )
+                message.deployment.CopyFrom(self.deployment(record))
         except FiretitanError as error:
             message.error.CopyFrom(to_status(error))
         return message
 
-    def _trainer(self, name: str) -> trainer_pb2.Trainer:
-        record = self._trainers.get(name)
+    def trainer(self, record: Trainer) -> trainer_pb2.Trainer:
+        """A trainer as it stands."""
         session = self._sessions.of_trainer(record)
-        return convert.trainer(record, self._trainers.pid(record), session.name if session else "")
+        message = convert.trainer(
+            record, self._trainers.pid(record), session.name if session else ""
+        )
+        message.last_use_time.CopyFrom(self._last_use(record.name))
+        return message
+
+    def deployment(self, record: Deployment) -> deployment_pb2.Deployment:
+        """A deployment as it stands."""
+        message = convert.deployment(record, self._deployments.pid(record))
+        message.last_use_time.CopyFrom(self._last_use(record.name))
+        return message
+
+    def _last_use(self, name: str) -> Timestamp:
+        services = self._services
+        return convert.timestamp(services.clock.now() - services.activity.idle_s(name))
 
 
 class OperationServicer:

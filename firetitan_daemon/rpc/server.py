@@ -15,6 +15,7 @@ import grpc.aio
 from firetitan.v1 import (
     checkpoint_service_pb2,
     deployment_service_pb2,
+    lease_service_pb2,
     model_service_pb2,
     operation_service_pb2,
     sampling_service_pb2,
@@ -30,6 +31,7 @@ from grpc_reflection.v1alpha import reflection
 from firetitan_daemon.rpc.binding import CommandCall, bind
 from firetitan_daemon.rpc.checkpoints import CheckpointServicer
 from firetitan_daemon.rpc.deployments import DeploymentServicer
+from firetitan_daemon.rpc.leases import LeaseServicer
 from firetitan_daemon.rpc.models import ModelServicer
 from firetitan_daemon.rpc.operations import OperationServicer
 from firetitan_daemon.rpc.sampling import SamplingServicer
@@ -49,6 +51,7 @@ _FILES = (
     (deployment_service_pb2, "DeploymentService", DeploymentServicer),
     (trainer_service_pb2, "TrainerService", TrainerServicer),
     (model_service_pb2, "ModelService", ModelServicer),
+    (lease_service_pb2, "LeaseService", LeaseServicer),
     (shape_service_pb2, "ShapeService", ShapeServicer),
     (system_service_pb2, "SystemService", SystemServicer),
 )
@@ -61,6 +64,7 @@ Servicer = (
     | DeploymentServicer
     | TrainerServicer
     | ModelServicer
+    | LeaseServicer
     | ShapeServicer
     | SystemServicer
 )

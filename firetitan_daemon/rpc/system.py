@@ -99,6 +99,8 @@ class SystemServicer:
     def _state(self, spec: WorkerSpec, pid: int) -> str:
         if not self._pool.answers(spec.worker_id):
             return "unresponsive"
+        if self._pool.ended(spec.worker_id):
+            return "gone"
         return "ready" if pid else "starting"
 
 

@@ -6,13 +6,12 @@ Knows: messages, the manager. Must not know: rules.
 from __future__ import annotations
 
 from blake3 import blake3
-from firetitan.v1 import trainer_pb2, trainer_service_pb2
+from firetitan.v1 import trainer_service_pb2
 
 from firetitan_daemon.control.sessions import SessionManager
 from firetitan_daemon.control.supervisor import Supervisor
 from firetitan_daemon.control.trainer_requests import TrainerRequest
 from firetitan_daemon.control.trainers import TrainerManager
-from firetitan_daemon.core.records import Trainer
 from firetitan_daemon.rpc import convert
 from firetitan_daemon.rpc.operations import OperationMessages
 from firetitan_daemon.rpc.paging import page
@@ -49,11 +48,17 @@ class TrainerServicer:
                 forward_only=request.forward_only,
                 max_lora_rank=request.max_lora_rank,
                 shape_name=request.training_shape,
+                inactivity_s=(
+                    convert.seconds(request.inactivity_timeout)
+                    if request.HasField("inactivity_timeout")
+                    else None
+                ),
                 payload_digest=blake3(request.SerializeToString(deterministic=True)).hexdigest(),
             )
         )
         return trainer_service_pb2.CreateTrainerResponse(
-            operation=await self._messages.build(operation)
+            operation=await self._messages.build(operation),
+            created=self._trainers.made_by(operation.target, request.request_id),
         )
 
     async def GetTrainer(
@@ -61,7 +66,7 @@ class TrainerServicer:
     ) -> trainer_service_pb2.GetTrainerResponse:
         """One trainer."""
         return trainer_service_pb2.GetTrainerResponse(
-            trainer=self._message(self._trainers.get(request.name))
+            trainer=self._messages.trainer(self._trainers.get(request.name))
         )
 
     async def ListTrainers(
@@ -70,7 +75,8 @@ class TrainerServicer:
         """All trainers."""
         records, following = page(self._trainers.all(), request.page_size, request.page_token)
         return trainer_service_pb2.ListTrainersResponse(
-            trainers=[self._message(record) for record in records], next_page_token=following
+            trainers=[self._messages.trainer(record) for record in records],
+            next_page_token=following,
         )
 
     async def DeleteTrainer(
@@ -79,7 +85,3 @@ class TrainerServicer:
         """Stops the worker, forgets the trainer."""
         await self._trainers.delete(request.name)
         return trainer_service_pb2.DeleteTrainerResponse()
-
-    def _message(self, record: Trainer) -> trainer_pb2.Trainer:
-        session = self._sessions.of_trainer(record)
-        return convert.trainer(record, self._trainers.pid(record), session.name if session else "")

@@ -11,8 +11,10 @@ from dataclasses import replace
 from firetitan_daemon.core.ports import Change, Ledger, Store
 from firetitan_daemon.core.records import (
     Checkpoint,
+    DeferredCleanup,
     Deployment,
     Lane,
+    Lease,
     Model,
     Operation,
     RecoveryPoint,
@@ -43,6 +45,8 @@ class MemoryStore(Store):
         self._pins: dict[_Pin, None] = {}
         self._models: dict[str, Model] = {}
         self._points: dict[tuple[str, int], RecoveryPoint] = {}
+        self._leases: dict[str, Lease] = {}
+        self._cleanups: dict[str, DeferredCleanup] = {}
 
     async def load(self) -> Ledger:
         """What a daemon needs at start."""
@@ -67,6 +71,8 @@ class MemoryStore(Store):
             models=[self._models[key] for key in sorted(self._models)],
             recovery_points=[self._points[key] for key in sorted(self._points)],
             kept_operations=sorted(kept, key=lambda one: (one.target, one.commit_seq)),
+            leases=[self._leases[key] for key in sorted(self._leases)],
+            cleanups=list(self._cleanups.values()),
             spool=[
                 *(one.payload for one in operations if one.payload),
                 *(one.result for one in operations if one.result),
@@ -98,6 +104,8 @@ class MemoryStore(Store):
             for one in list(self._operations.values()):
                 if one.target == session and one.done and 1 <= one.commit_seq <= through:
                     self._operations[one.id] = replace(one, payload=None)
+        self._leases.update((one.client_id, one) for one in change.leases)
+        self._cleanups.update((one.name, one) for one in change.cleanups)
 
     async def operation(self, operation_id: str) -> Operation | None:
         """One operation."""
@@ -138,13 +146,17 @@ class MemoryStore(Store):
     async def operations(
         self, target: str, *, pending_only: bool, after_id: str, limit: int
     ) -> Sequence[Operation]:
-        """Operations of a target in order of acceptance, a page at a time."""
-        ids = list(self._operations)
+        """Operations of a target by commit_seq, a page at a time; those without one last."""
         if after_id and after_id not in self._operations:
             raise unknown_page(after_id)
-        start = ids.index(after_id) + 1 if after_id else 0
-        rows = (self._operations[one] for one in ids[start:])
-        found = [one for one in rows if one.target == target and not (pending_only and one.done)]
+        # The sort is stable: rows without a commit_seq stay in order of acceptance.
+        rows = sorted(
+            self._operations.values(), key=lambda one: (not one.commit_seq, one.commit_seq)
+        )
+        start = [one.id for one in rows].index(after_id) + 1 if after_id else 0
+        found = [
+            one for one in rows[start:] if one.target == target and not (pending_only and one.done)
+        ]
         return found[:limit]
 
     async def checkpoints(self, trainer_id: str | None) -> Sequence[Checkpoint]:
@@ -227,6 +239,10 @@ class MemoryStore(Store):
             self._points.pop(point, None)
         for pin in change.deleted_pins:
             self._pins.pop(pin, None)
+        for client_id in change.deleted_leases:
+            self._leases.pop(client_id, None)
+        for name in change.deleted_cleanups:
+            self._cleanups.pop(name, None)
 
     def _check_unused(self, snapshot_id: str, deleted: Sequence[str]) -> None:
         for other in self._snapshots.values():

@@ -15,6 +15,8 @@ Knows: SQLite's schema. Must not know: records beyond the columns below.
     deployments   id | body
       pins        deployment, snapshot, holder
     workers       id | body
+    leases        client_id | body
+    cleanups      number | name | body
 
 `body` is the whole record as JSON; other columns repeat what is searched for or must be unique.
 `number` counts up and is never used again: order of acceptance, order of saving. Checkpoints and
@@ -104,11 +106,24 @@ def _add_models(connection: sqlite3.Connection) -> None:
     )
 
 
+_LEASES = (
+    "CREATE TABLE leases (client_id TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE cleanups (number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,"
+    " body TEXT NOT NULL)",
+)
+
+
+def _add_leases(connection: sqlite3.Connection) -> None:
+    for statement in _LEASES:
+        connection.execute(statement)
+
+
 MIGRATIONS: tuple[Migration, ...] = (
     _create,
     _add_recovery_points,
     _remember_deleted_snapshots,
     _add_models,
+    _add_leases,
 )
 """Each takes a file one version up."""
 

@@ -23,8 +23,10 @@ from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Change, Ledger, Store
 from firetitan_daemon.core.records import (
     Checkpoint,
+    DeferredCleanup,
     Deployment,
     Lane,
+    Lease,
     Model,
     Operation,
     OperationState,
@@ -58,6 +60,10 @@ _OPERATION = (
 _SAVED = (
     "INSERT INTO {table} ({key}, trainer, folder, body) VALUES (?, ?, ?, ?) ON CONFLICT ({key})"
     " DO UPDATE SET trainer = excluded.trainer, folder = excluded.folder, body = excluded.body"
+)
+_CLEANUP = (
+    "INSERT INTO cleanups (name, body) VALUES (?, ?)"
+    " ON CONFLICT (name) DO UPDATE SET body = excluded.body"
 )
 _CHECKPOINT = _SAVED.format(table="checkpoints", key="name")
 _SNAPSHOT = _SAVED.format(table="snapshots", key="id")
@@ -127,7 +133,7 @@ class SqliteStore(Store):
     async def operations(
         self, target: str, *, pending_only: bool, after_id: str, limit: int
     ) -> Sequence[Operation]:
-        """Operations of a target in order of acceptance, a page at a time."""
+        """Operations of a target by commit_seq, a page at a time; those without one last."""
         return await self._run(self._operations, target, pending_only, after_id, limit)
 
     async def checkpoints(self, trainer_id: str | None) -> Sequence[Checkpoint]:
@@ -221,6 +227,8 @@ class SqliteStore(Store):
                 RecoveryPoint, "recovery_points ORDER BY session, commit_seq"
             ),
             kept_operations=kept,
+            leases=self._all(Lease, "leases ORDER BY client_id"),
+            cleanups=self._all(DeferredCleanup, "cleanups ORDER BY number"),
             spool=[
                 *(one.payload for one in payloads if one.payload),
                 *(one.result for one in results if one.result),
@@ -271,6 +279,10 @@ class SqliteStore(Store):
             db.execute("DELETE FROM recovery_points WHERE session = ? AND commit_seq = ?", point)
         for pin in change.deleted_pins:
             db.execute("DELETE FROM pins WHERE deployment = ? AND snapshot = ? AND holder = ?", pin)
+        for client_id in change.deleted_leases:
+            db.execute("DELETE FROM leases WHERE client_id = ?", (client_id,))
+        for name in change.deleted_cleanups:
+            db.execute("DELETE FROM cleanups WHERE name = ?", (name,))
 
     def _delete_snapshot(self, snapshot_id: str, deleted: Sequence[str]) -> None:
         children = self._db.execute(
@@ -337,6 +349,10 @@ class SqliteStore(Store):
             db.execute("REPLACE INTO recovery_points VALUES (?, ?, ?, ?)", (*key, encode(point)))
         for session_name, through in change.released_payloads:
             self._release_payloads(session_name, through)
+        for lease in change.leases:
+            db.execute("REPLACE INTO leases VALUES (?, ?)", (lease.client_id, encode(lease)))
+        for cleanup in change.cleanups:
+            db.execute(_CLEANUP, (cleanup.name, encode(cleanup)))
 
     def _put_operation(self, one: Operation) -> None:
         place = (one.client_id, one.seq, one.commit_seq)
@@ -358,16 +374,18 @@ class SqliteStore(Store):
     def _operations(
         self, target: str, pending_only: bool, after_id: str, limit: int
     ) -> list[Operation]:
-        after = 0
+        # Those without a commit_seq come last, in order of acceptance.
+        order = "commit_seq = 0, commit_seq, number"
+        after: tuple[int, int, int] = (0, 0, 0)
         if after_id:
-            query = "SELECT number FROM operations WHERE id = ?"
+            query = f"SELECT {order} FROM operations WHERE id = ?"
             row = self._db.execute(query, (after_id,)).fetchone()
             if row is None:
                 raise unknown_page(after_id)
-            (after,) = row
+            after = row
         pending = "AND done = 0" if pending_only else ""
-        where = f"operations WHERE target = ? AND number > ? {pending} ORDER BY number LIMIT ?"
-        return self._all(Operation, where, target, after, limit)
+        where = f"operations WHERE target = ? AND ({order}) > (?, ?, ?) {pending}"
+        return self._all(Operation, f"{where} ORDER BY {order} LIMIT ?", target, *after, limit)
 
     def _acknowledge(self, session: str, client_id: str, through_seq: int) -> list[SpoolRef]:
         where = (

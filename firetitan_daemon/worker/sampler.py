@@ -36,7 +36,7 @@ MessageT = TypeVar("MessageT", bound=Message)
 
 
 class SamplerServicer(worker_pb2_grpc.SamplerWorkerServiceServicer):
-    """Apply, Generate, GenerateStream.
+    """Apply, Retain, Generate, GenerateStream.
 
     Args:
         host: The engine.
@@ -61,6 +61,15 @@ class SamplerServicer(worker_pb2_grpc.SamplerWorkerServiceServicer):
         """Builds a snapshot's weights beside the live ones, verifies, swaps."""
         loaded = await asyncio.shield(asyncio.create_task(self._apply(request)))
         return worker_pb2.ApplyResponse(loaded_snapshots=loaded)
+
+    async def Retain(
+        self,
+        request: worker_pb2.RetainRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> worker_pb2.RetainResponse:
+        """Drops the snapshots that nobody keeps."""
+        loaded = await asyncio.shield(asyncio.create_task(self._retain(list(request.keep))))
+        return worker_pb2.RetainResponse(loaded_snapshots=loaded)
 
     async def Generate(
         self,
@@ -151,6 +160,12 @@ class SamplerServicer(worker_pb2_grpc.SamplerWorkerServiceServicer):
                     )
                 )
                 failpoint("sampler.applied")
+            return engine.loaded
+
+    async def _retain(self, keep: list[str]) -> tuple[str, ...]:
+        engine = self._host.engine
+        async with self._applying:
+            await self._host.run(lambda: engine.retain(keep))
             return engine.loaded
 
 

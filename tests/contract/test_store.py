@@ -199,9 +199,12 @@ async def test_done_operations_of_a_lane_come_by_seq(store: Store) -> None:
     assert await store.lane_operations(S, "", 0) == []
 
 
-async def test_operations_are_paged_in_order_of_acceptance(store: Store) -> None:
-    for number in (3, 1, 2, 5, 4):
-        await store.write(Change(operations=[operation(number)]))
+async def test_operations_are_paged_by_commit_seq(store: Store) -> None:
+    for number in (7, 3, 1, 2, 5, 4):
+        held = number in (5, 7)  # no commit_seq: behind the others, as they were accepted
+        await store.write(
+            Change(operations=[operation(number, **({"commit_seq": 0} if held else {}))])
+        )
     await store.write(Change(operations=[operation(1, state=OperationState.DONE)]))
     await store.write(Change(operations=[operation(6, target="trainers/t")]))
 
@@ -209,11 +212,11 @@ async def test_operations_are_paged_in_order_of_acceptance(store: Store) -> None
         rows = await store.operations(S, pending_only=pending, after_id=after, limit=limit)
         return [one.id for one in rows]
 
-    assert await page("") == ["op3", "op1"]
-    assert await page("op1") == ["op2", "op5"]
-    assert await page("op5") == ["op4"]
-    assert await page("op4") == []
-    assert await page("", pending=True, limit=9) == ["op3", "op2", "op5", "op4"]
+    assert await page("") == ["op1", "op2"]
+    assert await page("op2") == ["op3", "op4"]
+    assert await page("op4") == ["op7", "op5"]
+    assert await page("op5") == []
+    assert await page("", pending=True, limit=9) == ["op2", "op3", "op4", "op7", "op5"]
     with pytest.raises(FiretitanError) as caught:
         await page("nonsense")
     assert caught.value.reason == Reason.INVALID_ARGUMENT

@@ -498,12 +498,13 @@ print("parent", policy.optim_step(ADAM).result(60).metrics["step"], flush=True)
 
 def test_a_forked_child_has_a_lane_of_its_own(daemon: DaemonProcess) -> None:
     code = _FORKS.format(tests=str(Path(__file__).parent), address=daemon.address)
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         timeout=100,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["child", "1.0", "parent", "2.0"]

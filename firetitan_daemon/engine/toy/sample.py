@@ -151,6 +151,12 @@ class ToySampleEngine:
             self._drop_unused()
             self._changed.notify_all()
 
+    def retain(self, keep: Sequence[str]) -> None:
+        """Drop the snapshots that are neither active nor in `keep`."""
+        with self._changed:
+            self._keep = frozenset(keep)
+            self._drop_unused()
+
     def submit(
         self, request: SampleRequest, progress: Progress | None = None
     ) -> Future[SampleResult]:

@@ -7,6 +7,7 @@ import builtins
 import firetitan.v1.shape_pb2
 import firetitan.v1.trainer_pb2
 import google.protobuf.descriptor
+import google.protobuf.duration_pb2
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import google.protobuf.timestamp_pb2
@@ -109,6 +110,9 @@ class Deployment(google.protobuf.message.Message):
     WORKER_PID_FIELD_NUMBER: builtins.int
     TRANSITION_FIELD_NUMBER: builtins.int
     SHAPE_FIELD_NUMBER: builtins.int
+    REQUIRES_SYNC_FIELD_NUMBER: builtins.int
+    INACTIVITY_TIMEOUT_FIELD_NUMBER: builtins.int
+    LAST_USE_TIME_FIELD_NUMBER: builtins.int
     name: builtins.str
     """`deployments/{deployment}`."""
     base_model: builtins.str
@@ -127,6 +131,8 @@ class Deployment(google.protobuf.message.Message):
     """Process id of the worker; 0 without one."""
     transition: global___HotloadTransition.ValueType
     """Of hotloads that name none."""
+    requires_sync: builtins.bool
+    """Whether it was attached to another trainer and still serves what the former one made."""
     @property
     def error(self) -> google.rpc.status_pb2.Status:
         """Why it failed, or why the last hotload did."""
@@ -142,6 +148,14 @@ class Deployment(google.protobuf.message.Message):
     @property
     def shape(self) -> firetitan.v1.shape_pb2.Shape:
         """What it was made as, with what that left open as it came out."""
+
+    @property
+    def inactivity_timeout(self) -> google.protobuf.duration_pb2.Duration:
+        """How long nobody may use it before its worker is stopped; 0: as long as they like."""
+
+    @property
+    def last_use_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When somebody last used it."""
 
     def __init__(
         self,
@@ -159,8 +173,11 @@ class Deployment(google.protobuf.message.Message):
         worker_pid: builtins.int = ...,
         transition: global___HotloadTransition.ValueType = ...,
         shape: firetitan.v1.shape_pb2.Shape | None = ...,
+        requires_sync: builtins.bool = ...,
+        inactivity_timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        last_use_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "error", b"error", "model", b"model", "shape", b"shape"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["active_snapshot", b"active_snapshot", "base_model", b"base_model", "create_time", b"create_time", "error", b"error", "etag", b"etag", "max_context_length", b"max_context_length", "model", b"model", "name", b"name", "shape", b"shape", "state", b"state", "trainer", b"trainer", "transition", b"transition", "worker_pid", b"worker_pid"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "error", b"error", "inactivity_timeout", b"inactivity_timeout", "last_use_time", b"last_use_time", "model", b"model", "shape", b"shape"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["active_snapshot", b"active_snapshot", "base_model", b"base_model", "create_time", b"create_time", "error", b"error", "etag", b"etag", "inactivity_timeout", b"inactivity_timeout", "last_use_time", b"last_use_time", "max_context_length", b"max_context_length", "model", b"model", "name", b"name", "requires_sync", b"requires_sync", "shape", b"shape", "state", b"state", "trainer", b"trainer", "transition", b"transition", "worker_pid", b"worker_pid"]) -> None: ...
 
 global___Deployment = Deployment

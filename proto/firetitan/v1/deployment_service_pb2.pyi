@@ -8,6 +8,7 @@ import collections.abc
 import firetitan.v1.deployment_pb2
 import firetitan.v1.operation_pb2
 import google.protobuf.descriptor
+import google.protobuf.duration_pb2
 import google.protobuf.internal.containers
 import google.protobuf.message
 import typing
@@ -28,6 +29,7 @@ class CreateDeploymentRequest(google.protobuf.message.Message):
     REQUEST_ID_FIELD_NUMBER: builtins.int
     TRANSITION_FIELD_NUMBER: builtins.int
     DEPLOYMENT_SHAPE_FIELD_NUMBER: builtins.int
+    INACTIVITY_TIMEOUT_FIELD_NUMBER: builtins.int
     deployment_id: builtins.str
     """Last segment of the name; empty: the daemon chooses."""
     base_model: builtins.str
@@ -46,6 +48,12 @@ class CreateDeploymentRequest(google.protobuf.message.Message):
     """Name of a deployment shape; refused where it cannot serve what is asked for. Empty: one is
     derived from the model and the host.
     """
+    @property
+    def inactivity_timeout(self) -> google.protobuf.duration_pb2.Duration:
+        """How long nobody may use it before its worker is stopped; 0: as long as they like; absent: the
+        daemon's setting for a new deployment, what it was for one that exists.
+        """
+
     def __init__(
         self,
         *,
@@ -57,8 +65,10 @@ class CreateDeploymentRequest(google.protobuf.message.Message):
         request_id: builtins.str = ...,
         transition: firetitan.v1.deployment_pb2.HotloadTransition.ValueType = ...,
         deployment_shape: builtins.str = ...,
+        inactivity_timeout: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "deployment_id", b"deployment_id", "deployment_shape", b"deployment_shape", "dtype", b"dtype", "max_context_length", b"max_context_length", "request_id", b"request_id", "trainer", b"trainer", "transition", b"transition"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["inactivity_timeout", b"inactivity_timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "deployment_id", b"deployment_id", "deployment_shape", b"deployment_shape", "dtype", b"dtype", "inactivity_timeout", b"inactivity_timeout", "max_context_length", b"max_context_length", "request_id", b"request_id", "trainer", b"trainer", "transition", b"transition"]) -> None: ...
 
 global___CreateDeploymentRequest = CreateDeploymentRequest
 
@@ -69,6 +79,9 @@ class CreateDeploymentResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     OPERATION_FIELD_NUMBER: builtins.int
+    CREATED_FIELD_NUMBER: builtins.int
+    created: builtins.bool
+    """Whether this request made it; false where it existed before."""
     @property
     def operation(self) -> firetitan.v1.operation_pb2.Operation:
         """Ends with the deployment once its model is loaded."""
@@ -77,9 +90,10 @@ class CreateDeploymentResponse(google.protobuf.message.Message):
         self,
         *,
         operation: firetitan.v1.operation_pb2.Operation | None = ...,
+        created: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["operation", b"operation"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["operation", b"operation"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["created", b"created", "operation", b"operation"]) -> None: ...
 
 global___CreateDeploymentResponse = CreateDeploymentResponse
 
@@ -315,7 +329,7 @@ class PinSnapshotRequest(google.protobuf.message.Message):
     snapshot: builtins.str
     """`snapshots/{snapshot}`; must be loaded there."""
     holder: builtins.str
-    """Who pins, e.g. a random UUID."""
+    """Who pins, e.g. a random UUID; `{client_id}.{anything}` lets it go with that client's lease."""
     release: builtins.bool
     """Let it go."""
     def __init__(

@@ -121,6 +121,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """FAILED_PRECONDITION. Gradients of embeddings, which have no tokens to divide by."""
     ERROR_REASON_MODEL_IN_USE: _ErrorReason.ValueType  # 47
     """FAILED_PRECONDITION. A trainer, a deployment or an adapter needs the model."""
+    ERROR_REASON_RESOURCE_FAILED: _ErrorReason.ValueType  # 48
+    """FAILED_PRECONDITION. The trainer or deployment failed for good; create it again."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reason in `google.rpc.ErrorInfo` (domain "firetitan.v1"); decide on this, never on text."""
@@ -221,6 +223,8 @@ ERROR_REASON_NO_LOSS_TOKENS: ErrorReason.ValueType  # 46
 """FAILED_PRECONDITION. Gradients of embeddings, which have no tokens to divide by."""
 ERROR_REASON_MODEL_IN_USE: ErrorReason.ValueType  # 47
 """FAILED_PRECONDITION. A trainer, a deployment or an adapter needs the model."""
+ERROR_REASON_RESOURCE_FAILED: ErrorReason.ValueType  # 48
+"""FAILED_PRECONDITION. The trainer or deployment failed for good; create it again."""
 global___ErrorReason = ErrorReason
 
 @typing.final

@@ -22,12 +22,13 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from firetitan.v1 import shape_pb2 as firetitan_dot_v1_dot_shape__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66iretitan/v1/trainer.proto\x12\x0c\x66iretitan.v1\x1a\x18\x66iretitan/v1/shape.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xac\x03\n\tModelInfo\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x12\n\nvocab_size\x18\x08 \x01(\x03\x12\x1a\n\x12max_context_length\x18\t \x01(\x03\x12\x16\n\x0enum_parameters\x18\n \x01(\x03\x12\x0e\n\x06packed\x18\x0b \x01(\x08\x12\x13\n\x0bnum_threads\x18\x0c \x01(\x05\x12\r\n\x05notes\x18\r \x03(\t\x12\x37\n\x08versions\x18\x0e \x03(\x0b\x32%.firetitan.v1.ModelInfo.VersionsEntry\x12\x10\n\x08revision\x18\x0f \x01(\t\x12+\n\x07routing\x18\x10 \x01(\x0b\x32\x1a.firetitan.v1.RoutingShape\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"N\n\x0cRoutingShape\x12\x0e\n\x06layers\x18\x01 \x01(\x05\x12\x19\n\x11\x65xperts_per_token\x18\x02 \x01(\x05\x12\x13\n\x0bnum_experts\x18\x03 \x01(\x05\"\xfb\x03\n\x07Trainer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x11\n\tlora_rank\x18\x03 \x01(\x05\x12\x1a\n\x12max_context_length\x18\x04 \x01(\x05\x12*\n\x05state\x18\x05 \x01(\x0e\x32\x1b.firetitan.v1.Trainer.State\x12!\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.google.rpc.Status\x12&\n\x05model\x18\x07 \x01(\x0b\x32\x17.firetitan.v1.ModelInfo\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nworker_pid\x18\t \x01(\x03\x12\x0f\n\x07session\x18\n \x01(\t\x12\x14\n\x0c\x66orward_only\x18\x0b \x01(\x08\x12\x15\n\rmax_lora_rank\x18\x0c \x01(\x05\x12\"\n\x05shape\x18\x14 \x01(\x0b\x32\x13.firetitan.v1.Shape\"\x80\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_CREATING\x10\x01\x12\x10\n\x0cSTATE_ACTIVE\x10\x02\x12\x14\n\x10STATE_RECOVERING\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\x12\x12\n\x0eSTATE_DELETING\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66iretitan/v1/trainer.proto\x12\x0c\x66iretitan.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18\x66iretitan/v1/shape.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xac\x03\n\tModelInfo\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x12\n\nvocab_size\x18\x08 \x01(\x03\x12\x1a\n\x12max_context_length\x18\t \x01(\x03\x12\x16\n\x0enum_parameters\x18\n \x01(\x03\x12\x0e\n\x06packed\x18\x0b \x01(\x08\x12\x13\n\x0bnum_threads\x18\x0c \x01(\x05\x12\r\n\x05notes\x18\r \x03(\t\x12\x37\n\x08versions\x18\x0e \x03(\x0b\x32%.firetitan.v1.ModelInfo.VersionsEntry\x12\x10\n\x08revision\x18\x0f \x01(\t\x12+\n\x07routing\x18\x10 \x01(\x0b\x32\x1a.firetitan.v1.RoutingShape\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"N\n\x0cRoutingShape\x12\x0e\n\x06layers\x18\x01 \x01(\x05\x12\x19\n\x11\x65xperts_per_token\x18\x02 \x01(\x05\x12\x13\n\x0bnum_experts\x18\x03 \x01(\x05\"\xf8\x04\n\x07Trainer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x11\n\tlora_rank\x18\x03 \x01(\x05\x12\x1a\n\x12max_context_length\x18\x04 \x01(\x05\x12*\n\x05state\x18\x05 \x01(\x0e\x32\x1b.firetitan.v1.Trainer.State\x12!\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.google.rpc.Status\x12&\n\x05model\x18\x07 \x01(\x0b\x32\x17.firetitan.v1.ModelInfo\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nworker_pid\x18\t \x01(\x03\x12\x0f\n\x07session\x18\n \x01(\t\x12\x14\n\x0c\x66orward_only\x18\x0b \x01(\x08\x12\x15\n\rmax_lora_rank\x18\x0c \x01(\x05\x12\"\n\x05shape\x18\x14 \x01(\x0b\x32\x13.firetitan.v1.Shape\x12\x35\n\x12inactivity_timeout\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\rlast_use_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x93\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_CREATING\x10\x01\x12\x10\n\x0cSTATE_ACTIVE\x10\x02\x12\x14\n\x10STATE_RECOVERING\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\x12\x12\n\x0eSTATE_DELETING\x10\x05\x12\x11\n\rSTATE_STOPPED\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,14 +37,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MODELINFO_VERSIONSENTRY']._loaded_options = None
   _globals['_MODELINFO_VERSIONSENTRY']._serialized_options = b'8\001'
-  _globals['_MODELINFO']._serialized_start=129
-  _globals['_MODELINFO']._serialized_end=557
-  _globals['_MODELINFO_VERSIONSENTRY']._serialized_start=510
-  _globals['_MODELINFO_VERSIONSENTRY']._serialized_end=557
-  _globals['_ROUTINGSHAPE']._serialized_start=559
-  _globals['_ROUTINGSHAPE']._serialized_end=637
-  _globals['_TRAINER']._serialized_start=640
-  _globals['_TRAINER']._serialized_end=1147
-  _globals['_TRAINER_STATE']._serialized_start=1019
-  _globals['_TRAINER_STATE']._serialized_end=1147
+  _globals['_MODELINFO']._serialized_start=161
+  _globals['_MODELINFO']._serialized_end=589
+  _globals['_MODELINFO_VERSIONSENTRY']._serialized_start=542
+  _globals['_MODELINFO_VERSIONSENTRY']._serialized_end=589
+  _globals['_ROUTINGSHAPE']._serialized_start=591
+  _globals['_ROUTINGSHAPE']._serialized_end=669
+  _globals['_TRAINER']._serialized_start=672
+  _globals['_TRAINER']._serialized_end=1304
+  _globals['_TRAINER_STATE']._serialized_start=1157
+  _globals['_TRAINER_STATE']._serialized_end=1304
 # @@protoc_insertion_point(module_scope)

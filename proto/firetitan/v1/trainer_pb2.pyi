@@ -7,6 +7,7 @@ import builtins
 import collections.abc
 import firetitan.v1.shape_pb2
 import google.protobuf.descriptor
+import google.protobuf.duration_pb2
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
@@ -177,6 +178,8 @@ class Trainer(google.protobuf.message.Message):
         """The worker is gone; `error` says why."""
         STATE_DELETING: Trainer._State.ValueType  # 5
         """Being deleted."""
+        STATE_STOPPED: Trainer._State.ValueType  # 6
+        """The worker is stopped, all else kept; the next use starts it where it was."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """Life of a trainer."""
@@ -193,6 +196,8 @@ class Trainer(google.protobuf.message.Message):
     """The worker is gone; `error` says why."""
     STATE_DELETING: Trainer.State.ValueType  # 5
     """Being deleted."""
+    STATE_STOPPED: Trainer.State.ValueType  # 6
+    """The worker is stopped, all else kept; the next use starts it where it was."""
 
     NAME_FIELD_NUMBER: builtins.int
     BASE_MODEL_FIELD_NUMBER: builtins.int
@@ -207,6 +212,8 @@ class Trainer(google.protobuf.message.Message):
     FORWARD_ONLY_FIELD_NUMBER: builtins.int
     MAX_LORA_RANK_FIELD_NUMBER: builtins.int
     SHAPE_FIELD_NUMBER: builtins.int
+    INACTIVITY_TIMEOUT_FIELD_NUMBER: builtins.int
+    LAST_USE_TIME_FIELD_NUMBER: builtins.int
     name: builtins.str
     """`trainers/{trainer}`."""
     base_model: builtins.str
@@ -243,6 +250,14 @@ class Trainer(google.protobuf.message.Message):
     def shape(self) -> firetitan.v1.shape_pb2.Shape:
         """What it was made as, with what that left open as it came out."""
 
+    @property
+    def inactivity_timeout(self) -> google.protobuf.duration_pb2.Duration:
+        """How long nobody may use it before its worker is stopped; 0: as long as they like."""
+
+    @property
+    def last_use_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When somebody last used it."""
+
     def __init__(
         self,
         *,
@@ -259,8 +274,10 @@ class Trainer(google.protobuf.message.Message):
         forward_only: builtins.bool = ...,
         max_lora_rank: builtins.int = ...,
         shape: firetitan.v1.shape_pb2.Shape | None = ...,
+        inactivity_timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        last_use_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "error", b"error", "model", b"model", "shape", b"shape"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "create_time", b"create_time", "error", b"error", "forward_only", b"forward_only", "lora_rank", b"lora_rank", "max_context_length", b"max_context_length", "max_lora_rank", b"max_lora_rank", "model", b"model", "name", b"name", "session", b"session", "shape", b"shape", "state", b"state", "worker_pid", b"worker_pid"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "error", b"error", "inactivity_timeout", b"inactivity_timeout", "last_use_time", b"last_use_time", "model", b"model", "shape", b"shape"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "create_time", b"create_time", "error", b"error", "forward_only", b"forward_only", "inactivity_timeout", b"inactivity_timeout", "last_use_time", b"last_use_time", "lora_rank", b"lora_rank", "max_context_length", b"max_context_length", "max_lora_rank", b"max_lora_rank", "model", b"model", "name", b"name", "session", b"session", "shape", b"shape", "state", b"state", "worker_pid", b"worker_pid"]) -> None: ...
 
 global___Trainer = Trainer

@@ -24,31 +24,32 @@ _sym_db = _symbol_database.Default()
 
 from firetitan.v1 import operation_pb2 as firetitan_dot_v1_dot_operation__pb2
 from firetitan.v1 import trainer_pb2 as firetitan_dot_v1_dot_trainer__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"firetitan/v1/trainer_service.proto\x12\x0c\x66iretitan.v1\x1a\x1c\x66iretitan/v1/operation.proto\x1a\x1a\x66iretitan/v1/trainer.proto\"\xd5\x01\n\x14\x43reateTrainerRequest\x12\x12\n\ntrainer_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x11\n\tlora_rank\x18\x03 \x01(\x05\x12\x1a\n\x12max_context_length\x18\x04 \x01(\x05\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x14\n\x0c\x66orward_only\x18\x07 \x01(\x08\x12\x15\n\rmax_lora_rank\x18\x08 \x01(\x05\x12\x16\n\x0etraining_shape\x18\x14 \x01(\t\"C\n\x15\x43reateTrainerResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"!\n\x11GetTrainerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x12GetTrainerResponse\x12&\n\x07trainer\x18\x01 \x01(\x0b\x32\x15.firetitan.v1.Trainer\"<\n\x13ListTrainersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x14ListTrainersResponse\x12\'\n\x08trainers\x18\x01 \x03(\x0b\x32\x15.firetitan.v1.Trainer\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14\x44\x65leteTrainerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteTrainerResponse2\xec\x02\n\x0eTrainerService\x12X\n\rCreateTrainer\x12\".firetitan.v1.CreateTrainerRequest\x1a#.firetitan.v1.CreateTrainerResponse\x12O\n\nGetTrainer\x12\x1f.firetitan.v1.GetTrainerRequest\x1a .firetitan.v1.GetTrainerResponse\x12U\n\x0cListTrainers\x12!.firetitan.v1.ListTrainersRequest\x1a\".firetitan.v1.ListTrainersResponse\x12X\n\rDeleteTrainer\x12\".firetitan.v1.DeleteTrainerRequest\x1a#.firetitan.v1.DeleteTrainerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"firetitan/v1/trainer_service.proto\x12\x0c\x66iretitan.v1\x1a\x1c\x66iretitan/v1/operation.proto\x1a\x1a\x66iretitan/v1/trainer.proto\x1a\x1egoogle/protobuf/duration.proto\"\x8c\x02\n\x14\x43reateTrainerRequest\x12\x12\n\ntrainer_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x11\n\tlora_rank\x18\x03 \x01(\x05\x12\x1a\n\x12max_context_length\x18\x04 \x01(\x05\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x14\n\x0c\x66orward_only\x18\x07 \x01(\x08\x12\x15\n\rmax_lora_rank\x18\x08 \x01(\x05\x12\x16\n\x0etraining_shape\x18\x14 \x01(\t\x12\x35\n\x12inactivity_timeout\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\"T\n\x15\x43reateTrainerResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"!\n\x11GetTrainerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x12GetTrainerResponse\x12&\n\x07trainer\x18\x01 \x01(\x0b\x32\x15.firetitan.v1.Trainer\"<\n\x13ListTrainersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x14ListTrainersResponse\x12\'\n\x08trainers\x18\x01 \x03(\x0b\x32\x15.firetitan.v1.Trainer\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14\x44\x65leteTrainerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteTrainerResponse2\xec\x02\n\x0eTrainerService\x12X\n\rCreateTrainer\x12\".firetitan.v1.CreateTrainerRequest\x1a#.firetitan.v1.CreateTrainerResponse\x12O\n\nGetTrainer\x12\x1f.firetitan.v1.GetTrainerRequest\x1a .firetitan.v1.GetTrainerResponse\x12U\n\x0cListTrainers\x12!.firetitan.v1.ListTrainersRequest\x1a\".firetitan.v1.ListTrainersResponse\x12X\n\rDeleteTrainer\x12\".firetitan.v1.DeleteTrainerRequest\x1a#.firetitan.v1.DeleteTrainerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'firetitan.v1.trainer_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CREATETRAINERREQUEST']._serialized_start=111
-  _globals['_CREATETRAINERREQUEST']._serialized_end=324
-  _globals['_CREATETRAINERRESPONSE']._serialized_start=326
-  _globals['_CREATETRAINERRESPONSE']._serialized_end=393
-  _globals['_GETTRAINERREQUEST']._serialized_start=395
-  _globals['_GETTRAINERREQUEST']._serialized_end=428
-  _globals['_GETTRAINERRESPONSE']._serialized_start=430
-  _globals['_GETTRAINERRESPONSE']._serialized_end=490
-  _globals['_LISTTRAINERSREQUEST']._serialized_start=492
-  _globals['_LISTTRAINERSREQUEST']._serialized_end=552
-  _globals['_LISTTRAINERSRESPONSE']._serialized_start=554
-  _globals['_LISTTRAINERSRESPONSE']._serialized_end=642
-  _globals['_DELETETRAINERREQUEST']._serialized_start=644
-  _globals['_DELETETRAINERREQUEST']._serialized_end=680
-  _globals['_DELETETRAINERRESPONSE']._serialized_start=682
-  _globals['_DELETETRAINERRESPONSE']._serialized_end=705
-  _globals['_TRAINERSERVICE']._serialized_start=708
-  _globals['_TRAINERSERVICE']._serialized_end=1072
+  _globals['_CREATETRAINERREQUEST']._serialized_start=143
+  _globals['_CREATETRAINERREQUEST']._serialized_end=411
+  _globals['_CREATETRAINERRESPONSE']._serialized_start=413
+  _globals['_CREATETRAINERRESPONSE']._serialized_end=497
+  _globals['_GETTRAINERREQUEST']._serialized_start=499
+  _globals['_GETTRAINERREQUEST']._serialized_end=532
+  _globals['_GETTRAINERRESPONSE']._serialized_start=534
+  _globals['_GETTRAINERRESPONSE']._serialized_end=594
+  _globals['_LISTTRAINERSREQUEST']._serialized_start=596
+  _globals['_LISTTRAINERSREQUEST']._serialized_end=656
+  _globals['_LISTTRAINERSRESPONSE']._serialized_start=658
+  _globals['_LISTTRAINERSRESPONSE']._serialized_end=746
+  _globals['_DELETETRAINERREQUEST']._serialized_start=748
+  _globals['_DELETETRAINERREQUEST']._serialized_end=784
+  _globals['_DELETETRAINERRESPONSE']._serialized_start=786
+  _globals['_DELETETRAINERRESPONSE']._serialized_end=809
+  _globals['_TRAINERSERVICE']._serialized_start=812
+  _globals['_TRAINERSERVICE']._serialized_end=1176
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ import collections.abc
 import firetitan.v1.operation_pb2
 import firetitan.v1.trainer_pb2
 import google.protobuf.descriptor
+import google.protobuf.duration_pb2
 import google.protobuf.internal.containers
 import google.protobuf.message
 import typing
@@ -29,6 +30,7 @@ class CreateTrainerRequest(google.protobuf.message.Message):
     FORWARD_ONLY_FIELD_NUMBER: builtins.int
     MAX_LORA_RANK_FIELD_NUMBER: builtins.int
     TRAINING_SHAPE_FIELD_NUMBER: builtins.int
+    INACTIVITY_TIMEOUT_FIELD_NUMBER: builtins.int
     trainer_id: builtins.str
     """Last segment of the name; empty: the daemon chooses."""
     base_model: builtins.str
@@ -51,6 +53,12 @@ class CreateTrainerRequest(google.protobuf.message.Message):
     """Name of a training shape; refused where it cannot serve what is asked for. Empty: one is
     derived from the model and the host.
     """
+    @property
+    def inactivity_timeout(self) -> google.protobuf.duration_pb2.Duration:
+        """How long nobody may use it before its worker is stopped; 0: as long as they like; absent: the
+        daemon's setting for a new trainer, what it was for one that exists.
+        """
+
     def __init__(
         self,
         *,
@@ -63,8 +71,10 @@ class CreateTrainerRequest(google.protobuf.message.Message):
         forward_only: builtins.bool = ...,
         max_lora_rank: builtins.int = ...,
         training_shape: builtins.str = ...,
+        inactivity_timeout: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "dtype", b"dtype", "forward_only", b"forward_only", "lora_rank", b"lora_rank", "max_context_length", b"max_context_length", "max_lora_rank", b"max_lora_rank", "request_id", b"request_id", "trainer_id", b"trainer_id", "training_shape", b"training_shape"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["inactivity_timeout", b"inactivity_timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "dtype", b"dtype", "forward_only", b"forward_only", "inactivity_timeout", b"inactivity_timeout", "lora_rank", b"lora_rank", "max_context_length", b"max_context_length", "max_lora_rank", b"max_lora_rank", "request_id", b"request_id", "trainer_id", b"trainer_id", "training_shape", b"training_shape"]) -> None: ...
 
 global___CreateTrainerRequest = CreateTrainerRequest
 
@@ -75,6 +85,9 @@ class CreateTrainerResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     OPERATION_FIELD_NUMBER: builtins.int
+    CREATED_FIELD_NUMBER: builtins.int
+    created: builtins.bool
+    """Whether this request made it; false where it existed before."""
     @property
     def operation(self) -> firetitan.v1.operation_pb2.Operation:
         """Ends with the trainer once its model is loaded."""
@@ -83,9 +96,10 @@ class CreateTrainerResponse(google.protobuf.message.Message):
         self,
         *,
         operation: firetitan.v1.operation_pb2.Operation | None = ...,
+        created: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["operation", b"operation"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["operation", b"operation"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["created", b"created", "operation", b"operation"]) -> None: ...
 
 global___CreateTrainerResponse = CreateTrainerResponse
 

@@ -13,8 +13,10 @@ from support.commands import GOOD, SESSION
 
 from firetitan_daemon.app import SystemClock
 from firetitan_daemon.control.checkpoints import CheckpointManager
+from firetitan_daemon.control.cleanup import Cleaner
 from firetitan_daemon.control.codec import HotloadArguments
 from firetitan_daemon.control.deployments import DeploymentManager, DeploymentRequest
+from firetitan_daemon.control.leases import LeaseManager
 from firetitan_daemon.control.models import ModelRegistry
 from firetitan_daemon.control.operations import OperationRegistry
 from firetitan_daemon.control.removal import SavedRemover
@@ -73,6 +75,8 @@ class Managers:
         self.syncer = WeightSyncer(services, self.deployments)
         self.deployments.connect(self.syncer.restore)
         self.remover = SavedRemover(services, self.checkpoints, self.sessions, self.deployments)
+        cleaner = Cleaner(services, self.sessions, self.trainers, self.deployments)
+        self.leases = LeaseManager(services, 60.0, cleaner.clean_up, self.syncer.release_pins)
         self.supervisor = Supervisor(
             services,
             self.pool,
@@ -83,6 +87,8 @@ class Managers:
             self.checkpoints,
             self.remover,
             ModelRegistry(services, self.trainers, self.deployments),
+            self.leases,
+            cleaner,
         )
 
     async def done(self, operation: Operation) -> Operation:
@@ -329,7 +335,7 @@ async def test_a_full_disk_delays_what_has_happened_and_loses_none_of_it(
         await write(change)
 
     monkeypatch.setattr(managers.store, "write", full)
-    monkeypatch.setattr("firetitan_daemon.control.trainers._MAX_RESTARTS", 0)
+    monkeypatch.setattr("firetitan_daemon.control.trainer_workers._MAX_RESTARTS", 0)
     trainer, worker = await managers.trainer()
     await managers.deployment()
     session, _ = await managers.sessions.create(trainer, worker, Wanted(), "s")

@@ -953,6 +953,46 @@ class ApplyResponse(google.protobuf.message.Message):
 global___ApplyResponse = ApplyResponse
 
 @typing.final
+class RetainRequest(google.protobuf.message.Message):
+    """For Retain."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEEP_FIELD_NUMBER: builtins.int
+    @property
+    def keep(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names of snapshots that stay loaded."""
+
+    def __init__(
+        self,
+        *,
+        keep: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["keep", b"keep"]) -> None: ...
+
+global___RetainRequest = RetainRequest
+
+@typing.final
+class RetainResponse(google.protobuf.message.Message):
+    """From Retain."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LOADED_SNAPSHOTS_FIELD_NUMBER: builtins.int
+    @property
+    def loaded_snapshots(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names of the snapshots that are loaded now."""
+
+    def __init__(
+        self,
+        *,
+        loaded_snapshots: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["loaded_snapshots", b"loaded_snapshots"]) -> None: ...
+
+global___RetainResponse = RetainResponse
+
+@typing.final
 class GenerateRequest(google.protobuf.message.Message):
     """For Generate."""
 

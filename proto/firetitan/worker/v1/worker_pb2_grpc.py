@@ -546,6 +546,11 @@ class SamplerWorkerServiceStub(object):
                 request_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.ApplyRequest.SerializeToString,
                 response_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.ApplyResponse.FromString,
                 _registered_method=True)
+        self.Retain = channel.unary_unary(
+                '/firetitan.worker.v1.SamplerWorkerService/Retain',
+                request_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.RetainRequest.SerializeToString,
+                response_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.RetainResponse.FromString,
+                _registered_method=True)
         self.Generate = channel.unary_unary(
                 '/firetitan.worker.v1.SamplerWorkerService/Generate',
                 request_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.GenerateRequest.SerializeToString,
@@ -564,6 +569,13 @@ class SamplerWorkerServiceServicer(object):
 
     def Apply(self, request, context):
         """Builds a snapshot's weights beside the live ones, verifies, swaps.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Retain(self, request, context):
+        """Drops the snapshots that are neither active nor named; requests that run on one end on it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -590,6 +602,11 @@ def add_SamplerWorkerServiceServicer_to_server(servicer, server):
                     servicer.Apply,
                     request_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.ApplyRequest.FromString,
                     response_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.ApplyResponse.SerializeToString,
+            ),
+            'Retain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Retain,
+                    request_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.RetainRequest.FromString,
+                    response_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.RetainResponse.SerializeToString,
             ),
             'Generate': grpc.unary_unary_rpc_method_handler(
                     servicer.Generate,
@@ -630,6 +647,33 @@ class SamplerWorkerService(object):
             '/firetitan.worker.v1.SamplerWorkerService/Apply',
             firetitan_dot_worker_dot_v1_dot_worker__pb2.ApplyRequest.SerializeToString,
             firetitan_dot_worker_dot_v1_dot_worker__pb2.ApplyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Retain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/firetitan.worker.v1.SamplerWorkerService/Retain',
+            firetitan_dot_worker_dot_v1_dot_worker__pb2.RetainRequest.SerializeToString,
+            firetitan_dot_worker_dot_v1_dot_worker__pb2.RetainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -263,6 +263,12 @@ class SamplerWorkerServiceStub:
     ]
     """Builds a snapshot's weights beside the live ones, verifies, swaps."""
 
+    Retain: grpc.UnaryUnaryMultiCallable[
+        firetitan.worker.v1.worker_pb2.RetainRequest,
+        firetitan.worker.v1.worker_pb2.RetainResponse,
+    ]
+    """Drops the snapshots that are neither active nor named; requests that run on one end on it."""
+
     Generate: grpc.UnaryUnaryMultiCallable[
         firetitan.worker.v1.worker_pb2.GenerateRequest,
         firetitan.worker.v1.worker_pb2.GenerateResponse,
@@ -283,6 +289,12 @@ class SamplerWorkerServiceAsyncStub:
         firetitan.worker.v1.worker_pb2.ApplyResponse,
     ]
     """Builds a snapshot's weights beside the live ones, verifies, swaps."""
+
+    Retain: grpc.aio.UnaryUnaryMultiCallable[
+        firetitan.worker.v1.worker_pb2.RetainRequest,
+        firetitan.worker.v1.worker_pb2.RetainResponse,
+    ]
+    """Drops the snapshots that are neither active nor named; requests that run on one end on it."""
 
     Generate: grpc.aio.UnaryUnaryMultiCallable[
         firetitan.worker.v1.worker_pb2.GenerateRequest,
@@ -306,6 +318,14 @@ class SamplerWorkerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[firetitan.worker.v1.worker_pb2.ApplyResponse, collections.abc.Awaitable[firetitan.worker.v1.worker_pb2.ApplyResponse]]:
         """Builds a snapshot's weights beside the live ones, verifies, swaps."""
+
+    @abc.abstractmethod
+    def Retain(
+        self,
+        request: firetitan.worker.v1.worker_pb2.RetainRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[firetitan.worker.v1.worker_pb2.RetainResponse, collections.abc.Awaitable[firetitan.worker.v1.worker_pb2.RetainResponse]]:
+        """Drops the snapshots that are neither active nor named; requests that run on one end on it."""
 
     @abc.abstractmethod
     def Generate(

@@ -1,0 +1,116 @@
+"""Stopping and deleting what nobody needs, after what was accepted has ended.
+
+Knows: trainers, deployments, what runs on them, when they were last used. Must not know: who asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+
+from firetitan_daemon.control.deployments import DeploymentManager
+from firetitan_daemon.control.services import Services, internal_error
+from firetitan_daemon.control.sessions import SessionManager
+from firetitan_daemon.control.trainers import TrainerManager
+from firetitan_daemon.core import names
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.records import Cleanup, Deployment, ResourceState, Trainer
+
+logger = logging.getLogger("firetitan.cleanup")
+_WAIT_S = 3600.0
+
+
+class Cleaner:
+    """Carries clean-ups out, and stops what is idle."""
+
+    def __init__(
+        self,
+        services: Services,
+        sessions: SessionManager,
+        trainers: TrainerManager,
+        deployments: DeploymentManager,
+    ) -> None:
+        self._services = services
+        self._sessions = sessions
+        self._trainers = trainers
+        self._deployments = deployments
+        self._stopping: dict[str, asyncio.Task[None]] = {}
+
+    async def clean_up(self, name: str, cleanup: Cleanup) -> None:
+        """Stop or delete a trainer or a deployment; one that is gone is fine.
+
+        Raises:
+            FiretitanError: STATE_DISK_FULL.
+        """
+        if name.startswith("deployments/"):
+            await self._finish(name)
+            await self._services.activity.ended(name)
+            if cleanup is Cleanup.DELETE:
+                await self._deployments.delete(name)
+            else:
+                await self._stop_deployment(name)
+            return
+        trainer_id = names.parse_trainer(name)
+        await self._finish(name, *(one.name for one in self._sessions.all(name)))
+        if cleanup is Cleanup.DELETE:
+            await self._trainers.delete(name)
+        elif not await self._trainers.stop(trainer_id):
+            logger.warning("goes on: it is used, or could not be brought back trainer=%s", name)
+
+    def stop_idle(self) -> None:
+        """Begin to stop the workers of what was not used for long enough."""
+        for trainer in self._trainers.all():
+            if self._is_idle(trainer) and not self._trainers.busy(trainer.id):
+                self._begin(trainer.name, self._stop_trainer(trainer.id))
+        for deployment in self._deployments.all():
+            if self._is_idle(deployment):
+                self._begin(deployment.name, self._stop_deployment(deployment.name))
+
+    def _begin(self, name: str, work: Coroutine[None, None, None]) -> None:
+        if name in self._stopping:
+            work.close()
+            return
+
+        async def run() -> None:
+            try:
+                logger.info("idle, its worker is stopped target=%s", name)
+                await work
+            except Exception as error:  # a supervisor: the next look tries again
+                internal_error(f"stopping {name}", error)
+
+        task = self._stopping[name] = asyncio.create_task(run())
+        task.add_done_callback(lambda _: self._stopping.pop(name, None))
+
+    def _is_idle(self, record: Trainer | Deployment) -> bool:
+        limit_s, services = record.inactivity_s, self._services
+        return (
+            limit_s > 0
+            and record.state is ResourceState.ACTIVE
+            and services.activity.idle_s(record.name) >= limit_s
+            and not services.operations.open_of(record.name)
+        )
+
+    async def _stop_trainer(self, trainer_id: str) -> None:
+        if not await self._trainers.stop(trainer_id):
+            # It has to go on: look again when it was idle for as long once more.
+            self._services.activity.touch(names.trainer_name(trainer_id))
+
+    async def _stop_deployment(self, name: str) -> None:
+        try:
+            await self._deployments.scale(name, 0)
+        except FiretitanError as error:
+            if error.reason is not Reason.DEPLOYMENT_NOT_FOUND:
+                raise
+
+    async def _finish(self, *targets: str) -> None:
+        """Wait for the operations that were accepted for some targets."""
+        operations = self._services.operations
+        for target in targets:
+            while open_ones := operations.open_of(target):
+                await operations.wait(open_ones[0].id, _WAIT_S)
+
+    async def close(self) -> None:
+        """Let what is being stopped end."""
+        if self._stopping:
+            await asyncio.wait(list(self._stopping.values()))

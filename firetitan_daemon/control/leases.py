@@ -1,0 +1,294 @@
+"""Leases: clients that are there, what they use, and what happens when the last one leaves.
+
+Knows: the table of leases, how trainers and deployments are stopped and deleted. Must not know:
+RPCs, what a client computes.
+
+What is asked for is written down before it is begun, so that neither the death of the client nor
+that of the daemon leaves it half done. After a restart every lease holds for its full time again:
+its client could not renew it meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from firetitan_daemon.control.provisioning import check_text
+from firetitan_daemon.control.services import Services, internal_error
+from firetitan_daemon.core import names
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.leases import LeaseTable
+from firetitan_daemon.core.ports import Change, Ledger
+from firetitan_daemon.core.records import Cleanup, DeferredCleanup, Lease
+
+logger = logging.getLogger("firetitan.leases")
+MAX_USES = 1000
+_TTL_S = (0.5, 24 * 3600.0)
+_RETRY_S = 5.0
+
+CleanUp = Callable[[str, Cleanup], Awaitable[None]]
+"""Stops or deletes a trainer or a deployment by name; one that is gone is fine."""
+ReleasePins = Callable[[Callable[[str], bool]], Awaitable[None]]
+"""Lets go of the pins whose client is not there any more, as the given test says of a holder."""
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a clean-up that was asked for."""
+
+    name: str
+    cleanup: Cleanup
+    used_by: Sequence[str] = ()
+    """Labels of those it waits for; empty: it ran."""
+    error: FiretitanError | None = None
+    """Why it failed; it is tried again."""
+
+
+class LeaseManager:
+    """Every lease, and the clean-ups that wait.
+
+    Args:
+        services: The ports.
+        ttl_s: How long a lease holds where its client names no time.
+        clean_up: Carries a clean-up out.
+        release_pins: Lets pins go when clients are gone.
+    """
+
+    def __init__(
+        self, services: Services, ttl_s: float, clean_up: CleanUp, release_pins: ReleasePins
+    ) -> None:
+        self._services = services
+        self._ttl_s = ttl_s
+        self._clean_up = clean_up
+        self._release_pins = release_pins
+        self._table = LeaseTable()
+        self._lock = asyncio.Lock()
+        """Held while the table and its rows change together."""
+        self._running: dict[str, asyncio.Task[FiretitanError | None]] = {}
+        self._retry_at: dict[str, float] = {}
+
+    def restore(self, ledger: Ledger) -> None:
+        """Take over a former daemon's leases and clean-ups."""
+        self._table.restore(ledger.leases, ledger.cleanups, self._now())
+
+    def leases(self) -> list[tuple[Lease, float]]:
+        """Who is there, by label, with the seconds left until a renewal is due."""
+        found = sorted(self._table.leases, key=lambda one: (one.label, one.client_id))
+        return [(one, self._table.deadline(one.client_id) - self._now()) for one in found]
+
+    def cleanups(self) -> list[DeferredCleanup]:
+        """Clean-ups that wait, by name."""
+        return sorted(self._table.cleanups, key=lambda one: one.name)
+
+    def users(self, name: str) -> list[str]:
+        """Labels of those who use a resource or a part of it."""
+        return sorted({lease.label for lease in self._table.users(name)})
+
+    def alive(self, client_id: str) -> bool:
+        """Whether a client is there."""
+        return self._table.lease(client_id) is not None
+
+    # -- what clients ask for ------------------------------------------------------------------
+
+    async def hold(
+        self, client_id: str, label: str, uses: Mapping[str, Cleanup], ttl_s: float | None
+    ) -> float:
+        """Begin or renew a lease; returns how long it holds.
+
+        Args:
+            client_id: The client.
+            label: For people.
+            uses: All that it uses, with what to do when it leaves.
+            ttl_s: None: the setting.
+
+        Raises:
+            FiretitanError: INVALID_ARGUMENT, NAME_INVALID.
+        """
+        _check_client(client_id)
+        check_text(label, "label")
+        _check_uses(uses)
+        ttl_s = self._ttl_s if ttl_s is None else ttl_s
+        if not _TTL_S[0] <= ttl_s <= _TTL_S[1]:
+            raise FiretitanError(
+                Reason.INVALID_ARGUMENT,
+                f"ttl: {ttl_s:g} s; use {_TTL_S[0]:g} s to {_TTL_S[1]:g} s",
+                field="ttl",
+            )
+        lease = Lease(client_id, label or client_id, ttl_s, dict(uses))
+        await _whole(self._hold(lease))
+        return ttl_s
+
+    async def _hold(self, lease: Lease) -> None:
+        async with self._lock:
+            if self._table.lease(lease.client_id) != lease:
+                await self._services.store.write(Change(leases=[lease]))
+            self._table.hold(lease, self._now())
+
+    async def release(
+        self, client_id: str, uses: Mapping[str, Cleanup], *, everything: bool
+    ) -> list[Outcome]:
+        """A client leaves; clean-ups nobody else stands in the way of run before this returns.
+
+        Args:
+            client_id: The client; one without a lease may ask for clean-ups too.
+            uses: What it leaves, each with what to do, in order.
+            everything: It leaves the rest too, as it said it would.
+
+        Raises:
+            FiretitanError: INVALID_ARGUMENT, NAME_INVALID.
+        """
+        _check_client(client_id)
+        _check_uses(uses)
+        return await _whole(self._release(client_id, uses, everything))
+
+    async def _release(
+        self, client_id: str, uses: Mapping[str, Cleanup], everything: bool
+    ) -> list[Outcome]:
+        asked = await self._leave(client_id, uses, everything)
+        if everything:
+            await self._release_pins(self.alive)
+        outcomes = []
+        for name, cleanup in asked.items():
+            users = self.users(name)
+            if users:
+                logger.info("clean-up deferred target=%s used_by=%s", name, ", ".join(users))
+            error = None if users else await self._run(name)
+            outcomes.append(Outcome(name, cleanup, users, error))
+        # What others had asked for, and only this client was in the way of.
+        for name in self._begin_due():
+            await self._run(name)
+        return outcomes
+
+    async def _leave(
+        self, client_id: str, uses: Mapping[str, Cleanup], everything: bool
+    ) -> dict[str, Cleanup]:
+        """Write down that a client left, and what it asks for."""
+        async with self._lock:
+            lease = self._table.lease(client_id)
+            asked = dict(uses)
+            if everything and lease is not None:
+                asked.update((n, c) for n, c in lease.uses.items() if n not in uses)
+            label = lease.label if lease is not None else client_id
+            cleanups = self._table.wanted(asked, label, self._services.clock.now())
+            left = None
+            if lease is not None and not everything:
+                left = self._table.without(lease, asked)
+            gone = [client_id] if lease is not None and left is None else []
+            await self._services.store.write(
+                Change(
+                    leases=[left] if left is not None else [],
+                    deleted_leases=gone,
+                    cleanups=cleanups,
+                    durable=bool(cleanups),
+                )
+            )
+            if left is not None:
+                self._table.hold(left, self._now())
+            else:
+                self._table.end(client_id)
+            self._table.defer(cleanups)
+        return {name: cleanup for name, cleanup in asked.items() if cleanup is not Cleanup.KEEP}
+
+    # -- what happens by itself ----------------------------------------------------------------
+
+    async def expire(self) -> None:
+        """End the leases that were not renewed; begin the clean-ups that are due."""
+        for lease in self._table.expired(self._now()):
+            logger.warning("client is gone client=%s label=%s", lease.client_id, lease.label)
+            await self._leave(lease.client_id, {}, everything=True)
+        await self._release_pins(self.alive)
+        self._begin_due()
+
+    def _begin_due(self) -> list[str]:
+        """Begin the clean-ups that nobody is in the way of; returns what is being cleaned up."""
+        now = self._now()
+        due = [one.name for one in self._table.due() if self._retry_at.get(one.name, now) <= now]
+        for name in due:
+            self._task(name)
+        return due
+
+    async def _run(self, name: str) -> FiretitanError | None:
+        """Carry out the clean-up that waits for a name; returns why it failed."""
+        if self._table.waiting(name) is None:
+            return None
+        return await asyncio.shield(self._task(name))
+
+    def _task(self, name: str) -> asyncio.Task[FiretitanError | None]:
+        task = self._running.get(name)
+        if task is None:
+            task = self._running[name] = asyncio.create_task(self._clean(name))
+            task.add_done_callback(lambda _: self._running.pop(name, None))
+        return task
+
+    async def _clean(self, name: str) -> FiretitanError | None:
+        cleanup = self._table.waiting(name)
+        if cleanup is None or self._table.users(name):
+            return None
+        logger.info("clean-up begins target=%s what=%s", name, cleanup.cleanup)
+        try:
+            await self._clean_up(name, cleanup.cleanup)
+            async with self._lock:
+                await self._services.store.write(Change(deleted_cleanups=[name]))
+                self._table.finish(cleanup)
+            self._retry_at.pop(name, None)
+            return None
+        except FiretitanError as error:
+            failure = error
+        except Exception as error:  # a supervisor: one clean-up's trouble stays its own
+            failure = internal_error(f"cleaning up {name}", error)
+        logger.error("clean-up failed, tried again later target=%s: %s", name, failure)
+        self._retry_at[name] = self._now() + _RETRY_S
+        return failure
+
+    async def close(self) -> None:
+        """Stop; clean-ups that run are taken up again at the next start."""
+        tasks = list(self._running.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _now(self) -> float:
+        return self._services.clock.monotonic()
+
+
+async def _whole(work: Awaitable[_T]) -> _T:
+    """Begun, it is finished, whatever becomes of the caller."""
+    return await asyncio.shield(asyncio.ensure_future(work))
+
+
+def _check_client(client_id: str) -> None:
+    if not client_id or "." in client_id:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"client_id: {client_id[:80]!r}; use a text without dots, e.g. a random UUID",
+            field="client_id",
+        )
+    check_text(client_id, "client_id")
+
+
+def _check_uses(uses: Mapping[str, Cleanup]) -> None:
+    if len(uses) > MAX_USES:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"uses: has {len(uses)} entries; a client may use up to {MAX_USES}",
+            field="uses",
+        )
+    for index, (name, cleanup) in enumerate(uses.items()):
+        field = f"uses[{index}].name"
+        if "/sessions/" in name:
+            names.parse_session(name, field)
+            if cleanup is not Cleanup.KEEP:
+                raise FiretitanError(
+                    Reason.INVALID_ARGUMENT,
+                    f"{field}: {name} is a session; clean-ups are for trainers and deployments",
+                    field=field,
+                )
+        elif name.startswith("deployments/"):
+            names.parse_deployment(name, field, bare=False)
+        else:
+            names.parse_trainer(name, field, bare=False)

@@ -1,0 +1,284 @@
+"""A trainer's worker over its life: started, replaced when it dies, stopped and started again.
+
+Knows: trainer records, the pool, the sessions on a trainer. Must not know: RPCs, what a trainer is
+asked to be. Each of these is a task of the trainer's, of which there is one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from dataclasses import replace
+
+from firetitan_daemon.control.provisioning import log_shape, settled
+from firetitan_daemon.control.services import (
+    Services,
+    error_record,
+    internal_error,
+    when_there_is_space,
+)
+from firetitan_daemon.control.sessions import SessionManager
+from firetitan_daemon.control.workers import WorkerPool
+from firetitan_daemon.core import names
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.failpoints import failpoint
+from firetitan_daemon.core.ports import Change, Worker
+from firetitan_daemon.core.records import ErrorRecord, ResourceState, Trainer, WorkerKind
+
+METHOD = "CreateTrainer"
+_REPLACE_PAUSES_S = (0.0, 0.2, 1.0, 3.0)
+"""Before each try to put a worker in the place of a dead one."""
+_MAX_RESTARTS, _RESTARTS_WITHIN_S = 5, 60.0
+_WAKE_PAUSE_S = 5.0
+"""Between tries to start a stopped trainer that could not be started."""
+
+logger = logging.getLogger("firetitan.trainers")
+
+
+class TrainerWorkers:
+    """The workers of every trainer.
+
+    Owns the records; each changes in memory when its row is written.
+    """
+
+    def __init__(self, services: Services, pool: WorkerPool, sessions: SessionManager) -> None:
+        self._services = services
+        self._pool = pool
+        self._sessions = sessions
+        self._trainers: dict[str, Trainer] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._lock = asyncio.Lock()
+        self._replaced: dict[str, list[float]] = {}
+        """When workers of a trainer were replaced, monotonic seconds, of late."""
+        self._wake_after: dict[str, float] = {}
+        """When a stopped trainer that could not be started may be tried again."""
+        sessions.connect(self.wake)
+
+    def _begin(self, trainer_id: str, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks[trainer_id] = task
+
+        def ended(_: asyncio.Task[None]) -> None:
+            if self._tasks.get(trainer_id) is task:
+                del self._tasks[trainer_id]
+
+        task.add_done_callback(ended)
+        return task
+
+    async def _provision(self, trainer_id: str) -> None:
+        trainer = self._trainers[trainer_id]
+        spec = self._pool.spec(trainer.worker_id)
+        assert spec is not None, "a trainer's row and its worker's are written together"
+        try:
+            worker, model = await self._pool.start(spec)
+        except FiretitanError as error:
+            await self._failed(trainer, error_record(error))
+            return
+        except Exception as error:  # a supervisor: the trainer fails, the daemon goes on
+            await self._failed(trainer, error_record(internal_error(trainer.name, error)))
+            return
+        failpoint("create.loaded")
+        active = replace(trainer, state=ResourceState.ACTIVE, model=model, error=None)
+        await self._write(active)
+        log_shape(active.name, active.shape, model)
+        self._watch(trainer_id, worker)
+
+    async def _failed(self, trainer: Trainer, error: ErrorRecord) -> None:
+        await self._write(
+            replace(trainer, state=ResourceState.FAILED, error=error, worker_id=None), error
+        )
+
+    async def _write(self, trainer: Trainer, error: ErrorRecord | None = None) -> None:
+        now = self._services.clock.now()
+        operations = [
+            settled(one, now, error)
+            for one in self._services.operations.open_of(trainer.name, METHOD)
+        ]
+        change = Change(trainers=[trainer], operations=operations, durable=True)
+        await when_there_is_space(trainer.name, lambda: self._services.operations.write(change))
+        self._trainers[trainer.id] = trainer
+
+    def _watch(self, trainer_id: str, worker: Worker) -> None:
+        async def exited(cause: str) -> None:
+            await self._ended(trainer_id, cause)
+
+        self._pool.watch(worker, exited)
+
+    async def _ended(self, trainer_id: str, cause: str) -> None:
+        """A worker is gone: put another in its place, or say what was lost."""
+        trainer = self._trainers.get(trainer_id)
+        if trainer is None or trainer.state is ResourceState.DELETING:
+            await self._lost(trainer_id, cause)
+            return
+        now = self._services.clock.monotonic()
+        late = [one for one in self._replaced.get(trainer_id, []) if now - one < _RESTARTS_WITHIN_S]
+        self._replaced[trainer_id] = [*late, now]
+        if len(late) >= _MAX_RESTARTS:
+            await self._lost(
+                trainer_id, f"{cause}; its worker ended {len(late) + 1} times in a minute"
+            )
+            return
+        await self._begin(trainer_id, self._replace(trainer_id, cause))
+
+    async def _replace(self, trainer_id: str, cause: str) -> None:
+        """Bring the trainer's sessions to where they were, in a new worker."""
+        problem, began = "", self._services.clock.monotonic()
+        try:
+            for pause_s in _REPLACE_PAUSES_S:
+                # Each time: of several sessions some may be in a worker that ended since.
+                await self._sessions.suspend(trainer_id)
+                await asyncio.sleep(pause_s)
+                started = self._services.clock.monotonic()
+                try:
+                    worker = await when_there_is_space(
+                        f"a new worker of trainers/{trainer_id}",
+                        lambda: self._start_again(trainer_id),
+                    )
+                    start_s = self._services.clock.monotonic() - started
+                    await self._resume(trainer_id, worker)
+                except FiretitanError as error:
+                    problem = error.message
+                    await self._pool.stop(self._trainers[trainer_id].worker_id)
+                    if error.reason is not Reason.WORKER_UNAVAILABLE:
+                        break
+                    logger.error("worker not replaced trainer=%s: %s", trainer_id, error)
+                else:
+                    now = self._services.clock.monotonic()
+                    self._sessions.recovered(trainer_id, now - began, start_s)
+                    return
+        except Exception as error:  # a supervisor: the trainer fails, the daemon goes on
+            problem = internal_error(
+                f"replacing the worker of trainers/{trainer_id}", error
+            ).message
+            await self._pool.stop(self._trainers[trainer_id].worker_id)
+        await self._lost(trainer_id, f"{cause}; {problem}")
+
+    async def _start_again(self, trainer_id: str) -> Worker:
+        """A new worker for a trainer, its model loaded.
+
+        Raises:
+            FiretitanError: As `WorkerPool.start`; SESSION_LOSS where the model is another now.
+        """
+        trainer = self._trainers[trainer_id]
+        await self._pool.forget(trainer.worker_id)
+        spec = self._pool.new_spec(
+            WorkerKind.TRAINER,
+            trainer.name,
+            trainer.base_model,
+            trainer.dtype,
+            trainer.max_context_length,
+            trainer.shape,
+        )
+        trainer = replace(trainer, state=ResourceState.RECOVERING, worker_id=spec.worker_id)
+        await self._services.operations.write(
+            Change(trainers=[trainer], workers=[spec], durable=True)
+        )
+        self._trainers[trainer_id] = trainer
+        worker, model = await self._pool.start(spec)
+        failpoint("recovery.launched")
+        if trainer.model is not None and trainer.model.fingerprint != model.fingerprint:
+            raise FiretitanError(
+                Reason.SESSION_LOSS,
+                f"the files of {trainer.base_model!r} are others now than when the trainer began: "
+                f"fingerprint {model.fingerprint[:12]}, was {trainer.model.fingerprint[:12]}",
+            )
+        self._trainers[trainer_id] = replace(trainer, model=model)
+        return worker
+
+    async def _resume(self, trainer_id: str, worker: Worker) -> None:
+        """Let a trainer's sessions go on in a worker.
+
+        Raises:
+            FiretitanError: As `SessionManager.resume`.
+        """
+        model = self._trainers[trainer_id].model
+        # On other devices than the CPU, sums may come in another order.
+        exact = model is None or model.device == "cpu"
+        await self._sessions.resume(trainer_id, worker, exact=exact)
+        active = replace(self._trainers[trainer_id], state=ResourceState.ACTIVE, error=None)
+        await self._write(active)
+        self._watch(trainer_id, worker)
+
+    async def stop(self, trainer_id: str) -> bool:
+        """Stop the worker of a trainer that nobody uses; the next use starts it where it was.
+
+        Returns:
+            False where it goes on: it is in use after all, or what it holds could not be rebuilt.
+        """
+        return await asyncio.shield(asyncio.create_task(self._stop(trainer_id)))
+
+    async def _stop(self, trainer_id: str) -> bool:
+        async with self._lock:
+            trainer = self._trainers.get(trainer_id)
+            if trainer is None or trainer.state is not ResourceState.ACTIVE:
+                return trainer is None or trainer.state is ResourceState.STOPPED
+            worker = self._pool.live(trainer.worker_id)
+            if worker is None or not await self._sessions.rest(trainer_id):
+                return False
+            # Until the row is written, it is a trainer whose worker ended: that is made good.
+            await self._pool.stop(trainer.worker_id)
+            await self._write(replace(trainer, state=ResourceState.STOPPED, worker_id=None))
+            logger.info("trainer stopped trainer=%s", trainer_id)
+            if self._sessions.busy(trainer_id):
+                self.wake(trainer_id)
+            return True
+
+    def wake(self, trainer_id: str) -> None:
+        """Somebody uses a trainer: start it again where it is stopped."""
+        self._services.activity.touch(names.trainer_name(trainer_id))
+        trainer = self._trainers.get(trainer_id)
+        stopped = trainer is not None and trainer.state is ResourceState.STOPPED
+        now = self._services.clock.monotonic()
+        if stopped and trainer_id not in self._tasks and self._wake_after.get(trainer_id, 0) <= now:
+            self._begin(trainer_id, self._wake(trainer_id))
+
+    async def _wake(self, trainer_id: str) -> None:
+        trainer = self._trainers[trainer_id]
+        try:
+            await self._resume(trainer_id, await self._start_again(trainer_id))
+            self._wake_after.pop(trainer_id, None)
+            return
+        except FiretitanError as error:
+            problem = error
+        except Exception as error:  # a supervisor: the trainer stays stopped, the daemon goes on
+            problem = internal_error(f"starting {trainer.name} again", error)
+        await self._pool.stop(self._trainers[trainer_id].worker_id)
+        if problem.reason is Reason.SESSION_LOSS:
+            await self._lost(trainer_id, problem.message)
+            return
+        logger.error("trainer not started again trainer=%s: %s", trainer_id, problem)
+        self._wake_after[trainer_id] = self._services.clock.monotonic() + _WAKE_PAUSE_S
+        await self._sessions.suspend(trainer_id)
+        record = error_record(problem)
+        await self._write(
+            replace(trainer, state=ResourceState.STOPPED, error=record, worker_id=None), record
+        )
+
+    async def _lost(self, trainer_id: str, cause: str) -> None:
+        # The sessions first: a daemon that dies between them finds the rest to do; and without
+        # the lock, which a deletion holds while it waits for them.
+        await self._sessions.lose(trainer_id, cause)
+        async with self._lock:
+            await self._end_lost(trainer_id, cause)
+
+    async def _end_lost(self, trainer_id: str, cause: str) -> None:
+        trainer = self._trainers.get(trainer_id)
+        if trainer is None or trainer.state is ResourceState.DELETING:
+            return
+        error = ErrorRecord(
+            str(Reason.WORKER_UNAVAILABLE),
+            f"{trainer.name}: its worker ended: {cause}; create the trainer again with the same "
+            "id, then load the last checkpoint",
+            {"cause": cause},
+        )
+        await self._pool.forget(trainer.worker_id)
+        await self._failed(trainer, error)
+
+    async def close(self) -> None:
+        """Stop provisioning; what is half done is finished at the next start."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
