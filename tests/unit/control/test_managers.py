@@ -102,7 +102,7 @@ class Managers:
         return await self.trainers.ready("t")
 
     async def deployment(self) -> Deployment:
-        request = DeploymentRequest("d", TOY, 0, "", "auto", "make-d", "digest")
+        request = DeploymentRequest("d", TOY, 0, "", "auto", None, "make-d", "digest")
         assert (await self.done(await self.deployments.create(request))).error is None
         return self.deployments.get("d")
 
@@ -198,7 +198,7 @@ async def test_hotloads_apply_in_the_order_they_were_accepted(
     await managers.snapshots("a-01234567", "b-01234567")
     applied: list[str] = []
 
-    async def apply(deployment: Deployment, worker: Worker, snapshot_id: str) -> None:
+    async def apply(deployment: Deployment, worker: Worker, snapshot_id: str, *_: object) -> None:
         applied.append(snapshot_id)
 
     monkeypatch.setattr(managers.syncer, "_apply", apply)
