@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -27,6 +28,7 @@ from firetitan_daemon.control.leases import LeaseManager
 from firetitan_daemon.control.models import ModelRegistry
 from firetitan_daemon.control.operations import OperationRegistry
 from firetitan_daemon.control.removal import SavedRemover
+from firetitan_daemon.control.retention import Retention
 from firetitan_daemon.control.sampling import SamplingRouter
 from firetitan_daemon.control.services import Services
 from firetitan_daemon.control.sessions import SessionManager
@@ -171,6 +173,7 @@ class Daemon:
             models,
             leases,
             cleaner,
+            Retention(services, leases, **dataclasses.asdict(self.config.retention)),
         )
         messages = OperationMessages(services, trainers, deployments, sessions)
         self._identity = Identity(

@@ -75,6 +75,16 @@ class IdleConfig:
 
 
 @dataclass(frozen=True)
+class RetentionConfig:
+    """What is kept although nobody asks for it any more."""
+
+    results_s: float = 86400.0
+    """How long a result stays that its client has not taken, once that client is gone."""
+    operations_s: float = 604800.0
+    """How long the row of an ended creation or hotload stays."""
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """The log, on standard error."""
 
@@ -94,6 +104,7 @@ class DaemonConfig:
     recovery: RecoveryLimits = field(default_factory=RecoveryLimits)
     leases: LeasesConfig = field(default_factory=LeasesConfig)
     idle: IdleConfig = field(default_factory=IdleConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
     log: LogConfig = field(default_factory=LogConfig)
     models: Mapping[str, NamedModel] = field(default_factory=dict)
     """What a name of a model stands for, beside the built-in ones."""
@@ -101,7 +112,7 @@ class DaemonConfig:
     deployment_shapes: tuple[Shape, ...] = ()
 
 
-_SECTIONS = ("server", "limits", "workers", "recovery", "leases", "idle", "log")
+_SECTIONS = ("server", "limits", "workers", "recovery", "leases", "idle", "retention", "log")
 _MODELS = "models."
 _LEVELS = ("debug", "info", "warning", "error")
 

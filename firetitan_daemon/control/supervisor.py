@@ -16,6 +16,7 @@ from firetitan_daemon.control.deployments import DeploymentManager
 from firetitan_daemon.control.leases import LeaseManager
 from firetitan_daemon.control.models import ModelRegistry
 from firetitan_daemon.control.removal import SavedRemover
+from firetitan_daemon.control.retention import Retention
 from firetitan_daemon.control.services import Services, internal_error, logger
 from firetitan_daemon.control.sessions import SessionManager
 from firetitan_daemon.control.trainers import TrainerManager
@@ -43,6 +44,7 @@ class Supervisor:
         models: ModelRegistry,
         leases: LeaseManager,
         cleaner: Cleaner,
+        retention: Retention,
     ) -> None:
         self._services = services
         self._pool = pool
@@ -55,6 +57,7 @@ class Supervisor:
         self._models = models
         self._leases = leases
         self._cleaner = cleaner
+        self._retention = retention
         self._tasks: set[asyncio.Task[None]] = set()
         self.draining = False
 
@@ -103,9 +106,9 @@ class Supervisor:
         while True:
             await asyncio.sleep(_TICK_S)
             self._cleaner.stop_idle()
-            for expire in (self._sessions.expire, self._leases.expire, self._remover.expire):
+            for keeper in (self._sessions, self._leases, self._remover, self._retention):
                 try:
-                    await expire()
+                    await keeper.expire()
                 except FiretitanError as error:
                     logger.warning("what is over is looked after again later: %s", error)
 

@@ -195,6 +195,28 @@ class MemoryStore(Store):
             self._lanes[session, client_id] = replace(lane, acked_through=acked)
         return refs
 
+    async def untaken_results(self, before: float) -> Sequence[Operation]:
+        """Operations that ended before a time and whose result was not acknowledged."""
+        rows = self._operations.values()
+        return [one for one in rows if one.done and one.result and one.finish_time < before]
+
+    async def forget_results(self, operation_ids: Sequence[str]) -> list[SpoolRef]:
+        """Forget the results of operations; returns the spool files to remove."""
+        refs = []
+        for one in [self._operations[key] for key in operation_ids if key in self._operations]:
+            if one.result is not None:
+                refs.append(one.result)
+                self._operations[one.id] = replace(one, result=None)
+        return refs
+
+    async def delete_operations(self, before: float) -> int:
+        """Delete what ended before a time and belongs to no session; returns how many."""
+        rows = [one for one in self._operations.values() if one.done and not one.client_id]
+        old = [one.id for one in rows if one.finish_time < before]
+        for key in old:
+            del self._operations[key]
+        return len(old)
+
     async def close(self) -> None:
         """Nothing to do."""
 

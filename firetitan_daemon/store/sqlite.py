@@ -162,6 +162,19 @@ class SqliteStore(Store):
         """Forget results of a lane up to a seq; returns the spool files to remove."""
         return await self._run(self._acknowledge, session, client_id, clamp(through_seq))
 
+    async def untaken_results(self, before: float) -> Sequence[Operation]:
+        """Operations that ended before a time and whose result was not acknowledged."""
+        rows = await self._run(self._all, Operation, "operations WHERE has_result = 1 AND done = 1")
+        return [one for one in rows if one.finish_time < before]
+
+    async def forget_results(self, operation_ids: Sequence[str]) -> list[SpoolRef]:
+        """Forget the results of operations; returns the spool files to remove."""
+        return await self._run(self._forget_results, operation_ids) if operation_ids else []
+
+    async def delete_operations(self, before: float) -> int:
+        """Delete what ended before a time and belongs to no session; returns how many."""
+        return await self._run(self._delete_operations, before)
+
     async def close(self) -> None:
         """Finish what is queued and close the file; again is fine."""
         if not self._closed:
@@ -410,6 +423,22 @@ class SqliteStore(Store):
             for operation in taken:
                 self._put_operation(replace(operation, result=None))
             self._db.execute(lane, arguments)
+
+    def _forget_results(self, operation_ids: Sequence[str]) -> list[SpoolRef]:
+        found = [self._one(Operation, "operations WHERE id = ?", one) for one in operation_ids]
+        taken = [one for one in found if one is not None and one.result is not None]
+        with self._transaction(durable=False):
+            for operation in taken:
+                self._put_operation(replace(operation, result=None))
+        return [one.result for one in taken if one.result]
+
+    def _delete_operations(self, before: float) -> int:
+        query = (
+            "DELETE FROM operations WHERE done = 1 AND client_id = '' AND has_payload = 0"
+            " AND json_extract(body, '$.finish_time') < ?"
+        )
+        with self._transaction(durable=False):
+            return self._db.execute(query, (before,)).rowcount
 
     def _one(self, kind: type[_T], where: str, *arguments: str | int) -> _T | None:
         row = self._db.execute(f"SELECT body FROM {where}", arguments).fetchone()

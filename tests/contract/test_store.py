@@ -368,3 +368,25 @@ async def test_concurrent_writes_all_land(store: Store) -> None:
     writes = [store.write(Change(operations=[operation(number)])) for number in range(1, 101)]
     await asyncio.gather(*writes)
     assert [one.seq for one in (await store.load()).open_operations] == list(range(1, 101))
+
+
+async def test_what_nobody_asks_for_can_be_forgotten(store: Store) -> None:
+    ended = {"state": OperationState.DONE, "finish_time": 10.0}
+    refs = [SpoolRef(f"/spool/{number}", number, "d") for number in range(4)]
+    made = {"target": "trainers/t", "client_id": "", "seq": 0, "commit_seq": 0}
+    rows = [
+        operation(1, result=refs[1], **ended),
+        operation(2, result=refs[2], state=OperationState.DONE, finish_time=30.0),
+        operation(3, **made, **ended),
+        operation(4, **made, state=OperationState.DONE, finish_time=30.0),
+        operation(5, **made),
+    ]
+    await store.write(Change(operations=rows))
+    assert [one.id for one in await store.untaken_results(20.0)] == ["op1"]
+    assert await store.forget_results(["op1", "nowhere"]) == [refs[1]]
+    assert await store.untaken_results(20.0) == []
+    assert refs[1] not in (await store.load()).spool
+    assert await store.delete_operations(20.0) == 1
+    left = [await store.operation(f"op{number}") for number in range(1, 6)]
+    # Those of sessions stay: they are what a repeat is known by.
+    assert [one is not None for one in left] == [True, True, False, True, True]

@@ -20,6 +20,7 @@ from firetitan_daemon.control.leases import LeaseManager
 from firetitan_daemon.control.models import ModelRegistry
 from firetitan_daemon.control.operations import OperationRegistry
 from firetitan_daemon.control.removal import SavedRemover
+from firetitan_daemon.control.retention import Retention
 from firetitan_daemon.control.services import Services
 from firetitan_daemon.control.session_settings import Wanted
 from firetitan_daemon.control.sessions import SessionManager
@@ -89,6 +90,7 @@ class Managers:
             ModelRegistry(services, self.trainers, self.deployments),
             self.leases,
             cleaner,
+            Retention(services, self.leases, 60.0, 60.0),
         )
 
     async def done(self, operation: Operation) -> Operation:
