@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from firetitan_daemon.control.deployment_requests import DeploymentRequest, check_same
 from firetitan_daemon.control.provisioning import (
     check_etag,
     check_request,
-    check_same,
     check_text,
     choose_id,
     failure,
@@ -42,11 +42,10 @@ from firetitan_daemon.core.records import (
     HotloadTransition,
     Operation,
     ResourceState,
-    Shape,
     WorkerKind,
     WorkerSpec,
 )
-from firetitan_daemon.core.shapes import DEPLOYMENT, Wish, unversioned
+from firetitan_daemon.core.shapes import DEPLOYMENT, Wish
 
 METHOD = "CreateDeployment"
 _RESTARTS = 3
@@ -54,29 +53,6 @@ _RESTART_WINDOW_S = 60.0
 
 Restore = Callable[[Deployment, Worker], Awaitable[None]]
 """Makes a fresh worker serve what the deployment served before."""
-
-
-@dataclass(frozen=True)
-class DeploymentRequest:
-    """What a deployment is to be."""
-
-    deployment_id: str
-    """Empty: chosen here."""
-    base_model: str
-    max_context_length: int
-    trainer: str
-    """`trainers/{trainer}`, or empty."""
-    dtype: str
-    transition: HotloadTransition | None
-    """Of hotloads that name none; None leaves that of a deployment that exists as it is."""
-    request_id: str
-    payload_digest: str
-    shape_name: str = ""
-    """Of its deployment shape; empty: derived."""
-    shape: Shape | None = None
-    """Set by the manager."""
-    inactivity_s: float | None = None
-    """None: the setting for a new one, what it was for one that exists; 0: never stopped."""
 
 
 class DeploymentManager:
@@ -218,14 +194,7 @@ class DeploymentManager:
             operation = new_operation(METHOD, name, request.request_id, request.payload_digest, now)
             existing = self._deployments.get(request.deployment_id)
             if existing is not None:
-                check_same(
-                    existing,
-                    request.base_model,
-                    request.dtype,
-                    request.max_context_length,
-                    "deployment_id",
-                    *_shapes(existing, request),
-                )
+                check_same(existing, request)
                 if existing.state is not ResourceState.FAILED:
                     return await self._join(existing, trainer_id, request, operation)
                 await self._pool.stop(existing.worker_id)
@@ -509,11 +478,3 @@ class DeploymentManager:
         """Stop provisioning; what is half done is finished at the next start."""
         for deployment_id in list(self._tasks):
             await self._cancel_task(deployment_id)
-
-
-def _shapes(existing: Deployment, request: DeploymentRequest) -> list[tuple[str, object, object]]:
-    """The shapes to compare, where one was named."""
-    if not (request.shape_name and existing.shape and request.shape):
-        return []
-    found, asked = unversioned(existing.shape.name), unversioned(request.shape.name)
-    return [("deployment_shape", found, asked)]

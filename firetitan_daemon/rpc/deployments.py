@@ -9,7 +9,8 @@ from blake3 import blake3
 from firetitan.v1 import deployment_service_pb2
 
 from firetitan_daemon.control.codec import HotloadArguments
-from firetitan_daemon.control.deployments import DeploymentManager, DeploymentRequest
+from firetitan_daemon.control.deployment_requests import DeploymentRequest
+from firetitan_daemon.control.deployments import DeploymentManager
 from firetitan_daemon.control.supervisor import Supervisor
 from firetitan_daemon.control.weight_sync import WeightSyncer
 from firetitan_daemon.rpc import convert

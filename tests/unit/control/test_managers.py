@@ -15,7 +15,8 @@ from firetitan_daemon.app import SystemClock
 from firetitan_daemon.control.checkpoints import CheckpointManager
 from firetitan_daemon.control.cleanup import Cleaner
 from firetitan_daemon.control.codec import HotloadArguments
-from firetitan_daemon.control.deployments import DeploymentManager, DeploymentRequest
+from firetitan_daemon.control.deployment_requests import DeploymentRequest
+from firetitan_daemon.control.deployments import DeploymentManager
 from firetitan_daemon.control.leases import LeaseManager
 from firetitan_daemon.control.models import ModelRegistry
 from firetitan_daemon.control.operations import OperationRegistry
