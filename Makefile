@@ -38,8 +38,8 @@ $(PROTO_READY):
 demo: setup ## Train and sample a real 135M model through a real daemon; writes out/demo.png
 	@$(BIN)/python examples/demo.py
 
-test: setup $(PROTO_READY) ## Run the tests that take seconds
-	@$(PYTEST)
+test: setup $(PROTO_READY) ## Run the tests that take seconds, files side by side
+	@$(PYTEST) -n 3 --dist loadfile
 
 test-slow: setup $(PROTO_READY) ## Run the tests that take minutes
 	@$(PYTEST) -m slow
