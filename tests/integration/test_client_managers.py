@@ -136,14 +136,7 @@ def test_waiting_has_an_end(trainers: TrainerJobManager) -> None:
     assert trainers.wait_for_ready(created.job_id).job_id == created.job_id
 
 
-@pytest.fixture
-def no_recovery(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a daemon that is started after this."""
-    monkeypatch.setenv("FIRETITAN_RECOVERY_ENABLED", "false")
-
-
 def test_a_trainer_whose_worker_died_is_started_again(
-    no_recovery: None,
     daemon: DaemonProcess,
     trainers: TrainerJobManager,
     policy: FiretitanTrainingClient,
