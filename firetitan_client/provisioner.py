@@ -79,7 +79,8 @@ class Provisioner:
     async def opening(self, *kinds: Kind) -> AsyncIterator[None]:
         """Around a call that makes or finds some of these.
 
-        Where it fails, what it created is removed again, unless another call uses it.
+        Where it fails, what it created is removed again and what it found is let go, unless another
+        call uses it.
         """
         self._openers.update(kinds)
         try:
@@ -95,14 +96,14 @@ class Provisioner:
         left = {one for one in kinds if not self._openers[one]} - self._kept
         if self._trainer_task is not None and "trainer" in left:
             await asyncio.wait([self._trainer_task])
-        uses = {}
-        if "deployment" in left and self.deployment_created:
-            uses[self.deployment_name] = DELETE
+        uses: dict[str, Cleanup] = {}
+        if "deployment" in left and self.config.deployment_id is not None:
+            uses[self.deployment_name] = DELETE if self.deployment_created else KEEP
             self.deployment, self.deployment_created = None, False
-        if "trainer" in left and self.trainer_created:
-            uses[self.trainer_name] = DELETE
+        if "trainer" in left and self.config.trainer_job_id is not None:
+            uses[self.trainer_name] = DELETE if self.trainer_created else KEEP
             self.trainer, self.trainer_created = None, False
-        if not uses:
+        if not uses or not self.lease.held:
             return
         try:
             outcomes = await self.lease.release(uses)

@@ -70,7 +70,7 @@ class FullExports:
         )
         self._engine.apply([layer])
         request = SampleRequest(np.array(PROMPT, np.int32), 1, 1, seed=0, prompt_logprobs=True)
-        logprobs = self._engine.submit(request).result().prompt_logprobs
+        logprobs = self._engine.submit(request).result().prompt.logprobs
         assert logprobs is not None
         return saved.result_digest, [float(value) for value in logprobs[1:]]
 

@@ -216,6 +216,6 @@ def _prompt_logprobs(values: torch.Tensor) -> Any:
 def _sampled(sampler: HfSampleEngine) -> Any:
     prompt = TOKENS.numpy().astype(np.int32)
     request = SampleRequest(prompt, 1, 1, seed=0, prompt_logprobs=True)
-    found = sampler.submit(request).result().prompt_logprobs
+    found = sampler.submit(request).result().prompt.logprobs
     assert found is not None
     return found[1:]
