@@ -122,7 +122,7 @@ chaos: setup ## Train a 135M model while its processes are killed; the weights m
 examples: setup ## Run every example on the real model, LoRA and full-parameter (half an hour)
 	@$(BIN)/python examples/run_all.py
 
-ci: verify polyglot test ## What .ci/run runs
+ci: verify polyglot-node test ## What .ci/run runs
 
 clean: ## Remove caches and outputs, not the environments
 	@rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
