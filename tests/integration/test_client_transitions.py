@@ -21,6 +21,7 @@ pytestmark = pytest.mark.timeout(180)
 
 TOY = "firetitan/toy"
 LONG = tinker.SamplingParams(max_tokens=1500, seed=5, stop=[])
+LONGEST = tinker.SamplingParams(max_tokens=8000, seed=5, stop=[])
 SHORT = tinker.SamplingParams(max_tokens=4, seed=5, stop=[])
 
 
@@ -60,16 +61,16 @@ def test_async_answers_name_the_weights_of_each_part(address: str) -> None:
         first, second = step(policy, "first"), step(policy, "second")
         service.hotload_sampler_snapshot(first)
         sampler = service.create_sampling_client()
-        running = sampler.sample([1, 2], 8, LONG)
-        stream = sampler.sample_stream([1, 2], 8, LONG)
-        chunks = [next(stream) for _ in range(40)]
-        service.hotload_sampler_snapshot(second)
-        chunks += list(stream)
+        # Many sequences beside it: all of it takes far longer than a hotload.
+        running = sampler.sample([1, 2], 4, LONGEST)
+        with sampler.sample_stream([1, 2], 64, LONGEST) as stream:
+            assert next(stream).snapshot == first
+            service.hotload_sampler_snapshot(second)
+            seen = next(chunk.snapshot for chunk in stream if chunk.snapshot != first)
+        assert seen == second
         for sequence in running.result().sequences:
             assert [name for name, _ in sequence.snapshots] == [first, second]
-            assert sequence.snapshots[0][1] == 0 < sequence.snapshots[1][1] < 1500
-        assert [chunk.snapshot for chunk in chunks if chunk.sequence == 3][-1] == second
-        assert chunks[0].snapshot == first
+            assert sequence.snapshots[0][1] == 0 < sequence.snapshots[1][1] < 8000
         answer = sampler.sample([1, 2], 1, SHORT).result()
         assert (answer.snapshot, answer.sequences[0].snapshots) == (second, ((second, 0),))
         info = DeploymentManager(address=address).get("async")
