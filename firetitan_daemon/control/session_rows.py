@@ -357,4 +357,9 @@ class SessionRows:
         )
 
     def _reached(self, session: Session, commit_seq: int) -> Session:
-        return replace(session, commit_seq=max(commit_seq, self.session.commit_seq))
+        # The state is this record's: the worker may have ended since the command was run.
+        return replace(
+            session,
+            state=self.session.state,
+            commit_seq=max(commit_seq, self.session.commit_seq),
+        )

@@ -61,6 +61,13 @@ def until_active(stubs: Stubs) -> deployment_pb2.Deployment:
     return found
 
 
+def until_exists(marker: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not marker.exists():
+        assert time.monotonic() < deadline, marker
+        time.sleep(0.02)
+
+
 def snapshots(stubs: Stubs, lane: LaneClient) -> list[str]:
     """A base and two deltas."""
     names = []
@@ -126,8 +133,8 @@ def test_a_sampler_that_dies_while_it_is_restored_is_replaced_too(home: DaemonPr
     home.kill()
     home.start({"FIRETITAN_FAILPOINTS": "sampler.applying=kill_once"})
     kill_sampler(stubs)
+    until_exists(home.home / "failpoint-sampler.applying")
     until_active(stubs)
-    assert (home.home / "failpoint-sampler.applying").exists()
     after = stubs.sample()
     assert after.snapshot == base and after.sequences == before.sequences
     stubs.channel.close()

@@ -38,10 +38,12 @@ class FullStore(MemoryStore):
     def __init__(self) -> None:
         super().__init__()
         self.failures = 0
+        self.failed = asyncio.Event()
 
     async def write(self, change: Change) -> None:
         if self.failures and any(one.done for one in change.operations):
             self.failures -= 1
+            self.failed.set()
             raise FULL
         await super().write(change)
 
@@ -143,6 +145,21 @@ async def test_a_full_disk_at_settling_is_waited_out(
     assert bench.store.failures == 0
     step = await bench.result(await bench.submit(optim_request()))
     assert step.optim_step.metrics["step"] == 1
+
+
+async def test_a_worker_that_ends_while_its_command_is_settled_is_waited_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firetitan_daemon.control.commands._DISK_RETRY_S", 0.02)
+    bench.store.failures = 3
+    operation = await bench.forward_backward()
+    await bench.store.failed.wait()
+    await bench.pipeline.suspend()
+    assert (await bench.ended(operation)).error is None
+    # What was settled meanwhile must not call the session ACTIVE: then nobody resumes it.
+    assert bench.pipeline.session.state is SessionState.RECOVERING
+    await bench.pipeline.resume(bench.worker, exact=True)
+    assert (await bench.ended(await bench.forward_backward())).error is None
 
 
 async def test_a_save_that_cannot_be_published_fails_and_the_next_stands_alone(
