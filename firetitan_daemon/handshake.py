@@ -14,9 +14,13 @@ from pathlib import Path
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 
-PROTOCOL_VERSION = 1
-OLDEST_PROTOCOL_VERSION = 1
-"""A daemon speaks its version and the one before."""
+PROTOCOL_VERSION = 2
+"""Counts releases whose worker protocol has something that a worker of the one before lacks.
+
+1: the first. 2: a sampler drops single snapshots (`Retain`).
+"""
+OLDEST_PROTOCOL_VERSION = PROTOCOL_VERSION - 1
+"""A daemon speaks its version and the one before: it asks no worker for what that one lacks."""
 
 SPEC = "spec.json"
 """Written by the launcher: a WorkerSpec message as JSON."""

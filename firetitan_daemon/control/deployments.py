@@ -113,6 +113,10 @@ class DeploymentManager:
         """Process id of its worker; 0 without one."""
         return self._pool.pid(deployment.worker_id)
 
+    def problem(self, deployment: Deployment) -> FiretitanError | None:
+        """Why its worker, which lives, is left alone."""
+        return self._pool.problem(deployment.worker_id)
+
     def weights_lock(self, deployment_id: str) -> asyncio.Lock:
         """Held while a deployment's weights change."""
         return self._locks.setdefault(deployment_id, asyncio.Lock())

@@ -76,6 +76,10 @@ class TrainerManager(TrainerWorkers):
         """Process id of its worker; 0 without one."""
         return self._pool.pid(trainer.worker_id)
 
+    def problem(self, trainer: Trainer) -> FiretitanError | None:
+        """Why its worker, which lives, is left alone."""
+        return self._pool.problem(trainer.worker_id)
+
     async def ready(self, name: str) -> tuple[Trainer, Worker]:
         """A trainer that can work; one that is being created is waited for, a stopped one started.
 

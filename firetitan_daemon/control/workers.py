@@ -39,6 +39,8 @@ class WorkerPool:
         self._pulses: dict[str, asyncio.Task[None]] = {}
         self._silent: set[str] = set()
         """Workers that live and did not answer when they were last asked."""
+        self._unspoken: dict[str, FiretitanError] = {}
+        """Workers that live and speak a protocol this daemon does not, with what that means."""
         self._gone: set[str] = set()
         """Workers that ended by themselves and are not forgotten yet."""
 
@@ -66,6 +68,10 @@ class WorkerPool:
     def answers(self, worker_id: str | None) -> bool:
         """False for a worker that lives, as far as is known, but hangs."""
         return (worker_id or "") not in self._silent
+
+    def problem(self, worker_id: str | None) -> FiretitanError | None:
+        """Why a worker that lives is left alone."""
+        return self._unspoken.get(worker_id or "")
 
     def ended(self, worker_id: str) -> bool:
         """Whether a worker ended by itself and nothing was done about it yet."""
@@ -128,7 +134,8 @@ class WorkerPool:
     async def adopt(self, spec: WorkerSpec) -> Worker | None:
         """The live worker a former daemon left, or None where it is dead.
 
-        One that lives but does not answer is waited for.
+        One that lives but does not answer is waited for, and so is one that speaks another
+        protocol: it holds weights that a daemon of its own release will go on with.
         """
         while True:
             try:
@@ -138,12 +145,18 @@ class WorkerPool:
             except TimeoutError:
                 self._hangs(spec.worker_id)
             except FiretitanError as error:
-                if error.reason is not Reason.WORKER_UNAVAILABLE:
+                if error.reason is Reason.UNSUPPORTED:
+                    if spec.worker_id not in self._unspoken:
+                        logger.error("worker is left alone worker=%s: %s", spec.worker_id, error)
+                    self._unspoken[spec.worker_id] = error
+                elif error.reason is Reason.WORKER_UNAVAILABLE:
+                    self._silent.add(spec.worker_id)
+                    logger.warning("worker cannot be reached worker=%s: %s", spec.worker_id, error)
+                else:
                     raise
-                self._silent.add(spec.worker_id)
-                logger.warning("worker cannot be reached worker=%s: %s", spec.worker_id, error)
             await asyncio.sleep(_ADOPT_RETRY_S)
         self._silent.discard(spec.worker_id)
+        self._unspoken.pop(spec.worker_id, None)
         if worker is not None:
             logger.info("worker adopted worker=%s pid=%d", spec.worker_id, worker.pid)
             self._live[spec.worker_id] = worker

@@ -129,7 +129,8 @@ class LocalLauncher:
         A process that is not beyond doubt this worker is left alone.
 
         Raises:
-            FiretitanError: WORKER_UNAVAILABLE where it lives but does not answer.
+            FiretitanError: WORKER_UNAVAILABLE where it lives but does not answer; UNSUPPORTED where
+                it speaks a protocol that this daemon does not.
         """
         bundle = Bundle(self._workers, spec.worker_id)
         try:
@@ -230,9 +231,16 @@ class LocalLauncher:
         found = (answer.worker_id, answer.incarnation, answer.kind)
         if found != (worker.spec.worker_id, incarnation, worker.spec.kind.value):
             raise BundleError(f"who answers calls itself {found}")
-        spoken = range(handshake.OLDEST_PROTOCOL_VERSION, handshake.PROTOCOL_VERSION + 1)
-        if answer.protocol_version not in spoken:
-            raise BundleError(f"it speaks protocol {answer.protocol_version}, not {spoken}")
+        oldest, newest = handshake.OLDEST_PROTOCOL_VERSION, handshake.PROTOCOL_VERSION
+        if not oldest <= answer.protocol_version <= newest:
+            raise FiretitanError(
+                Reason.UNSUPPORTED,
+                f"worker {worker.spec.worker_id} (pid {worker.pid}) speaks worker protocol "
+                f"{answer.protocol_version}, this firetitand {oldest} to {newest}: run the release "
+                "that started it, or end the process; it is left alone",
+                worker=worker.spec.worker_id,
+                protocol=str(answer.protocol_version),
+            )
 
     async def _wait_for_bootstrap(self, bundle: Bundle) -> None:
         """Wait for a worker that its launcher did not see come up."""

@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 import grpc
 from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
 
-from firetitan_daemon import status
+from firetitan_daemon import handshake, status
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import (
     Command,
@@ -42,6 +42,8 @@ SHUTDOWN_RPC_TIMEOUT_S = 5.0
 SHUTDOWN_STEP_S = 5.0
 """How long each of asking, SIGTERM and SIGKILL is given to work."""
 RETRY_PAUSE_S = 0.05
+_WITH_RETAIN = 2
+"""First protocol with that RPC."""
 STREAM_END_S = 1.0
 """How long a broken stream waits for news of the process's end."""
 
@@ -67,6 +69,8 @@ class RemoteWorker:
         self._spec = spec
         self._process = process
         self._tail = tail
+        self._protocol = handshake.PROTOCOL_VERSION
+        """What it speaks, as it last said."""
         self._channel = grpc.aio.insecure_channel(
             address,
             options=(
@@ -110,7 +114,7 @@ class RemoteWorker:
         """The description as sent, protocol version included."""
         try:
             async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
-                return await self._call(lambda: self._base.Describe(worker_pb2.DescribeRequest()))
+                answer = await self._call(lambda: self._base.Describe(worker_pb2.DescribeRequest()))
         except TimeoutError:
             raise FiretitanError(
                 Reason.WORKER_UNAVAILABLE,
@@ -118,6 +122,8 @@ class RemoteWorker:
                 f"{DESCRIBE_TIMEOUT_S:g} s",
                 worker=self._spec.worker_id,
             ) from None
+        self._protocol = answer.protocol_version
+        return answer
 
     async def load_model(self) -> ModelInfo:
         """Load the base model of its specification; again is fine.
@@ -186,7 +192,12 @@ class RemoteWorker:
         return tuple(response.loaded_snapshots)
 
     async def retain(self, keep: Sequence[str]) -> Sequence[str]:
-        """Drop the snapshots that are neither active nor named; returns what is loaded."""
+        """Drop the snapshots that are neither active nor named; returns what is loaded.
+
+        A worker of protocol 1 drops them with the next `apply`.
+        """
+        if self._protocol < _WITH_RETAIN:
+            return (await self.describe()).loaded_snapshots
         request = worker_pb2.RetainRequest(keep=keep)
         response = await self._call(lambda: self._sampler.Retain(request))
         return tuple(response.loaded_snapshots)

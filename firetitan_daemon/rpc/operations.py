@@ -74,12 +74,18 @@ class OperationMessages:
             record, self._trainers.pid(record), session.name if session else ""
         )
         message.last_use_time.CopyFrom(self._last_use(record.name))
+        problem = self._trainers.problem(record)
+        if problem is not None:
+            message.error.CopyFrom(to_status(problem))
         return message
 
     def deployment(self, record: Deployment) -> deployment_pb2.Deployment:
         """A deployment as it stands."""
         message = convert.deployment(record, self._deployments.pid(record))
         message.last_use_time.CopyFrom(self._last_use(record.name))
+        problem = self._deployments.problem(record)
+        if problem is not None:
+            message.error.CopyFrom(to_status(problem))
         return message
 
     def _last_use(self, name: str) -> Timestamp:

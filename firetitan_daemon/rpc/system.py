@@ -97,6 +97,8 @@ class SystemServicer:
         )
 
     def _state(self, spec: WorkerSpec, pid: int) -> str:
+        if self._pool.problem(spec.worker_id):
+            return "unsupported"
         if not self._pool.answers(spec.worker_id):
             return "unresponsive"
         if self._pool.ended(spec.worker_id):

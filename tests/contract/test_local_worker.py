@@ -134,15 +134,22 @@ async def test_a_worker_whose_launcher_died_right_after_exec_is_found(
     ends.append(worker)
 
 
-async def test_a_worker_of_the_protocol_before_is_adopted_an_older_one_is_not(
-    local: LocalLauncher, ends: list[Worker], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ahead", [-2, -1, 0, 1])
+async def test_a_worker_of_this_protocol_or_the_one_before_is_adopted_another_is_left_alone(
+    ahead: int, local: LocalLauncher, ends: list[Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = await local.launch(TRAINER_SPEC)
     ends.append(worker)
-    monkeypatch.setattr(handshake, "PROTOCOL_VERSION", 2)
-    assert await local.adopt(TRAINER_SPEC) is not None
-    monkeypatch.setattr(handshake, "OLDEST_PROTOCOL_VERSION", 2)
-    assert await local.adopt(TRAINER_SPEC) is None
+    spoken = handshake.PROTOCOL_VERSION
+    monkeypatch.setattr(handshake, "PROTOCOL_VERSION", spoken - ahead)
+    monkeypatch.setattr(handshake, "OLDEST_PROTOCOL_VERSION", spoken - ahead - 1)
+    if ahead in (-1, 0):
+        assert await local.adopt(TRAINER_SPEC) is not None
+        return
+    with pytest.raises(FiretitanError, match=f"speaks worker protocol {spoken}") as caught:
+        await local.adopt(TRAINER_SPEC)
+    assert caught.value.reason is Reason.UNSUPPORTED
+    assert (await worker.describe()).worker_id == "trainer-1"
 
 
 @pytest.fixture

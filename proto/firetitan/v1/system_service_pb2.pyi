@@ -76,7 +76,9 @@ class WorkerInfo(google.protobuf.message.Message):
     pid: builtins.int
     """Process id."""
     state: builtins.str
-    """"starting", "ready", "unresponsive" or "gone"."""
+    """"starting", "ready", "unresponsive", "gone", or "unsupported": it lives and speaks a worker
+    protocol that this daemon does not.
+    """
     memory_bytes: builtins.int
     """Resident memory in bytes."""
     def __init__(
