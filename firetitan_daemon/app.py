@@ -6,14 +6,12 @@ Knows: constructors, the order of starting and stopping. Must not know: any rule
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import json
 import logging
 import os
-import resource
 import signal
 import time
 import uuid
@@ -201,7 +199,7 @@ class Daemon:
             self.places.socket,
             servicers,
             Commands(sessions, messages).submit,
-            services.limits.max_message_bytes,
+            services.limits,
         )
 
     def _announce(self) -> None:
@@ -242,11 +240,3 @@ class Daemon:
         await self.start()
         await self._stopping.wait()
         await self.stop()
-
-
-def raise_file_limit() -> None:
-    """Allow as many open files as the system lets this user have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -54,8 +54,9 @@ def serve(home: Path | None, log_level: str | None) -> None:
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
-    from firetitan_daemon.app import Daemon, raise_file_limit
+    from firetitan_daemon.app import Daemon
     from firetitan_daemon.core.errors import FiretitanError
+    from firetitan_daemon.host import raise_file_limit
     from firetitan_daemon.store.lock import StateOwned
 
     async def run() -> None:

@@ -1,13 +1,36 @@
-"""What this machine has: its GPUs, as a number.
+"""What this machine has and lets this user have: GPUs, open files.
 
-Knows: device files, CUDA's variable. Must not know: torch, which the daemon does not load.
+Knows: device files, CUDA's variable, limits of the process. Must not know: torch, which the daemon
+does not load.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 from collections.abc import Mapping
 from pathlib import Path
+
+_RESERVED_FILES = 64
+"""Descriptors that no client may take: the state's files, two for each worker."""
+_INT32_MAX = 2**31 - 1
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as the system lets this user have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def max_connections() -> int:
+    """How many clients may be connected: as many as there may be open files, less a reserve."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed == resource.RLIM_INFINITY:
+        return _INT32_MAX
+    return min(max(allowed - _RESERVED_FILES, allowed // 2), _INT32_MAX)
 
 
 def count_gpus(environment: Mapping[str, str] | None = None, devices: Path = Path("/dev")) -> int:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 
 from firetitan_daemon.control.holds import Holds
+from firetitan_daemon.control.shared_reads import SharedReads
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Change, Ledger, Limits, Spool, Store
 from firetitan_daemon.core.records import Operation
@@ -33,6 +35,7 @@ class OperationRegistry:
         self._reserved: dict[str, int] = {}
         self._ended: dict[str, asyncio.Event] = {}
         self._lane_moved: dict[tuple[str, str], asyncio.Event] = {}
+        self._lane_reads: SharedReads[Sequence[Operation]] = SharedReads()
         self._broken_lanes: set[tuple[str, str]] = set()
         self._next_seqs: dict[tuple[str, str], int] = {}
         self._closed = False
@@ -203,7 +206,9 @@ class OperationRegistry:
             moved = self._lane_moved.setdefault(key, asyncio.Event())
             # Taken before the rows are read: what comes later is not among them.
             to_come = self._lowest_to_come(key)
-            for operation in await self._store.lane_operations(session, client_id, cursor):
+            # Who watches a lane wakes with all others. Until it moves again, one reads for all.
+            read = partial(self._store.lane_operations, session, client_id, cursor)
+            for operation in await self._lane_reads.read((moved, cursor), read):
                 if operation.seq != cursor + 1 and operation.seq > to_come:
                     break
                 cursor = operation.seq

@@ -54,11 +54,25 @@ class WeightSyncer:
 
         Raises:
             FiretitanError: DEPLOYMENT_NOT_FOUND, SNAPSHOT_NOT_FOUND, NAME_INVALID, ETAG_MISMATCH,
-                REQUEST_ID_REUSED, INVALID_ARGUMENT where the snapshot is of another base model.
+                REQUEST_ID_REUSED, QUEUE_FULL, INVALID_ARGUMENT where the snapshot is of another
+                base model.
         """
         check_text(request_id, "request_id")
-        acceptance = asyncio.create_task(self._accept(arguments, request_id, payload))
+        acceptance = asyncio.create_task(self._admit(arguments, request_id, payload))
         return await asyncio.shield(acceptance)
+
+    async def _admit(
+        self, arguments: HotloadArguments, request_id: str, payload: bytes
+    ) -> Operation:
+        name, operations = (
+            self._deployments.get(arguments.deployment).name,
+            self._services.operations,
+        )
+        operations.reserve(name, len(payload))
+        try:
+            return await self._accept(arguments, request_id, payload)
+        finally:
+            operations.release(name, len(payload))
 
     async def _accept(
         self, arguments: HotloadArguments, request_id: str, payload: bytes

@@ -499,5 +499,6 @@ class Limits:
     max_session_operations: int = 64
     max_operations: int = 1024
     max_queued_bytes: int = 256 * 1024 * 1024
+    max_streams: int = 128
     gap_timeout_s: float = 60.0
     """How long a command may wait for an earlier seq of its lane."""

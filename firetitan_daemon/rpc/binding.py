@@ -20,6 +20,7 @@ from google.protobuf.message_factory import GetMessageClass
 from firetitan_daemon import status
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.rpc.errors import to_status
+from firetitan_daemon.rpc.streams import OpenStreams
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 Call = Callable[[Any], Awaitable[message.Message]]
@@ -45,6 +46,7 @@ def bind(
     servicer: object,
     submit: CommandCall | None,
     max_message_bytes: int,
+    streams: OpenStreams,
 ) -> grpc.GenericRpcHandler:
     """A handler for every RPC of a service.
 
@@ -53,6 +55,7 @@ def bind(
         servicer: Has a coroutine for every unary RPC, an async generator for every stream.
         submit: Takes the session commands.
         max_message_bytes: Largest request; a larger one is refused with REQUEST_TOO_LARGE.
+        streams: Has a place for every stream, or refuses it.
     """
     handlers = {}
     for method in service.methods:
@@ -61,9 +64,9 @@ def bind(
             handlers[method.name] = _command(method, submit, max_message_bytes)
         elif method.server_streaming and not method.client_streaming:
             call = getattr(servicer, method.name)
-            handlers[method.name] = _server_stream(method, call, max_message_bytes)
+            handlers[method.name] = _server_stream(method, call, max_message_bytes, streams)
         elif method.server_streaming:
-            handlers[method.name] = _stream(method, getattr(servicer, method.name))
+            handlers[method.name] = _stream(method, getattr(servicer, method.name), streams)
         else:
             call = getattr(servicer, method.name)
             handlers[method.name] = _unary(method, call, max_message_bytes)
@@ -99,7 +102,9 @@ def _command(
 
 
 def _stream(
-    method: MethodDescriptor, call: Callable[[AsyncIterator[Any]], AsyncIterator[message.Message]]
+    method: MethodDescriptor,
+    call: Callable[[AsyncIterator[Any]], AsyncIterator[message.Message]],
+    streams: OpenStreams,
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
     async def handle(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         async def parsed() -> AsyncIterator[message.Message]:
@@ -107,8 +112,9 @@ def _stream(
                 yield _parse(method, request)
 
         try:
-            async for response in call(parsed()):
-                yield response.SerializeToString()
+            with streams.place():
+                async for response in call(parsed()):
+                    yield response.SerializeToString()
         except Exception as error:  # the outermost place: every failure leaves as a status
             await _abort(context, method, error)
 
@@ -119,14 +125,16 @@ def _server_stream(
     method: MethodDescriptor,
     call: Callable[[Any], AsyncGenerator[message.Message, None]],
     max_bytes: int,
+    streams: OpenStreams,
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
     async def handle(request: bytes, context: Context) -> AsyncIterator[bytes]:
         try:
             _check_size(method, request, max_bytes)
             # Closed at once where the caller goes away: what it started ends with it.
-            async with contextlib.aclosing(call(_parse(method, request))) as responses:
-                async for response in responses:
-                    yield response.SerializeToString()
+            with streams.place():
+                async with contextlib.aclosing(call(_parse(method, request))) as responses:
+                    async for response in responses:
+                        yield response.SerializeToString()
         except Exception as error:  # the outermost place: every failure leaves as a status
             await _abort(context, method, error)
 

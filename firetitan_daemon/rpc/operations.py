@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 
 from firetitan.v1 import deployment_pb2, operation_pb2, operation_service_pb2, trainer_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -16,6 +17,7 @@ from firetitan_daemon.control import deployments, trainer_workers, trainers, wei
 from firetitan_daemon.control.operations import OperationRegistry
 from firetitan_daemon.control.services import Services
 from firetitan_daemon.control.sessions import SessionManager
+from firetitan_daemon.control.shared_reads import SharedReads
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError
 from firetitan_daemon.core.records import Deployment, Operation, OperationState, Trainer
@@ -105,6 +107,7 @@ class OperationServicer:
         self._operations = operations
         self._sessions = sessions
         self._messages = messages
+        self._streamed: SharedReads[operation_pb2.Operation] = SharedReads()
 
     async def GetOperation(
         self, request: operation_service_pb2.GetOperationRequest
@@ -166,7 +169,8 @@ class OperationServicer:
             async for operation in self._operations.watch(
                 session, first.client_id, first.after_seq
             ):
-                message = await self._messages.build(operation, MAX_STREAMED_BYTES)
+                build = partial(self._messages.build, operation, MAX_STREAMED_BYTES)
+                message = await self._streamed.read(operation.id, build)
                 yield operation_service_pb2.WatchOperationsResponse(operation=message)
         finally:
             acknowledging.cancel()

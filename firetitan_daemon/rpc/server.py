@@ -28,6 +28,8 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from firetitan_daemon.core.ports import Limits
+from firetitan_daemon.host import max_connections
 from firetitan_daemon.rpc.binding import CommandCall, bind
 from firetitan_daemon.rpc.checkpoints import CheckpointServicer
 from firetitan_daemon.rpc.deployments import DeploymentServicer
@@ -36,13 +38,13 @@ from firetitan_daemon.rpc.models import ModelServicer
 from firetitan_daemon.rpc.operations import OperationServicer
 from firetitan_daemon.rpc.sampling import SamplingServicer
 from firetitan_daemon.rpc.shapes import ShapeServicer
+from firetitan_daemon.rpc.streams import OpenStreams
 from firetitan_daemon.rpc.system import SystemServicer
 from firetitan_daemon.rpc.trainers import TrainerServicer
 from firetitan_daemon.rpc.training import TrainingServicer
 
 _READ_FACTOR = 2
 """What gRPC itself lets in, in largest requests: below that the refusal can say what is wrong."""
-"""Room for what surrounds a payload of exactly the published limit."""
 _FILES = (
     (training_service_pb2, "TrainingService", TrainingServicer),
     (checkpoint_service_pb2, "CheckpointService", CheckpointServicer),
@@ -77,7 +79,7 @@ class RpcServer:
         socket: Its path, in a folder only the owner can enter.
         servicers: One for each service.
         submit: Takes the session commands of all of them.
-        max_message_bytes: Largest request.
+        limits: Of requests and streams.
     """
 
     def __init__(
@@ -85,24 +87,27 @@ class RpcServer:
         socket: Path,
         servicers: Sequence[Servicer],
         submit: CommandCall,
-        max_message_bytes: int,
+        limits: Limits,
     ) -> None:
         self._socket = socket
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             options=(
-                ("grpc.max_receive_message_length", _READ_FACTOR * max_message_bytes),
+                ("grpc.max_receive_message_length", _READ_FACTOR * limits.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 # The state's lock says who may serve; a port that is taken must be an error.
                 ("grpc.so_reuseport", 0),
+                # Closed at once beyond that, and not where descriptors end: saves need some too.
+                ("grpc.max_allowed_incoming_connections", max_connections()),
             )
         )
+        streams = OpenStreams(limits.max_streams)
         names = [reflection.SERVICE_NAME, health.SERVICE_NAME]
         for module, name, kind in _FILES:
             service: ServiceDescriptor = module.DESCRIPTOR.services_by_name[name]
             servicer = next(one for one in servicers if isinstance(one, kind))
             self._server.add_generic_rpc_handlers(
-                (bind(service, servicer, submit, max_message_bytes),)
+                (bind(service, servicer, submit, limits.max_message_bytes, streams),)
             )
             names.append(service.full_name)
         self._services = ["", *names]

@@ -18,6 +18,7 @@ from firetitan_daemon.control.supervisor import Supervisor
 from firetitan_daemon.control.workers import WorkerPool
 from firetitan_daemon.core.ports import Limits
 from firetitan_daemon.core.records import Session, SessionState, WorkerSpec
+from firetitan_daemon.host import max_connections
 from firetitan_daemon.rpc import convert
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -70,6 +71,8 @@ class SystemServicer:
                 max_session_operations=limits.max_session_operations,
                 max_operations=limits.max_operations,
                 max_queued_bytes=limits.max_queued_bytes,
+                max_streams=limits.max_streams,
+                max_connections=max_connections(),
             ),
             workers=[self._worker(spec) for spec in self._pool.specs()],
             recoveries=[

@@ -102,6 +102,7 @@ def test_limits_are_the_defaults() -> None:
         f"| commands in flight of one session | {limits.max_session_operations} |",
         f"| operations in flight in all | {limits.max_operations} |",
         f"| bytes of queued payloads in all | {limits.max_queued_bytes // 2**20} MiB |",
+        f"| streams open at a time | {limits.max_streams} |",
         f"| waiting for a missing seq | {limits.gap_timeout_s:.0f} s |",
         f"| a result inside a stream | {MAX_STREAMED_BYTES // 2**20} MiB |",
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,10 +22,14 @@ class DaemonProcess:
     Args:
         home: Becomes FIRETITAN_HOME.
         environment: Added to the daemon's environment, e.g. failpoints.
+        max_files: How many files it may have open; 0: as many as this process.
     """
 
-    def __init__(self, home: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, home: Path, environment: dict[str, str] | None = None, *, max_files: int = 0
+    ) -> None:
         self.home = home
+        self.max_files = max_files
         self.environment = environment or {}
         self.process: subprocess.Popen[Any] | None = None
 
@@ -73,6 +78,9 @@ class DaemonProcess:
                 stdout=log,
                 stderr=log,
             )
+        if self.max_files:
+            limits = (self.max_files, self.max_files)
+            resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE, limits)
         return self.process
 
     def _serves(self) -> bool:

@@ -52,6 +52,17 @@ def status_reason(status: status_pb2.Status) -> str:
     return f"no reason: {status.message}"
 
 
+def retry_delay_s(error: grpc.RpcError) -> float:
+    """What the RetryInfo of a failed call asks to wait; 0 without one."""
+    retry = error_details_pb2.RetryInfo()
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            for detail in status_pb2.Status.FromString(value).details:
+                if detail.Unpack(retry):
+                    return float(retry.retry_delay.ToNanoseconds() / 1e9)
+    return 0.0
+
+
 class Stubs:
     """One channel, every service."""
 

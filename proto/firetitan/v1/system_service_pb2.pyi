@@ -35,6 +35,8 @@ class Limits(google.protobuf.message.Message):
     MAX_SESSION_OPERATIONS_FIELD_NUMBER: builtins.int
     MAX_OPERATIONS_FIELD_NUMBER: builtins.int
     MAX_QUEUED_BYTES_FIELD_NUMBER: builtins.int
+    MAX_STREAMS_FIELD_NUMBER: builtins.int
+    MAX_CONNECTIONS_FIELD_NUMBER: builtins.int
     max_message_bytes: builtins.int
     """Bytes of one message."""
     max_session_operations: builtins.int
@@ -43,6 +45,10 @@ class Limits(google.protobuf.message.Message):
     """Operations in flight in all."""
     max_queued_bytes: builtins.int
     """Bytes of queued payloads in all."""
+    max_streams: builtins.int
+    """Streams that are open at a time, of all clients."""
+    max_connections: builtins.int
+    """Connections that are open at a time: what the system allows of open files, less a reserve."""
     def __init__(
         self,
         *,
@@ -50,8 +56,10 @@ class Limits(google.protobuf.message.Message):
         max_session_operations: builtins.int = ...,
         max_operations: builtins.int = ...,
         max_queued_bytes: builtins.int = ...,
+        max_streams: builtins.int = ...,
+        max_connections: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_message_bytes", b"max_message_bytes", "max_operations", b"max_operations", "max_queued_bytes", b"max_queued_bytes", "max_session_operations", b"max_session_operations"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_connections", b"max_connections", "max_message_bytes", b"max_message_bytes", "max_operations", b"max_operations", "max_queued_bytes", b"max_queued_bytes", "max_session_operations", b"max_session_operations", "max_streams", b"max_streams"]) -> None: ...
 
 global___Limits = Limits
 

@@ -218,6 +218,19 @@ async def test_hotloads_apply_in_the_order_they_were_accepted(
     assert managers.deployments.get("d").active_snapshot == "b-01234567"
 
 
+async def test_hotloads_that_wait_are_limited(managers: Managers) -> None:
+    await managers.deployment()
+    await managers.snapshots("a-01234567")
+    await managers.deployments.update("d", state=ResourceState.RECOVERING)
+    allowed = managers.services.limits.max_session_operations
+    for number in range(allowed):
+        await managers.hotload("a-01234567", request_id=f"request-{number}")
+    with pytest.raises(FiretitanError) as caught:
+        await managers.hotload("a-01234567", request_id="one too many")
+    assert caught.value.reason is Reason.QUEUE_FULL
+    assert caught.value.metadata["limit"] == "max_session_operations"
+
+
 async def test_a_full_disk_does_not_end_the_watch_over_lanes(
     managers: Managers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

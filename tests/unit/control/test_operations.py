@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +62,44 @@ async def test_a_watch_keeps_the_order_of_seq(registry: OperationRegistry) -> No
     await registry.write(Change(operations=[done(second)]))
     assert [(await anext(watch)).seq, (await anext(watch)).seq] == [2, 3]
     await watch.aclose()
+
+
+async def test_who_watches_the_same_lane_shares_what_is_read(
+    registry: OperationRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, reads = registry._store, 0
+    lane_operations = store.lane_operations
+
+    async def counted(session: str, client_id: str, after_seq: int) -> Sequence[Operation]:
+        nonlocal reads
+        reads += 1
+        rows = await lane_operations(session, client_id, after_seq)
+        await asyncio.sleep(0.01)
+        return rows
+
+    monkeypatch.setattr(store, "lane_operations", counted)
+    one, two = operation(1), operation(2)
+    await registry.write(Change(operations=[one, two]))
+    watches = [registry.watch(SESSION, "a", 0) for _ in range(8)]
+    following = [asyncio.ensure_future(anext(watch)) for watch in watches]
+    await asyncio.sleep(0.05)
+    assert reads == 1
+    impatient = following.pop()
+    # The read that begins now is joined by all, and must not end with the first to leave.
+    await registry.write(Change(operations=[done(one)]))
+    await asyncio.sleep(0)
+    impatient.cancel()
+    assert [operation.seq for operation in await asyncio.gather(*following)] == [1] * 7
+    assert reads == 2
+    # What ends while a read runs is not in it: nobody who comes after may be told its rows.
+    following = [asyncio.ensure_future(anext(watch)) for watch in watches[:-1]]
+    await asyncio.sleep(0)
+    await registry.write(Change(operations=[done(two)]))
+    late = registry.watch(SESSION, "a", 1)
+    assert (await asyncio.wait_for(anext(late), 5)).seq == 2
+    assert [operation.seq for operation in await asyncio.gather(*following)] == [2] * 7
+    for watch in (late, *watches[:-1]):
+        await watch.aclose()
 
 
 async def test_a_watch_of_a_broken_lane_passes_over_the_gap(registry: OperationRegistry) -> None:
