@@ -188,6 +188,10 @@ class SelfFuture(Generic[T]):
     def __await__(self) -> Generator[Any, None, Self]:
         return self.result_async().__await__()
 
+    async def coroutine(self) -> Self:
+        """The client as a coroutine, for `asyncio.create_task`."""
+        return await self
+
     def future(self) -> concurrent.futures.Future[Self]:
         """A `concurrent.futures.Future` of the client."""
         future: APIFuture[Self] = APIFuture(type(self).__name__)
@@ -201,8 +205,9 @@ class SelfFuture(Generic[T]):
 
     @property
     def _opened(self) -> T:
+        """What the client works on; waits for it, in an event loop too, which then stands still."""
         if not self._ready.done() and in_event_loop():
-            raise RuntimeError(f"{self!r} is not ready; `await` it first")
+            logger.warning("%r is not ready and blocks the event loop; `await` it first", self)
         return self._ready.result()
 
 

@@ -9,8 +9,8 @@ import asyncio
 import copy
 import logging
 import os
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Any, Self, TypeVar
 
 from firetitan_client import address as addresses
 from firetitan_client import transport
@@ -34,6 +34,7 @@ from firetitan_client.tinker_calls import TinkerServiceCalls
 from firetitan_client.training_profile import TrainingShapeProfile, profile_of
 
 logger = logging.getLogger("firetitan")
+T = TypeVar("T")
 
 
 class FiretitanServiceClient(
@@ -129,31 +130,29 @@ class FiretitanServiceClient(
         service._setup(endpoint, config, user_metadata, autostart, managed=True)
         return service
 
-    # What was resolved
+    # What was resolved; while a call still makes it, asking waits
 
     @property
     def trainer_job_id(self) -> str:
         """The trainer's id, for another process's `trainer_job_id=`."""
-        return str(self._resolved("trainer_job_id", self.managed_trainer_job_id))
+        return self._resolved("trainer_job_id", lambda: self.managed_trainer_job_id)
 
     @property
     def deployment_id(self) -> str:
         """The deployment's id."""
         if not self._config.create_deployment:
             raise RuntimeError("this service has no deployment (create_deployment=False)")
-        return str(self._resolved("deployment_id", self.managed_deployment_id))
+        return self._resolved("deployment_id", lambda: self.managed_deployment_id)
 
     @property
     def max_context_length(self) -> int:
         """Longest sequence, in tokens."""
-        trainer = self._provisioner.trainer
-        length = (trainer.max_context_length or trainer.model.max_context_length) if trainer else 0
-        return int(self._resolved("max_context_length", length or None))
+        return self._resolved("max_context_length", lambda: self.managed_max_context_length)
 
     @property
     def deployment_shape(self) -> str:
         """The deployment's shape, without its version."""
-        return str(self._resolved("deployment_shape", self.managed_deployment_shape))
+        return self._resolved("deployment_shape", lambda: self.managed_deployment_shape)
 
     @property
     def managed_trainer_job_id(self) -> str | None:
@@ -171,7 +170,9 @@ class FiretitanServiceClient(
     def managed_max_context_length(self) -> int | None:
         """As `max_context_length`; None before the trainer exists."""
         trainer = self._provisioner.trainer
-        return self.max_context_length if trainer else None
+        if trainer is None:
+            return None
+        return trainer.max_context_length or int(trainer.model.max_context_length) or None
 
     @property
     def managed_deployment_shape(self) -> str | None:
@@ -219,11 +220,14 @@ class FiretitanServiceClient(
         trainer = self.managed_trainer_job_id or self._config.trainer_job_id
         return addresses.Endpoint(self._transport.address, trainer).base_url
 
-    @staticmethod
-    def _resolved(name: str, value: Any) -> Any:
-        if value is None:
+    def _resolved(self, name: str, find: Callable[[], T | None]) -> T:
+        found = find()
+        if found is None:
+            self._wait_until_made()
+            found = find()
+        if found is None:
             raise RuntimeError(f"{name} is not known yet; create a client first")
-        return value
+        return found
 
     def _tokenizer(self, path: str) -> Any:
         return load_tokenizer(self._config.tokenizer_model or path)

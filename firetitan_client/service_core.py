@@ -6,6 +6,7 @@ Knows: transport, provisioner, lanes, waiting until something is ready. Must not
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import os
 import threading
@@ -21,6 +22,7 @@ from firetitan_client.leases import Lease
 from firetitan_client.managed import FiretitanProvisioningConfig
 from firetitan_client.provisioner import Provisioner
 from firetitan_client.stubs import Stubs
+from firetitan_client.transport import in_own_thread
 
 if TYPE_CHECKING:
     from firetitan_client.training import FiretitanTrainingClient
@@ -58,6 +60,8 @@ class ServiceCore:
         """Deployments made beside its own, by name, and how they are cleaned up on close."""
         self._training: list[FiretitanTrainingClient] = []
         self._lanes: list[Lane] = []
+        self._being_made: set[concurrent.futures.Future[Any]] = set()
+        """Done once what a call makes is there."""
         self._opening = asyncio.Lock()
         self._closed = False
         self._closing = Closing("close")
@@ -89,6 +93,8 @@ class ServiceCore:
             if ready.cancelled() or ready.exception() is not None:
                 failed()
 
+        self._being_made.add(client._ready)
+        client._ready.add_done_callback(self._being_made.discard)
         if in_event_loop():
             client._ready.add_done_callback(check)
             return
@@ -103,3 +109,8 @@ class ServiceCore:
         except BaseException:  # Ctrl-C too: the work goes on, and the call can be repeated
             failed()
             raise
+
+    def _wait_until_made(self) -> None:
+        """Wait for what calls are making, unless this thread makes it or it is the parent's."""
+        if self._pid == os.getpid() and not in_own_thread():
+            concurrent.futures.wait(list(self._being_made))

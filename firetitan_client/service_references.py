@@ -223,6 +223,7 @@ class ReferenceClients(TrainingClients):
     @property
     def reference_trainer_job_id(self) -> str | None:
         """Id of the separate reference trainer; None where the policy's is shared, or none yet."""
+        self._wait_until_made()
         trainer = self._reference.trainer if self._reference is not None else None
         return None if trainer is None else trainer.name.rpartition("/")[2]
 

@@ -35,7 +35,7 @@ def test_what_a_sampling_client_is(service: FiretitanServiceClient, tiny_llama: 
     assert tokenizer.decode(tokenizer.encode("Hi")) == "Hi"
     assert sampler.get_telemetry() is None
     assert sampler.result(60) is sampler.future().result() is sampler
-    assert asyncio.run(sampler.result_async(60)) is sampler
+    assert asyncio.run(sampler.result_async(60)) is asyncio.run(sampler.coroutine()) is sampler
     native = sampler.deployment_sampler
     assert isinstance(native, DeploymentSampler)
     assert native.model == service.deployment_id
@@ -94,7 +94,7 @@ def test_a_deployment_sampler_is_closed(service: FiretitanServiceClient, tiny_ll
     tokenizer = sampler.tokenizer
     assert tokenizer.decode(tokenizer.encode("Hi")) == "Hi"
     assert sampler.result(60) is sampler.future().result() is sampler
-    assert asyncio.run(sampler.result_async(60)) is sampler
+    assert asyncio.run(sampler.result_async(60)) is asyncio.run(sampler.coroutine()) is sampler
     asyncio.run(sampler.sample_with_prompt_tokens([1], max_tokens=2))
     assert len(sampler.drain_metrics()) == 1
     assert sampler.drain_metrics() == []

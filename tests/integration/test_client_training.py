@@ -143,13 +143,33 @@ async def test_creating_inside_a_loop_returns_at_once(daemon: DaemonProcess) -> 
     service = make_service(daemon)
     policy = service.create_training_client()
     assert "opening" in repr(policy)
-    with pytest.raises(RuntimeError, match="is not ready"):
-        _ = policy.session_name
     step = policy.forward_backward(toy_data(), "cross_entropy")  # waits behind the opening
     assert (await step).metrics["loss:sum"] > 0
     assert await policy is policy
     assert policy.session_name.startswith("trainers/")
     assert policy.future().result(timeout=5) is policy
+    await asyncio.to_thread(service.close)
+
+
+async def test_first_use_inside_a_loop_waits(
+    daemon: DaemonProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a loop does that was written for creation that blocks: no await before the first use."""
+    service = make_service(daemon)
+    with pytest.raises(RuntimeError, match="trainer_job_id is not known yet; create a client"):
+        _ = service.trainer_job_id
+    policy = service.create_training_client()
+    assert service.managed_trainer_job_id is None
+    assert service.reference_trainer_job_id is None  # once it is known that there is none
+    assert service.trainer_job_id == service.managed_trainer_job_id == policy.model_id
+    assert service.max_context_length == 8192
+    await asyncio.to_thread(service.close)
+    assert "blocks the event loop" not in caplog.text
+    service = make_service(daemon)
+    policy = service.create_training_client()
+    assert policy.session_name.startswith("trainers/")
+    assert "opening> is not ready and blocks the event loop; `await` it first" in caplog.text
+    assert await asyncio.create_task(policy.coroutine()) is policy
     await asyncio.to_thread(service.close)
 
 
@@ -159,6 +179,8 @@ async def test_errors_of_creating_inside_a_loop_come_later(
     service = make_service(daemon, base_model=str(tmp_path / "nothing"))
     policy = service.create_training_client()
     queued = policy.forward_backward(toy_data(), "cross_entropy")
+    with pytest.raises(RuntimeError, match="trainer_job_id is not known yet"):
+        _ = service.trainer_job_id
     with pytest.raises(KeyError, match="nothing"):
         await policy
     with pytest.raises(KeyError, match="nothing"):

@@ -84,6 +84,7 @@ CLASSES = {
         weight_sync()
         result(timeout=None) +async
         future()
+        coroutine()
         run_id, run_name, model_id, holder, session_name, trainer_job_id, service, user_metadata
     """,
     "APIFuture": """
@@ -112,6 +113,7 @@ CLASSES = {
         from_sampler_handle(handle, *, api_key=None)
         result(timeout=None) +async
         future()
+        coroutine()
         deployment_sampler
     """,
     "DeploymentSampler": """
@@ -129,6 +131,7 @@ CLASSES = {
         close()
         result(timeout=None) +async
         future()
+        coroutine()
         model, base_url, tokenizer, concurrency_controller
     """,
     "FixedConcurrencyController": """
