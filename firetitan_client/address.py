@@ -57,6 +57,9 @@ def resolve(base_url: str | None = None, address: str | None = None) -> Endpoint
         ValueError: Not an address.
     """
     trainer_id = None
+    for name, value in (("base_url", base_url), ("address", address)):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name}: is {value!r}; give a text, e.g. unix:/path")
     if base_url and base_url.startswith(_ENDPOINT):
         base_url, _, fragment = base_url.removeprefix(_ENDPOINT).partition("#")
         trainer_id = fragment or None

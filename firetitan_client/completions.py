@@ -79,6 +79,9 @@ class CompletionOptions:
         top, last = self.top_logprobs, self.echo_last
         if top is not None and not (_whole(top) and 0 <= top <= MAX_TOP_LOGPROBS):
             raise ValueError(f"top_logprobs: is {top!r}; give 0 to {MAX_TOP_LOGPROBS}")
+        limit_s = self.http_timeout
+        if limit_s is not None and not (isinstance(limit_s, int | float) and limit_s > 0):
+            raise ValueError(f"http_timeout: is {limit_s!r}; give seconds above 0, or None")
         if last is not None and not (_whole(last) and last >= 0):
             raise ValueError(f"echo_last must be a nonnegative integer, is {last!r}")
 

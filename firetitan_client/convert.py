@@ -7,7 +7,7 @@ Must not know: lanes, transports. Wrong data raises here, in the user's call, na
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,9 @@ def checked_data(data: Any) -> Sequence[Any]:
     """
     if hasattr(data, "model_input"):
         raise invalid("data", "is one datum; give a list of them")
-    datums = data if isinstance(data, Sequence) else list(data)
+    if data is not None and not isinstance(data, Iterable):
+        raise invalid("data", f"is a {type(data).__name__}; give a list of tinker.Datum")
+    datums = data if isinstance(data, Sequence) else list(data or ())
     if not datums:
         raise InvalidArgument("No data provided", field="data")
     for index, datum in enumerate(datums):
@@ -202,6 +204,16 @@ def tokens_of(model_input: Any, field: str) -> npt.NDArray[np.int32]:
             )
         pieces.append(_tokens(tokens, f"{field}.chunks[{index}].tokens"))
     return np.concatenate(pieces) if pieces else np.empty(0, np.int32)
+
+
+def token_list(tokens: Any, field: str) -> list[int]:
+    """Token ids of a model input, a list or an array, as plain numbers.
+
+    Raises:
+        InvalidArgument: As `tokens_of`.
+    """
+    plain: list[int] = tokens_of(tokens, field).tolist()
+    return plain
 
 
 def _tokens(values: Any, field: str) -> npt.NDArray[np.int32]:
@@ -306,14 +318,25 @@ def tensor_from_proto(tensor: tensor_pb2.Tensor) -> npt.NDArray[Any]:
     return array.reshape(tuple(tensor.shape))
 
 
+def loss_config(config: Any) -> dict[str, Any]:
+    """Settings of a loss, as a dict of the caller's own; None: there are none.
+
+    Raises:
+        InvalidArgument: Not a mapping.
+    """
+    if config is not None and not isinstance(config, Mapping):
+        raise invalid("loss_fn_config", f"is a {type(config).__name__}; give a dict of settings")
+    return dict(config or {})
+
+
 def loss_config_to_proto(config: Mapping[str, Any] | None) -> struct_pb2.Struct:
     """Settings of a loss; None values are left out.
 
     Raises:
-        InvalidArgument: A value that is neither a number nor a text.
+        InvalidArgument: Not a mapping, or a value that is neither a number nor a text.
     """
     settings = struct_pb2.Struct()
-    for name, value in (config or {}).items():
+    for name, value in loss_config(config).items():
         if value is None:
             continue
         if isinstance(value, str):

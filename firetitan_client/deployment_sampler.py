@@ -27,6 +27,7 @@ from firetitan_client.concurrency import (
     FixedConcurrencyController,
     SamplingConcurrencyController,
 )
+from firetitan_client.convert import token_list
 from firetitan_client.errors import (
     Busy,
     ClientClosed,
@@ -179,7 +180,7 @@ class DeploymentSampler(SelfFuture[Target]):
             SamplingRequestError: The daemon or the worker did not answer in all tries.
             FiretitanError: What another try would not change, by reason.
         """
-        prompt = [int(token) for token in prompt_token_ids]
+        prompt = token_list(prompt_token_ids, "prompt_token_ids")
         asked = CompletionOptions.of(
             {**options, "max_tokens": max_tokens, "temperature": temperature, "stop": stop}
         )
@@ -209,7 +210,7 @@ class DeploymentSampler(SelfFuture[Target]):
         """
         if options.pop("n", 1) != 1:
             raise ValueError("sample_with_prompt_tokens_result makes one completion; leave out n")
-        prompt = [int(token) for token in prompt_token_ids]
+        prompt = token_list(prompt_token_ids, "prompt_token_ids")
         asked = CompletionOptions.of(
             {**options, "max_tokens": max_tokens, "temperature": temperature, "stop": stop}
         )
@@ -255,7 +256,7 @@ class DeploymentSampler(SelfFuture[Target]):
         """
         if options.pop("n", 1) != 1:
             raise ValueError("async_completions_stream makes one completion; leave out n")
-        tokens = [int(token) for token in prompt]
+        tokens = token_list(prompt, "prompt")
         asked = CompletionOptions.of(
             {**options, "max_tokens": max_tokens, "temperature": temperature}
         )

@@ -27,7 +27,7 @@ from firetitan_client.control_client import (
     job_name_of,
     rfc3339,
 )
-from firetitan_client.errors import NotFound, Unsupported
+from firetitan_client.errors import InvalidArgument, NotFound, Unsupported
 from firetitan_client.sdk_errors import validate_output_model_id
 from firetitan_client.training_profile import (
     TrainingShapeProfile,
@@ -262,6 +262,8 @@ class FireworksClient(ControlClient):
         Raises:
             NotFound: There is no such model on this machine yet.
         """
+        if not isinstance(model, str) or not model.strip():
+            raise InvalidArgument(f"model: is {model!r}; give a model's name", field="model")
         if model == _TOY:
             return False
         return is_moe(self._run("model_is_moe", self._config(model)))

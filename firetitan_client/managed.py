@@ -21,6 +21,7 @@ from firetitan.v1 import (
     trainer_pb2,
 )
 
+from firetitan_client import arguments, convert, references
 from firetitan_client.accepted_settings import AcceptedSettings
 from firetitan_client.deployment_config import transition_of
 from firetitan_client.errors import Unsupported, from_status
@@ -29,6 +30,26 @@ from firetitan_client.transport import Transport
 
 logger = logging.getLogger("firetitan")
 T = TypeVar("T")
+
+_IDS = ("trainer_job_id", "reference_trainer_job_id", "deployment_id")
+_COUNTS = (
+    "lora_rank",
+    "max_lora_rank",
+    "max_context_length",
+    "replica_count",
+    "trainer_replica_count",
+)
+_SWITCHES = (
+    "train_mlp",
+    "train_attn",
+    "train_unembed",
+    "create_deployment",
+    "reference_required",
+    "cleanup_trainer_on_close",
+    "cleanup_reference_trainer_on_close",
+    "forward_only",
+    "disable_inactivity_cleanup",
+)
 
 DeploymentCleanupOnClose = Literal["delete", "scale_to_zero"]
 CLEANUP_DEPLOYMENT_ON_CLOSE_DELETE: DeploymentCleanupOnClose = "delete"
@@ -95,6 +116,7 @@ class FiretitanProvisioningConfig(AcceptedSettings):
     projection_head_dim: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_values()
         if self.max_lora_rank is not None:
             if self.lora_rank is not None or self.lora_alpha is not None:
                 raise ValueError(
@@ -107,12 +129,6 @@ class FiretitanProvisioningConfig(AcceptedSettings):
                 raise ValueError("max_lora_rank: is 0; give a rank above 0, or leave it out")
         if self.inactivity_timeout is not None:
             inactivity_s(self.inactivity_timeout)
-        for name in ("lora_rank", "max_lora_rank", "max_context_length"):
-            value = getattr(self, name)
-            if value is not None and (
-                isinstance(value, bool) or int(value) != value or not 0 <= value < 2**31
-            ):
-                raise ValueError(f"{name}: is {value!r}; give a whole number from 0 to 2147483647")
         if self.cleanup_deployment_on_close not in (None, "delete", "scale_to_zero"):
             raise ValueError(
                 f"cleanup_deployment_on_close: is {self.cleanup_deployment_on_close!r}; give "
@@ -136,6 +152,23 @@ class FiretitanProvisioningConfig(AcceptedSettings):
             )
         if self.hotload_timeout_s is None:
             self.hotload_timeout_s = 600.0
+
+    def _check_values(self) -> None:
+        """Refuse what could not be sent, by name, before anything is asked of a daemon."""
+        if self.base_model is not None:
+            self.base_model = arguments.model_name(self.base_model)
+        for name in _IDS:
+            if getattr(self, name) is not None:
+                references.check_name(getattr(self, name), name)
+        for name in _COUNTS:
+            if getattr(self, name) is not None:
+                convert.whole_number(getattr(self, name), name, 0, 2**31 - 1)
+        for name in _SWITCHES:
+            arguments.switch(getattr(self, name), name)
+        if self.seed is not None:
+            convert.whole_number(self.seed, "seed", -(2**63), 2**63 - 1)
+        if self.lora_alpha is not None:
+            arguments.scale(self.lora_alpha, "lora_alpha")
 
 
 def refuse_ranks(trainer_replica_count: int | None) -> None:
@@ -177,12 +210,17 @@ def build_config(
         TypeError: An unknown name with a value.
     """
     if managed_config is not None:
-        if given:
+        if any(value is not None for value in given.values()):
             raise ValueError(
                 "Pass either managed_config or managed config keyword arguments, not both"
             )
         if isinstance(managed_config, FiretitanProvisioningConfig):
             return dataclasses.replace(managed_config)
+        if not isinstance(managed_config, Mapping):
+            raise TypeError(
+                f"managed_config: is a {type(managed_config).__name__}; give a "
+                "FiretitanProvisioningConfig or a dict of its fields"
+            )
         given = dict(managed_config)
     known = {entry.name for entry in dataclasses.fields(FiretitanProvisioningConfig)}
     values: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from firetitan_client.errors import InvalidArgument, Unsupported
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RULE = "use 1 to 128 letters, digits, '.', '_' and '-', a letter or digit first"
+_SHOWN = 200
 _MAX_TTL_S = 100 * 365 * 86400
 _KINDS = ("base", "delta", "merged_base")
 _Request = checkpoint_service_pb2.SaveSnapshotRequest
@@ -25,6 +26,7 @@ _PRECISIONS = {
     "source": _Request.EXPORT_PRECISION_SOURCE,
     "bf16": _Request.EXPORT_PRECISION_BF16,
 }
+_CROSS_JOB = "cross_job://"
 _TINKER = re.compile(r"tinker://([^/]+)/(weights|sampler_weights)/([^/]+)")
 
 
@@ -160,10 +162,43 @@ def checkpoint_reference(path: Any, name: Any = None) -> str:
             field="path",
         )
     if alias is not None:
-        return f"cross_job://{alias[1]}/{alias[3]}"
+        text = f"{_CROSS_JOB}{alias[1]}/{alias[3]}"
+    _check_checkpoint_path(text)
+    return text
+
+
+def _check_checkpoint_path(text: str) -> None:
+    """Refuse what cannot be a checkpoint's reference, in the words that are documented."""
     if not text:
         raise InvalidArgument("checkpoint path cannot be empty", field="path")
-    return text
+    if any(ord(character) < 32 or character in "\\\x7f" for character in text):
+        raise _no_path("checkpoint path contains invalid characters", text)
+    job, slash, name = text.removeprefix(_CROSS_JOB).partition("/")
+    if text.startswith(_CROSS_JOB):
+        if not (job and slash and name) or "/" in name:
+            raise _no_path(
+                "Invalid cross-job checkpoint ref format. "
+                "Expected 'cross_job://<source_job_id>/<checkpoint_name>'",
+                text,
+            )
+    elif "://" in text or text.startswith(("/", "~")):
+        raise _no_path(
+            "checkpoint path must be a logical name or opaque cross_job:// reference", text
+        )
+    for segment in text.removeprefix(_CROSS_JOB).split("/"):
+        if segment in ("", ".", ".."):
+            raise _no_path("checkpoint path contains empty or traversal segments", text)
+        if not _NAME.fullmatch(segment):
+            raise _no_path(f"checkpoint path segment {_shown(segment)} is not valid: {_RULE}", text)
+
+
+def _no_path(why: str, text: str) -> InvalidArgument:
+    return InvalidArgument(f"{why} (got {_shown(text)})", reason="NAME_INVALID", field="path")
+
+
+def _shown(text: str) -> str:
+    """A user's text in an error, however long it is."""
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
 
 def adapter_reference(adapter_path: Any) -> str:
@@ -187,7 +222,7 @@ def cross_job(checkpoint_name: str, source_job_id: str | None) -> str:
     check_name(checkpoint_name, "checkpoint_name")
     if source_job_id is None:
         return checkpoint_name
-    return f"cross_job://{check_name(source_job_id, 'source_job_id')}/{checkpoint_name}"
+    return f"{_CROSS_JOB}{check_name(source_job_id, 'source_job_id')}/{checkpoint_name}"
 
 
 def parse_tinker_path(tinker_path: Any) -> tuple[str, str]:

@@ -10,6 +10,7 @@ import concurrent.futures
 import logging
 import secrets
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +78,10 @@ def build_request(
     prompt = convert.model_input_to_proto(tokens, "prompt")
     if not prompt.chunks[0].encoded_text.token_ids:
         raise convert.invalid("prompt", "has no tokens; give at least one")
+    if isinstance(params, Mapping | str | int | float):
+        raise convert.invalid(
+            "sampling_params", f"is a {type(params).__name__}; give tinker.SamplingParams(...)"
+        )
     if getattr(params, "sampling_mask", None):
         raise Unsupported("sampling_mask is not supported; leave it out", field="sampling_mask")
     max_tokens = getattr(params, "max_tokens", None)

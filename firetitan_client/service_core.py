@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from firetitan_client import address as addresses
-from firetitan_client import transport
+from firetitan_client import arguments, transport
 from firetitan_client.closing import Closing
 from firetitan_client.futures import SelfFuture, in_event_loop
 from firetitan_client.lane import Lane
@@ -47,7 +47,7 @@ class ServiceCore:
     ) -> None:
         self._config = config
         self._managed = managed
-        self._user_metadata = dict(user_metadata or {})
+        self._user_metadata = arguments.notes(user_metadata)
         self._transport = transport.connect(endpoint.address, autostart)
         self._lease = Lease(self._transport)
         self._provisioner = Provisioner(self._transport, config, self._lease)

@@ -18,7 +18,12 @@ from firetitan_client import address as addresses
 from firetitan_client import transport
 from firetitan_client.deployment_config import STATES, DeploymentConfig, transition_of
 from firetitan_client.deployment_sampler import DeploymentSampler
-from firetitan_client.errors import FailedPrecondition, FiretitanError, NotFound
+from firetitan_client.errors import (
+    FailedPrecondition,
+    FiretitanError,
+    InvalidArgument,
+    NotFound,
+)
 from firetitan_client.futures import APIFuture
 from firetitan_client.leases import DELETE, STOP, CleanupOutcome, Lease
 from firetitan_client.managed import wait_operation
@@ -93,6 +98,12 @@ class InferenceDeployments(ServiceCore):
         if cleanup_on_close not in _CLEANUPS:
             raise ValueError(
                 f"cleanup_on_close: is {cleanup_on_close!r}; give 'scale_to_zero', 'delete' or None"
+            )
+        if not isinstance(deployment_config, DeploymentConfig):
+            raise InvalidArgument(
+                f"deployment_config: is a {type(deployment_config).__name__}; give a "
+                "DeploymentConfig",
+                field="deployment_config",
             )
         if deployment_config.max_replica_count <= 0:
             raise ValueError(

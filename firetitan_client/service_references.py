@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
-from firetitan_client import transport
+from firetitan_client import arguments, transport
 from firetitan_client.errors import InvalidArgument
 from firetitan_client.forward_only import ForwardOnlyClient
 from firetitan_client.futures import APIFuture
@@ -114,6 +114,7 @@ class ReferenceClients(TrainingClients):
                 "policy_client: needed on a service with max_lora_rank; give the training client "
                 "whose reference this is to be"
             )
+        notes = {**self._user_metadata, **arguments.notes(user_metadata)}
         policy = policy_client or self._policy
         shared = config.max_lora_rank is not None and not self._reference_is_separate
         key = policy if shared else None
@@ -126,7 +127,6 @@ class ReferenceClients(TrainingClients):
                 config.lora_rank = lora_rank or config.lora_rank
                 client = self._client(ForwardOnlyClient, opened)
                 self._reference_clients[key] = client
-                notes = {**self._user_metadata, **(user_metadata or {})}
                 follow(self._open_reference(policy, Wanted(user_metadata=notes)), opened)
 
         def failed() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from firetitan_client import arguments
 from firetitan_client.convert import whole_number
 from firetitan_client.errors import FailedPrecondition, Unavailable, Unsupported
 from firetitan_client.forward_only import ForwardOnlyClient
@@ -147,14 +148,18 @@ class TrainingClients(ServiceCore):
                 train_mlp=config.train_mlp if train_mlp is None else train_mlp,
                 train_attn=config.train_attn if train_attn is None else train_attn,
                 train_unembed=config.train_unembed if train_unembed is None else train_unembed,
-                user_metadata={**self._user_metadata, **(user_metadata or {})},
+                user_metadata={**self._user_metadata, **arguments.notes(user_metadata)},
             ),
         )
 
     def _wanted(self, rank: int | None, alpha: float | _Unset | None, wanted: Wanted) -> Wanted:
         rank = self._config.lora_rank if rank is None else rank
+        if rank is not None:
+            whole_number(rank, "lora_rank", 0, 2**31 - 1)
         if wanted.seed is not None:
             whole_number(wanted.seed, "seed", -(2**63), 2**63 - 1)
+        for name in ("train_mlp", "train_attn", "train_unembed"):
+            arguments.switch(getattr(wanted, name), name)
         if rank == 0:
             return Wanted(rank=0, seed=wanted.seed, user_metadata=wanted.user_metadata)
         if wanted.train_mlp is wanted.train_attn is wanted.train_unembed is False:
@@ -163,8 +168,8 @@ class TrainingClients(ServiceCore):
             alpha = self._config.lora_alpha
         elif alpha is None and rank is not None:
             alpha = 2.0 * rank
-        if alpha is not None and not alpha > 0:
-            raise ValueError(f"lora_alpha: is {alpha}; give a number above 0")
+        if alpha is not None:
+            arguments.scale(alpha, "lora_alpha")
         return replace(wanted, rank=rank, alpha=alpha)
 
     def _create(
@@ -177,6 +182,8 @@ class TrainingClients(ServiceCore):
     ) -> FiretitanTrainingClient:
         self._check_open()
         config = self._config
+        if base_model is not None:
+            base_model = arguments.model_name(base_model)
         if session is not None:
             self._bind_to_session(session)
         self._agree("base_model", base_model, config.base_model)

@@ -88,6 +88,10 @@ class TrainerJobConfig:
         problems: list[str] = []
         if not self.base_model:
             problems.append("base_model is required")
+        for name in ("lora_rank", "max_context_length"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and 0 <= value < 2**31):
+                problems.append(f"{name} must be a whole number of at least 0, is {value!r}")
         if self.gradient_accumulation_steps not in (None, 1):
             problems.append(
                 "gradient_accumulation_steps must be 1; accumulate with several forward_backward "

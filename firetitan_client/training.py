@@ -88,7 +88,7 @@ class FiretitanTrainingClient(WeightsCalls, TinkerTrainingCalls):
         Raises:
             ValueError: No data, or malformed data; names the field.
         """
-        config = dict(loss_fn_config or {})
+        config = convert.loss_config(loss_fn_config)
         output, pooling = config.pop("output", "logprobs"), config.pop("pooling", "mean")
         if output == "logprobs":
             request = training_service_pb2.ForwardRequest(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from firetitan.v1 import checkpoint_pb2, checkpoint_service_pb2, operation_pb2
 
-from firetitan_client import references, types
+from firetitan_client import arguments, convert, references, types
 from firetitan_client.futures import APIFuture, SelfFuture
 from firetitan_client.lane import Lane
 from firetitan_client.sessions import Opened
@@ -192,9 +192,11 @@ class WeightsCalls(SelfFuture[Opened]):
         Raises:
             TimeoutError: Not saved within `timeout`; the save goes on.
         """
+        if timeout is not None:
+            convert.real_number(timeout, "timeout")
         request = checkpoint_service_pb2.SaveStateRequest(
             checkpoint_id=references.check_name(name),
-            user_metadata=dict(user_metadata or {}),
+            user_metadata=arguments.notes(user_metadata),
             keep_existing=not overwrite,
             ttl=references.time_to_live(ttl_seconds),
         )

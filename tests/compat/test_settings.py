@@ -78,10 +78,77 @@ def test_unknown_settings(make_service: MakeService) -> None:
     config = firetitan_client.FiretitanProvisioningConfig(base_model="m")
     with pytest.raises(ValueError, match="managed_config or managed config keyword arguments"):
         FiretitanServiceClient.from_firetitan_config(managed_config=config, base_model="m")
+    with pytest.raises(TypeError, match="managed_config: is a list"):
+        FiretitanServiceClient.from_firetitan_config(managed_config=["m"])
+    shown = FiretitanServiceClient.from_firetitan_config(managed_config=config, region=None).config
+    assert shown.base_model == "m"  # None asks for nothing
     nothing = dict.fromkeys(surface.fields(surface.CLASSES["FiretitanProvisioningConfig"]))
     asked = {"base_model": "firetitan/toy", "lora_rank": 4, "create_deployment": False}
     service = make_service(**{**nothing, **asked}, not_known_either=None)
     assert service.create_training_client().trainer_job_id == service.trainer_job_id
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("base_model", 5),
+        ("base_model", " "),
+        ("lora_rank", "8"),
+        ("lora_rank", 4.5),
+        ("lora_rank", True),
+        ("max_lora_rank", -1),
+        ("max_context_length", float("nan")),
+        ("replica_count", -1),
+        ("trainer_replica_count", "2"),
+        ("lora_alpha", -3),
+        ("lora_alpha", float("nan")),
+        ("seed", "a"),
+        ("train_mlp", "no"),
+        ("create_deployment", "no"),
+        ("forward_only", 1),
+        ("trainer_job_id", "../x"),
+        ("trainer_job_id", 5),
+        ("reference_trainer_job_id", "a b"),
+        ("deployment_id", "a/b"),
+        ("cleanup_deployment_on_close", True),
+        ("hot_load_transition_type", 3),
+        ("inactivity_timeout", "1h"),
+    ],
+)
+def test_values_that_no_setting_has(name: str, value: Any) -> None:
+    """Told in the call, by name; no daemon is asked."""
+    with pytest.raises(ValueError, match=name):
+        FiretitanServiceClient.from_firetitan_config(**{name: value})
+    with pytest.raises(ValueError, match=name):
+        FiretitanServiceClient.from_firetitan_config(managed_config={name: value})
+
+
+def test_notes_are_texts() -> None:
+    for notes in ({"a": 1}, ["a"]):
+        with pytest.raises(ValueError, match="user_metadata"):
+            FiretitanServiceClient.from_firetitan_config(user_metadata=notes)
+        with pytest.raises(ValueError, match="user_metadata"):
+            FiretitanServiceClient(user_metadata=notes)
+
+
+def test_settings_of_a_training_client(make_service: MakeService) -> None:
+    service = make_service(create_deployment=False, lora_rank=None)
+    for settings in (
+        {"base_model": 5},
+        {"base_model": ""},
+        {"lora_rank": "8"},
+        {"lora_rank": -1},
+        {"lora_alpha": "x"},
+        {"lora_alpha": float("inf")},
+        {"seed": 0.5},
+        {"train_mlp": "no"},
+        {"user_metadata": {"a": None}},
+    ):
+        (name,) = settings
+        with pytest.raises(ValueError, match=name):
+            service.create_training_client(**settings)
+    assert service.managed_trainer_job_id is None
+    assert service.create_training_client(lora_rank=4).get_info().lora_rank == 4
 
 
 def test_settings_reach_the_trainer(make_service: MakeService) -> None:

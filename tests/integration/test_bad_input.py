@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -287,7 +288,7 @@ def test_names_of_new_things(world: World, name: Any) -> None:
         ("/etc/passwd", "NAME_INVALID", "logical name"),
         ("a\0b", "NAME_INVALID", "invalid characters"),
         ("", "INVALID_ARGUMENT", "empty"),
-        (TEN_MB, "NAME_INVALID", "1 to 128 characters"),
+        (TEN_MB, "NAME_INVALID", "use 1 to 128 letters"),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -296,6 +297,50 @@ def test_checkpoints_that_are_none(world: World, reference: str, reason: str, te
         error = refused(lambda call=call: call(reference))
         assert error.reason == reason and text in str(error), str(error)
         assert isinstance(error, KeyError if reason.endswith("NOT_FOUND") else ValueError)
+
+
+def test_what_the_client_can_see_raises_in_the_call(world: World) -> None:
+    """Not in the future, and in the documented kind of exception: nothing is sent."""
+    policy, service = world.policy, world.service
+    for kind, text, call in (
+        (ValueError, "No data provided", lambda: policy.forward(None, CE)),
+        (ValueError, "data: is a int; give a list", lambda: policy.forward_backward(3, CE)),
+        (ValueError, "loss_fn_config: is a list", lambda: policy.forward([datum()], CE, [1])),
+        (ValueError, "loss_fn_config: is a str", lambda: policy.forward_backward([rl()], IS, "x")),
+        (ValueError, "empty or traversal", lambda: policy.load_state("a/../b")),
+        (ValueError, "empty or traversal", lambda: policy.load_state("cross_job://../kept")),
+        (ValueError, "invalid characters", lambda: policy.load_state("a\\b")),
+        (ValueError, "opaque cross_job", lambda: policy.load_state_with_optimizer("/etc/passwd")),
+        (ValueError, "Expected 'cross_job://", lambda: policy.load_state("cross_job://kept")),
+        (ValueError, "segment 'b c' is not valid", lambda: policy.load_state("cross_job://a/b c")),
+        (ValueError, "user_metadata: holds 'a': 1", lambda: (
+            policy.save_state("s", user_metadata={"a": 1}))),
+        (ValueError, "user_metadata: is a list", lambda: policy.save_state("s", user_metadata=[1])),
+        (ValueError, "timeout: is 'soon'", lambda: policy.save_state("s", timeout="soon")),
+        (ValueError, "sampling_params: is a dict", lambda: world.sampler.sample(
+            PROMPT, 1, {"max_tokens": 2})),
+        (ValueError, "deployment_config: is a str", lambda: (
+            service.create_inference_deployment_sampler("teacher"))),
+        (ValueError, "user_metadata: holds 1: 'a'", lambda: (
+            service.create_reference_client(user_metadata={1: "a"}))),
+    ):  # fmt: skip
+        with pytest.raises(kind) as caught:
+            call()
+        assert text in str(caught.value), text
+
+
+async def test_what_the_native_sampler_can_see(world: World) -> None:
+    native = world.service.create_deployment_sampler()
+    await native
+    for text, options in (
+        ("prompt_token_ids: holds text", {"prompt_token_ids": "abc"}),
+        ("http_timeout: is -1", {"http_timeout": -1}),
+        ("max_tokens", {"max_tokens": 1.5}),
+        ("temperature: is 'hot'", {"temperature": "hot"}),
+        ("stop[0]", {"stop": [1.5]}),
+    ):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            await native.sample_with_prompt_tokens(**{"prompt_token_ids": [1, 2], **options})
 
 
 def test_a_snapshot_is_no_checkpoint(world: World) -> None:
@@ -403,7 +448,7 @@ def test_sampling(
         ({"seed": 6}, ValueError, "seed: 6"),
         ({"seed": 2**63}, ValueError, "seed: is 9223372036854775808"),
         ({"lora_alpha": INF}, ValueError, "alpha"),
-        ({"trainer_job_id": "../x"}, ValueError, "'trainers/../x' is not a valid name"),
+        ({"trainer_job_id": "../x"}, ValueError, "trainer_job_id: '../x' is not a valid name"),
         ({"trainer_job_id": TEN_MB}, ValueError, "is not a valid name"),
         ({"trainer_job_id": "new", "base_model": ""}, ValueError, "base_model"),
         ({"trainer_job_id": "new", "base_model": TEN_MB}, ValueError, "base_model"),
