@@ -112,6 +112,7 @@ class Daemon:
         places.make()
         self._lock = StateLock(places.lock)
         places.announcement.unlink(missing_ok=True)
+        durable.sweep_temporaries(places.home)
         self._store = SqliteStore(places.database, fsync_operations=config.server.fsync_operations)
         self._spool = FileSpool(places.spool, fsync=config.server.fsync_operations)
         self._folders = FileFolders(places.store, config.server.adapter_folders)

@@ -9,6 +9,7 @@ file; its own hash is the folder's digest. A folder without a manifest is an unf
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -64,6 +65,13 @@ def publish_file(path: Path, data: bytes, *, fsync: bool = True) -> None:
         fsync_path(path.parent)
 
 
+def publish_written(written: Path, final: Path) -> None:
+    """Give a file that another library wrote beside it its final name, as `publish_file` does."""
+    fsync_path(written)
+    written.rename(final)
+    fsync_path(final.parent)
+
+
 def seal_folder(folder: Path, about: dict[str, Any]) -> tuple[str, int]:
     """Hash and fsync every file of a staging folder and write its manifest last.
 
@@ -85,12 +93,45 @@ def seal_folder(folder: Path, about: dict[str, Any]) -> tuple[str, int]:
 
 
 def publish_folder(staging: Path, final: Path) -> None:
-    """Give a sealed staging folder its final name, atomically."""
-    final.parent.mkdir(parents=True, exist_ok=True)
+    """Give a staging folder, sealed or flushed, its final name, atomically."""
+    make_folder(final.parent)
     staging.rename(final)
     fsync_path(final.parent)
     if staging.parent != final.parent:
         fsync_path(staging.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush every file of a staging folder that is not sealed here: it has its manifest already."""
+    for path in folder.iterdir():
+        fsync_path(path)
+    fsync_path(folder)
+
+
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """Make a folder and those above it where they are missing; a loss of power leaves them there.
+
+    Args:
+        folder: One that is there is left as it is.
+        mode: Of the folder; those above it have the usual one.
+    """
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(mode=mode, parents=True, exist_ok=True)
+    for one in reversed(missing):
+        # A folder of someone else's may let us make one in it and not read it.
+        with contextlib.suppress(PermissionError):
+            fsync_path(one.parent)
+
+
+def sweep_temporaries(folder: Path) -> int:
+    """Remove what a `publish_file` into a folder that died in between left; returns how many.
+
+    Nothing may be publishing there meanwhile.
+    """
+    left = list(folder.glob(f"{TEMPORARY_PREFIX}*"))
+    for path in left:
+        remove(path)
+    return len(left)
 
 
 def verify_folder(folder: Path, digest: str | None = None) -> dict[str, Any]:
@@ -117,12 +158,12 @@ def verify_folder(folder: Path, digest: str | None = None) -> dict[str, Any]:
     manifest, files = _read(path, raw)
     for name, entry in files.items():
         file = folder / name
-        if not file.is_file() or file.stat().st_size != entry["size_bytes"]:
-            size = file.stat().st_size if file.is_file() else "no file"
-            raise _mismatch(file, f"{entry['size_bytes']} bytes", str(size))
-        found = hash_file(file)
+        found = _hash_found(file)
         if found != entry["blake3"]:
-            raise _mismatch(file, entry["blake3"], found)
+            wanted = entry["size_bytes"]
+            size = file.stat().st_size if file.is_file() else wanted
+            sizes = f"{size} bytes, not {wanted}" if size != wanted else ""
+            raise _mismatch(file, entry["blake3"], found, sizes)
     return manifest
 
 
@@ -132,6 +173,16 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _hash_found(path: Path) -> str:
+    """What is at a path, as a hash where there is a file that can be read."""
+    if not path.is_file():
+        return "no file"
+    try:
+        return hash_file(path)
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _read(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -150,11 +201,11 @@ def _read(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, dict[str, A
     return manifest, files
 
 
-def _mismatch(path: Path, expected: str, found: str) -> FiretitanError:
+def _mismatch(path: Path, expected: str, found: str, sizes: str = "") -> FiretitanError:
     return FiretitanError(
         Reason.CHECKSUM_MISMATCH,
-        f"{path.parent.name}/{path.name} is damaged: expected {expected}, found {found}; "
-        "nothing was loaded from it",
+        f"{path.parent.name}/{path.name} is damaged: expected {expected}, found {found}"
+        f"{f' ({sizes})' if sizes else ''}; nothing was loaded from it",
         file=f"{path.parent.name}/{path.name}",
         expected=expected,
         found=found,

@@ -22,6 +22,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from firetitan_daemon import durable
+
 MAX_SOCKET_PATH = 107
 """Bytes of the longest path a Unix socket can be bound to."""
 _LONGEST_NAME = 40
@@ -108,7 +110,7 @@ def make_private(folder: Path) -> None:
         PlaceError: It cannot be made, is not a folder, or belongs to someone else.
     """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        durable.make_folder(folder, 0o700)
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode):
             raise PlaceError(f"{folder} is not a folder (or a link to one); move it away")

@@ -258,6 +258,7 @@ class SessionRecovery:
             Change(
                 deleted_recovery_points=[(one.session, one.commit_seq) for one in gone],
                 released_payloads=[(self.session, _EVERYTHING)],
+                durable=bool(gone),
             )
         )
         self._points = []

@@ -53,7 +53,7 @@ def export(job: Export) -> None:
     staging = target.parent / f"{durable.TEMPORARY_PREFIX}{target.name}"
     durable.remove(staging)
     with disk_errors(staging / "config.json"):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(target.parent)
         staging.mkdir()
         try:
             _fill(job, staging)
@@ -74,6 +74,7 @@ def _fill(job: Export, staging: Path) -> None:
     if len(folders) == 1:
         for file in base.iterdir():
             shutil.copyfile(file, staging / file.name)
+        durable.flush_folder(staging)
         return
     tensors = read_full(base)
     for folder, delta_digest in folders[1:]:

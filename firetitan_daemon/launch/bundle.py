@@ -18,9 +18,8 @@ from pathlib import Path
 from firetitan.worker.v1 import worker_pb2
 from google.protobuf import json_format
 
-from firetitan_daemon import handshake
+from firetitan_daemon import durable, handshake
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.durable import publish_file
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _TAIL_BYTES = 64 * 1024
@@ -61,7 +60,7 @@ class Bundle:
         """Forget a former start (its log stays), write the specification; under the lock."""
         self.forget()
         text = json_format.MessageToJson(spec, always_print_fields_with_no_presence=True)
-        publish_file(self.folder / handshake.SPEC, text.encode())
+        durable.publish_file(self.folder / handshake.SPEC, text.encode())
 
     def lock(self) -> int | None:
         """Take the lock that a worker holds for as long as it lives.
@@ -69,7 +68,7 @@ class Bundle:
         Returns:
             An open descriptor to hand to the worker; None where one lives, serving or not yet.
         """
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        durable.make_folder(self.folder, 0o700)
         descriptor = os.open(self.folder / handshake.LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,6 +151,7 @@ class Bundle:
         """Remove what a start left, but its log."""
         for name in (handshake.SPEC, handshake.BOOTSTRAP, handshake.EXIT):
             (self.folder / name).unlink(missing_ok=True)
+        durable.sweep_temporaries(self.folder)
 
     def discard(self) -> None:
         """Remove everything but the log; without a log the folder too."""

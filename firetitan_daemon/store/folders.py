@@ -46,9 +46,7 @@ class FileFolders(Folders):
         self._root = root
         self._adapter_roots = adapter_roots
         for name in (STAGING, *KINDS):
-            (root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        durable.fsync_path(root)
-        durable.fsync_path(root.parent)
+            durable.make_folder(root / name, 0o700)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="firetitan-folders")
 
     def staging(self) -> Path:

@@ -171,6 +171,4 @@ def _back_up(connection: sqlite3.Connection, path: Path, version: int) -> None:
     unfinished = path.with_name(f"{durable.TEMPORARY_PREFIX}{copy.name}")
     durable.remove(unfinished)
     connection.execute("VACUUM INTO ?", (str(unfinished),))
-    durable.fsync_path(unfinished)
-    unfinished.rename(copy)
-    durable.fsync_path(copy.parent)
+    durable.publish_written(unfinished, copy)

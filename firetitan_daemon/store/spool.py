@@ -1,7 +1,7 @@
 """Request and result bytes, one file each.
 
 Knows: files, BLAKE3. Must not know: what the bytes mean. A file is either whole or not there; it
-survives the death of the process, not the loss of power.
+survives the death of the process, the loss of power only where `fsync` asks for it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class FileSpool(Spool):
     """
 
     def __init__(self, root: Path, *, fsync: bool = False) -> None:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        durable.make_folder(root, 0o700)
         self._root = root
         self._fsync = fsync
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="firetitan-spool")

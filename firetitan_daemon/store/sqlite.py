@@ -185,7 +185,10 @@ class SqliteStore(Store):
     async def _run(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         # What was queued happens, in its turn, even if the one who asked stops waiting.
         future = self._thread.submit(call, *args, **kwargs)
-        return await asyncio.shield(asyncio.wrap_future(future))
+        try:
+            return await asyncio.shield(asyncio.wrap_future(future))
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
 
     def _open(self) -> sqlite3.Connection:
         try:
