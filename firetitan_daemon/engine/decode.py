@@ -15,6 +15,7 @@ Shapes: P prompt tokens, R rows of a step, V vocabulary.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -196,6 +197,9 @@ class CachedDecoder:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._loaded = loaded
+        # transformers 5.24 renamed it.
+        parameters = inspect.signature(loaded.model.base_model.forward).parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
 
     @torch.no_grad()
     def prefill(self, prompt: Int32Array, wanted: Scoring = NOTHING) -> Prefill:
@@ -235,11 +239,11 @@ class CachedDecoder:
         with self._loaded.routers.recording() as recording:
             output = self._loaded.model.base_model(
                 input_ids=torch.tensor([list(tokens)], device=self._loaded.device),
-                past_key_values=cache,
                 use_cache=True,
+                **{self._cache_name: cache},
             )
         hidden = output.last_hidden_state[0].to(self._loaded.dtype)
-        return hidden, getattr(output, "past_key_values", None), recording.matrices
+        return hidden, getattr(output, self._cache_name, None), recording.matrices
 
 
 class _CachedBranch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -152,9 +153,11 @@ def _crossed_over(
     known = len(PROMPT) + change - 1  # positions the old model has computed
     with torch.no_grad():
         before = old(input_ids=ids[:, :known], use_cache=True)
-        after = new(
-            input_ids=ids[:, known:], past_key_values=before.past_key_values, use_cache=True
-        )
+        # transformers 5.24 renamed it.
+        renamed = "cache" in inspect.signature(new.forward).parameters
+        name = "cache" if renamed else "past_key_values"
+        cache = {name: getattr(before, name)}
+        after = new(input_ids=ids[:, known:], use_cache=True, **cache)
     logits = torch.cat((before.logits, after.logits), 1)[0].float()
     logprobs = torch.log_softmax(logits, -1)[len(PROMPT) - 1 : -1]
     return logprobs.gather(1, ids[0, len(PROMPT) :, None])[:, 0].numpy()
