@@ -6,7 +6,7 @@ once its folder is published and its row written; until then nothing can see it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -38,6 +38,8 @@ class Prepared:
     """Seconds that what is saved is to live; None: until it is deleted."""
     notes: tuple[str, ...] = ()
     """What the user should know of a snapshot."""
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+    """The user's own notes on what is saved."""
 
     @property
     def obsolete(self) -> tuple[str, ...]:
@@ -227,6 +229,7 @@ class CheckpointManager:
         return Prepared(
             save=SaveTarget(self._staging(operation), checkpoint_id),
             state=arguments,
+            user_metadata=arguments.user_metadata,
             ttl_s=arguments.ttl_s,
         )
 
@@ -259,7 +262,12 @@ class CheckpointManager:
             following.kind,
             names.snapshot_name(following.parent) if following.parent else "",
         )
-        return Prepared(save=target, notes=tuple(notes), ttl_s=arguments.ttl_s)
+        return Prepared(
+            save=target,
+            notes=tuple(notes),
+            user_metadata=arguments.user_metadata,
+            ttl_s=arguments.ttl_s,
+        )
 
     async def _finish_state(
         self, session: Session, operation: Operation, prepared: Prepared, saved: SavedFiles
@@ -282,7 +290,7 @@ class CheckpointManager:
             digest=saved.digest,
             size_bytes=saved.size_bytes,
             create_time=self._services.clock.now(),
-            user_metadata=prepared.state.user_metadata,
+            user_metadata=prepared.user_metadata,
             base=session.base,
             expiry=begin(prepared.ttl_s, self._services.clock),
         )
@@ -317,6 +325,7 @@ class CheckpointManager:
             size_bytes=saved.size_bytes,
             create_time=self._services.clock.now(),
             notes=prepared.notes,
+            user_metadata=prepared.user_metadata,
             base=session.base,
             expiry=begin(prepared.ttl_s, self._services.clock),
         )

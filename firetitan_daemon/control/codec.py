@@ -62,6 +62,7 @@ class SaveSnapshotArguments:
     ttl_s: float | None = None
     with_precision: bool = False
     """Whether it says in what a merged base is to be written."""
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

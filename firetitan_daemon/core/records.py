@@ -360,6 +360,7 @@ class Snapshot:
     create_time: float
     notes: tuple[str, ...] = ()
     base: BaseFacts = field(default_factory=BaseFacts)
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
     expiry: Expiry | None = None
     """None: it stays until it is deleted."""
 

@@ -64,6 +64,7 @@ class ProtobufCodec(Codec):
             convert.KIND_NAMES.get(request.kind, str(request.kind)) if request.kind else "",
             _seconds(request),
             request.export_precision != 0,
+            dict(request.user_metadata),
         )
 
     def hotload(self, payload: bytes) -> HotloadArguments:

@@ -322,6 +322,7 @@ def snapshot(record: Snapshot) -> checkpoint_pb2.Snapshot:
         path=record.folder,
         create_time=timestamp(record.create_time),
         notes=record.notes,
+        user_metadata=dict(record.user_metadata),
         tokenizer=record.base.tokenizer,
         base_revision=record.base.revision,
         base_fingerprint=record.base.fingerprint,

@@ -26,7 +26,7 @@ from firetitan.v1 import session_pb2 as firetitan_dot_v1_dot_session__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66iretitan/v1/checkpoint.proto\x12\x0c\x66iretitan.v1\x1a\x1a\x66iretitan/v1/session.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xde\x03\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x11\n\tlora_rank\x18\x04 \x01(\x05\x12\x0c\n\x04step\x18\x05 \x01(\x03\x12\x12\n\ncommit_seq\x18\x06 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x07 \x01(\t\x12\x12\n\nsize_bytes\x18\x08 \x01(\x03\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x41\n\ruser_metadata\x18\x0b \x03(\x0b\x32*.firetitan.v1.Checkpoint.UserMetadataEntry\x12\x11\n\ttokenizer\x18\x0c \x01(\t\x12\x15\n\rbase_revision\x18\r \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x0e \x01(\t\x12&\n\x04lora\x18\x0f \x01(\x0b\x32\x18.firetitan.v1.LoraConfig\x1a\x33\n\x11UserMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x91\x05\n\x08Snapshot\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x1b.firetitan.v1.Snapshot.Kind\x12-\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x1d.firetitan.v1.Snapshot.Format\x12\x0e\n\x06parent\x18\x05 \x01(\t\x12\x0c\n\x04step\x18\x06 \x01(\x03\x12\x12\n\ncommit_seq\x18\x07 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\x12\x15\n\rresult_digest\x18\t \x01(\t\x12\x12\n\nsize_bytes\x18\n \x01(\x03\x12\x12\n\nbase_model\x18\x0b \x01(\t\x12\x11\n\tlora_rank\x18\x0c \x01(\x05\x12\x0c\n\x04path\x18\r \x01(\t\x12/\n\x0b\x63reate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05notes\x18\x10 \x03(\t\x12\x11\n\ttokenizer\x18\x11 \x01(\t\x12\x15\n\rbase_revision\x18\x12 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x13 \x01(\t\"Q\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\r\n\tKIND_BASE\x10\x01\x12\x0e\n\nKIND_DELTA\x10\x02\x12\x14\n\x10KIND_MERGED_BASE\x10\x03\"b\n\x06\x46ormat\x12\x16\n\x12\x46ORMAT_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46ORMAT_PEFT_ADAPTER\x10\x01\x12\x12\n\x0e\x46ORMAT_HF_FULL\x10\x02\x12\x13\n\x0f\x46ORMAT_XOR_ZSTD\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66iretitan/v1/checkpoint.proto\x12\x0c\x66iretitan.v1\x1a\x1a\x66iretitan/v1/session.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xde\x03\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x11\n\tlora_rank\x18\x04 \x01(\x05\x12\x0c\n\x04step\x18\x05 \x01(\x03\x12\x12\n\ncommit_seq\x18\x06 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x07 \x01(\t\x12\x12\n\nsize_bytes\x18\x08 \x01(\x03\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x41\n\ruser_metadata\x18\x0b \x03(\x0b\x32*.firetitan.v1.Checkpoint.UserMetadataEntry\x12\x11\n\ttokenizer\x18\x0c \x01(\t\x12\x15\n\rbase_revision\x18\r \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x0e \x01(\t\x12&\n\x04lora\x18\x0f \x01(\x0b\x32\x18.firetitan.v1.LoraConfig\x1a\x33\n\x11UserMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x87\x06\n\x08Snapshot\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x1b.firetitan.v1.Snapshot.Kind\x12-\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x1d.firetitan.v1.Snapshot.Format\x12\x0e\n\x06parent\x18\x05 \x01(\t\x12\x0c\n\x04step\x18\x06 \x01(\x03\x12\x12\n\ncommit_seq\x18\x07 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\x12\x15\n\rresult_digest\x18\t \x01(\t\x12\x12\n\nsize_bytes\x18\n \x01(\x03\x12\x12\n\nbase_model\x18\x0b \x01(\t\x12\x11\n\tlora_rank\x18\x0c \x01(\x05\x12\x0c\n\x04path\x18\r \x01(\t\x12/\n\x0b\x63reate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05notes\x18\x10 \x03(\t\x12\x11\n\ttokenizer\x18\x11 \x01(\t\x12\x15\n\rbase_revision\x18\x12 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x13 \x01(\t\x12?\n\ruser_metadata\x18\x14 \x03(\x0b\x32(.firetitan.v1.Snapshot.UserMetadataEntry\x1a\x33\n\x11UserMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"Q\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\r\n\tKIND_BASE\x10\x01\x12\x0e\n\nKIND_DELTA\x10\x02\x12\x14\n\x10KIND_MERGED_BASE\x10\x03\"b\n\x06\x46ormat\x12\x16\n\x12\x46ORMAT_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46ORMAT_PEFT_ADAPTER\x10\x01\x12\x12\n\x0e\x46ORMAT_HF_FULL\x10\x02\x12\x13\n\x0f\x46ORMAT_XOR_ZSTD\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,14 +35,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CHECKPOINT_USERMETADATAENTRY']._loaded_options = None
   _globals['_CHECKPOINT_USERMETADATAENTRY']._serialized_options = b'8\001'
+  _globals['_SNAPSHOT_USERMETADATAENTRY']._loaded_options = None
+  _globals['_SNAPSHOT_USERMETADATAENTRY']._serialized_options = b'8\001'
   _globals['_CHECKPOINT']._serialized_start=109
   _globals['_CHECKPOINT']._serialized_end=587
   _globals['_CHECKPOINT_USERMETADATAENTRY']._serialized_start=536
   _globals['_CHECKPOINT_USERMETADATAENTRY']._serialized_end=587
   _globals['_SNAPSHOT']._serialized_start=590
-  _globals['_SNAPSHOT']._serialized_end=1247
-  _globals['_SNAPSHOT_KIND']._serialized_start=1066
-  _globals['_SNAPSHOT_KIND']._serialized_end=1147
-  _globals['_SNAPSHOT_FORMAT']._serialized_start=1149
-  _globals['_SNAPSHOT_FORMAT']._serialized_end=1247
+  _globals['_SNAPSHOT']._serialized_end=1365
+  _globals['_SNAPSHOT_USERMETADATAENTRY']._serialized_start=536
+  _globals['_SNAPSHOT_USERMETADATAENTRY']._serialized_end=587
+  _globals['_SNAPSHOT_KIND']._serialized_start=1184
+  _globals['_SNAPSHOT_KIND']._serialized_end=1265
+  _globals['_SNAPSHOT_FORMAT']._serialized_start=1267
+  _globals['_SNAPSHOT_FORMAT']._serialized_end=1365
 # @@protoc_insertion_point(module_scope)

@@ -180,6 +180,22 @@ class Snapshot(google.protobuf.message.Message):
     FORMAT_XOR_ZSTD: Snapshot.Format.ValueType  # 3
     """Per tensor XOR against the parent's bytes, zstd."""
 
+    @typing.final
+    class UserMetadataEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     NAME_FIELD_NUMBER: builtins.int
     SESSION_FIELD_NUMBER: builtins.int
     KIND_FIELD_NUMBER: builtins.int
@@ -199,6 +215,7 @@ class Snapshot(google.protobuf.message.Message):
     TOKENIZER_FIELD_NUMBER: builtins.int
     BASE_REVISION_FIELD_NUMBER: builtins.int
     BASE_FINGERPRINT_FIELD_NUMBER: builtins.int
+    USER_METADATA_FIELD_NUMBER: builtins.int
     name: builtins.str
     """`snapshots/{snapshot}`; unique in the daemon."""
     session: builtins.str
@@ -243,6 +260,10 @@ class Snapshot(google.protobuf.message.Message):
     def notes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Things to know about how it was saved, in words."""
 
+    @property
+    def user_metadata(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """The user's own notes."""
+
     def __init__(
         self,
         *,
@@ -265,8 +286,9 @@ class Snapshot(google.protobuf.message.Message):
         tokenizer: builtins.str = ...,
         base_revision: builtins.str = ...,
         base_fingerprint: builtins.str = ...,
+        user_metadata: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["base_fingerprint", b"base_fingerprint", "base_model", b"base_model", "base_revision", b"base_revision", "commit_seq", b"commit_seq", "create_time", b"create_time", "digest", b"digest", "expire_time", b"expire_time", "format", b"format", "kind", b"kind", "lora_rank", b"lora_rank", "name", b"name", "notes", b"notes", "parent", b"parent", "path", b"path", "result_digest", b"result_digest", "session", b"session", "size_bytes", b"size_bytes", "step", b"step", "tokenizer", b"tokenizer"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_fingerprint", b"base_fingerprint", "base_model", b"base_model", "base_revision", b"base_revision", "commit_seq", b"commit_seq", "create_time", b"create_time", "digest", b"digest", "expire_time", b"expire_time", "format", b"format", "kind", b"kind", "lora_rank", b"lora_rank", "name", b"name", "notes", b"notes", "parent", b"parent", "path", b"path", "result_digest", b"result_digest", "session", b"session", "size_bytes", b"size_bytes", "step", b"step", "tokenizer", b"tokenizer", "user_metadata", b"user_metadata"]) -> None: ...
 
 global___Snapshot = Snapshot

@@ -28,7 +28,7 @@ from firetitan.v1 import operation_pb2 as firetitan_dot_v1_dot_operation__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%firetitan/v1/checkpoint_service.proto\x12\x0c\x66iretitan.v1\x1a\x1d\x66iretitan/v1/checkpoint.proto\x1a\x1a\x66iretitan/v1/command.proto\x1a\x1c\x66iretitan/v1/operation.proto\x1a\x1egoogle/protobuf/duration.proto\"\x93\x02\n\x10SaveStateRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.firetitan.v1.CommandHeader\x12\x15\n\rcheckpoint_id\x18\x02 \x01(\t\x12G\n\ruser_metadata\x18\x03 \x03(\x0b\x32\x30.firetitan.v1.SaveStateRequest.UserMetadataEntry\x12\x15\n\rkeep_existing\x18\x04 \x01(\x08\x12&\n\x03ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a\x33\n\x11UserMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"?\n\x11SaveStateResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"k\n\x10LoadStateRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.firetitan.v1.CommandHeader\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\x12\x16\n\x0ewith_optimizer\x18\x03 \x01(\x08\"?\n\x11LoadStateResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"R\n\x12LoadAdapterRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.firetitan.v1.CommandHeader\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\"A\n\x13LoadAdapterResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"\xe4\x02\n\x13SaveSnapshotRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.firetitan.v1.CommandHeader\x12\x13\n\x0bsnapshot_id\x18\x02 \x01(\t\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x1b.firetitan.v1.Snapshot.Kind\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12K\n\x10\x65xport_precision\x18\x05 \x01(\x0e\x32\x31.firetitan.v1.SaveSnapshotRequest.ExportPrecision\"k\n\x0f\x45xportPrecision\x12 \n\x1c\x45XPORT_PRECISION_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45XPORT_PRECISION_SOURCE\x10\x01\x12\x19\n\x15\x45XPORT_PRECISION_BF16\x10\x02\"B\n\x14SaveSnapshotResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"$\n\x14GetCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"E\n\x15GetCheckpointResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.firetitan.v1.Checkpoint\"O\n\x16ListCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"a\n\x17ListCheckpointsResponse\x12-\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x18.firetitan.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x12GetSnapshotRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x13GetSnapshotResponse\x12(\n\x08snapshot\x18\x01 \x01(\x0b\x32\x16.firetitan.v1.Snapshot\"M\n\x14ListSnapshotsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"[\n\x15ListSnapshotsResponse\x12)\n\tsnapshots\x18\x01 \x03(\x0b\x32\x16.firetitan.v1.Snapshot\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteCheckpointResponse\"%\n\x15\x44\x65leteSnapshotRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x18\n\x16\x44\x65leteSnapshotResponse2\x82\x07\n\x11\x43heckpointService\x12L\n\tSaveState\x12\x1e.firetitan.v1.SaveStateRequest\x1a\x1f.firetitan.v1.SaveStateResponse\x12L\n\tLoadState\x12\x1e.firetitan.v1.LoadStateRequest\x1a\x1f.firetitan.v1.LoadStateResponse\x12R\n\x0bLoadAdapter\x12 .firetitan.v1.LoadAdapterRequest\x1a!.firetitan.v1.LoadAdapterResponse\x12U\n\x0cSaveSnapshot\x12!.firetitan.v1.SaveSnapshotRequest\x1a\".firetitan.v1.SaveSnapshotResponse\x12X\n\rGetCheckpoint\x12\".firetitan.v1.GetCheckpointRequest\x1a#.firetitan.v1.GetCheckpointResponse\x12^\n\x0fListCheckpoints\x12$.firetitan.v1.ListCheckpointsRequest\x1a%.firetitan.v1.ListCheckpointsResponse\x12R\n\x0bGetSnapshot\x12 .firetitan.v1.GetSnapshotRequest\x1a!.firetitan.v1.GetSnapshotResponse\x12X\n\rListSnapshots\x12\".firetitan.v1.ListSnapshotsRequest\x1a#.firetitan.v1.ListSnapshotsResponse\x12\x61\n\x10\x44\x65leteCheckpoint\x12%.firetitan.v1.DeleteCheckpointRequest\x1a&.firetitan.v1.DeleteCheckpointResponse\x12[\n\x0e\x44\x65leteSnapshot\x12#.firetitan.v1.DeleteSnapshotRequest\x1a$.firetitan.v1.DeleteSnapshotResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%firetitan/v1/checkpoint_service.proto\x12\x0c\x66iretitan.v1\x1a\x1d\x66iretitan/v1/checkpoint.proto\x1a\x1a\x66iretitan/v1/command.proto\x1a\x1c\x66iretitan/v1/operation.proto\x1a\x1egoogle/protobuf/duration.proto\"\x93\x02\n\x10SaveStateRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.firetitan.v1.CommandHeader\x12\x15\n\rcheckpoint_id\x18\x02 \x01(\t\x12G\n\ruser_metadata\x18\x03 \x03(\x0b\x32\x30.firetitan.v1.SaveStateRequest.UserMetadataEntry\x12\x15\n\rkeep_existing\x18\x04 \x01(\x08\x12&\n\x03ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a\x33\n\x11UserMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"?\n\x11SaveStateResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"k\n\x10LoadStateRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.firetitan.v1.CommandHeader\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\x12\x16\n\x0ewith_optimizer\x18\x03 \x01(\x08\"?\n\x11LoadStateResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"R\n\x12LoadAdapterRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.firetitan.v1.CommandHeader\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\"A\n\x13LoadAdapterResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"\xe5\x03\n\x13SaveSnapshotRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.firetitan.v1.CommandHeader\x12\x13\n\x0bsnapshot_id\x18\x02 \x01(\t\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x1b.firetitan.v1.Snapshot.Kind\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12K\n\x10\x65xport_precision\x18\x05 \x01(\x0e\x32\x31.firetitan.v1.SaveSnapshotRequest.ExportPrecision\x12J\n\ruser_metadata\x18\x06 \x03(\x0b\x32\x33.firetitan.v1.SaveSnapshotRequest.UserMetadataEntry\x1a\x33\n\x11UserMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"k\n\x0f\x45xportPrecision\x12 \n\x1c\x45XPORT_PRECISION_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45XPORT_PRECISION_SOURCE\x10\x01\x12\x19\n\x15\x45XPORT_PRECISION_BF16\x10\x02\"B\n\x14SaveSnapshotResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"$\n\x14GetCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"E\n\x15GetCheckpointResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.firetitan.v1.Checkpoint\"O\n\x16ListCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"a\n\x17ListCheckpointsResponse\x12-\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x18.firetitan.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x12GetSnapshotRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x13GetSnapshotResponse\x12(\n\x08snapshot\x18\x01 \x01(\x0b\x32\x16.firetitan.v1.Snapshot\"M\n\x14ListSnapshotsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"[\n\x15ListSnapshotsResponse\x12)\n\tsnapshots\x18\x01 \x03(\x0b\x32\x16.firetitan.v1.Snapshot\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteCheckpointResponse\"%\n\x15\x44\x65leteSnapshotRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x18\n\x16\x44\x65leteSnapshotResponse2\x82\x07\n\x11\x43heckpointService\x12L\n\tSaveState\x12\x1e.firetitan.v1.SaveStateRequest\x1a\x1f.firetitan.v1.SaveStateResponse\x12L\n\tLoadState\x12\x1e.firetitan.v1.LoadStateRequest\x1a\x1f.firetitan.v1.LoadStateResponse\x12R\n\x0bLoadAdapter\x12 .firetitan.v1.LoadAdapterRequest\x1a!.firetitan.v1.LoadAdapterResponse\x12U\n\x0cSaveSnapshot\x12!.firetitan.v1.SaveSnapshotRequest\x1a\".firetitan.v1.SaveSnapshotResponse\x12X\n\rGetCheckpoint\x12\".firetitan.v1.GetCheckpointRequest\x1a#.firetitan.v1.GetCheckpointResponse\x12^\n\x0fListCheckpoints\x12$.firetitan.v1.ListCheckpointsRequest\x1a%.firetitan.v1.ListCheckpointsResponse\x12R\n\x0bGetSnapshot\x12 .firetitan.v1.GetSnapshotRequest\x1a!.firetitan.v1.GetSnapshotResponse\x12X\n\rListSnapshots\x12\".firetitan.v1.ListSnapshotsRequest\x1a#.firetitan.v1.ListSnapshotsResponse\x12\x61\n\x10\x44\x65leteCheckpoint\x12%.firetitan.v1.DeleteCheckpointRequest\x1a&.firetitan.v1.DeleteCheckpointResponse\x12[\n\x0e\x44\x65leteSnapshot\x12#.firetitan.v1.DeleteSnapshotRequest\x1a$.firetitan.v1.DeleteSnapshotResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,6 +37,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAVESTATEREQUEST_USERMETADATAENTRY']._loaded_options = None
   _globals['_SAVESTATEREQUEST_USERMETADATAENTRY']._serialized_options = b'8\001'
+  _globals['_SAVESNAPSHOTREQUEST_USERMETADATAENTRY']._loaded_options = None
+  _globals['_SAVESNAPSHOTREQUEST_USERMETADATAENTRY']._serialized_options = b'8\001'
   _globals['_SAVESTATEREQUEST']._serialized_start=177
   _globals['_SAVESTATEREQUEST']._serialized_end=452
   _globals['_SAVESTATEREQUEST_USERMETADATAENTRY']._serialized_start=401
@@ -52,35 +54,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOADADAPTERRESPONSE']._serialized_start=777
   _globals['_LOADADAPTERRESPONSE']._serialized_end=842
   _globals['_SAVESNAPSHOTREQUEST']._serialized_start=845
-  _globals['_SAVESNAPSHOTREQUEST']._serialized_end=1201
-  _globals['_SAVESNAPSHOTREQUEST_EXPORTPRECISION']._serialized_start=1094
-  _globals['_SAVESNAPSHOTREQUEST_EXPORTPRECISION']._serialized_end=1201
-  _globals['_SAVESNAPSHOTRESPONSE']._serialized_start=1203
-  _globals['_SAVESNAPSHOTRESPONSE']._serialized_end=1269
-  _globals['_GETCHECKPOINTREQUEST']._serialized_start=1271
-  _globals['_GETCHECKPOINTREQUEST']._serialized_end=1307
-  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=1309
-  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=1378
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1380
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1459
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1461
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1558
-  _globals['_GETSNAPSHOTREQUEST']._serialized_start=1560
-  _globals['_GETSNAPSHOTREQUEST']._serialized_end=1594
-  _globals['_GETSNAPSHOTRESPONSE']._serialized_start=1596
-  _globals['_GETSNAPSHOTRESPONSE']._serialized_end=1659
-  _globals['_LISTSNAPSHOTSREQUEST']._serialized_start=1661
-  _globals['_LISTSNAPSHOTSREQUEST']._serialized_end=1738
-  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_start=1740
-  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_end=1831
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=1833
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=1872
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=1874
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=1900
-  _globals['_DELETESNAPSHOTREQUEST']._serialized_start=1902
-  _globals['_DELETESNAPSHOTREQUEST']._serialized_end=1939
-  _globals['_DELETESNAPSHOTRESPONSE']._serialized_start=1941
-  _globals['_DELETESNAPSHOTRESPONSE']._serialized_end=1965
-  _globals['_CHECKPOINTSERVICE']._serialized_start=1968
-  _globals['_CHECKPOINTSERVICE']._serialized_end=2866
+  _globals['_SAVESNAPSHOTREQUEST']._serialized_end=1330
+  _globals['_SAVESNAPSHOTREQUEST_USERMETADATAENTRY']._serialized_start=401
+  _globals['_SAVESNAPSHOTREQUEST_USERMETADATAENTRY']._serialized_end=452
+  _globals['_SAVESNAPSHOTREQUEST_EXPORTPRECISION']._serialized_start=1223
+  _globals['_SAVESNAPSHOTREQUEST_EXPORTPRECISION']._serialized_end=1330
+  _globals['_SAVESNAPSHOTRESPONSE']._serialized_start=1332
+  _globals['_SAVESNAPSHOTRESPONSE']._serialized_end=1398
+  _globals['_GETCHECKPOINTREQUEST']._serialized_start=1400
+  _globals['_GETCHECKPOINTREQUEST']._serialized_end=1436
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=1438
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=1507
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1509
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1588
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1590
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1687
+  _globals['_GETSNAPSHOTREQUEST']._serialized_start=1689
+  _globals['_GETSNAPSHOTREQUEST']._serialized_end=1723
+  _globals['_GETSNAPSHOTRESPONSE']._serialized_start=1725
+  _globals['_GETSNAPSHOTRESPONSE']._serialized_end=1788
+  _globals['_LISTSNAPSHOTSREQUEST']._serialized_start=1790
+  _globals['_LISTSNAPSHOTSREQUEST']._serialized_end=1867
+  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_start=1869
+  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_end=1960
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=1962
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=2001
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=2003
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=2029
+  _globals['_DELETESNAPSHOTREQUEST']._serialized_start=2031
+  _globals['_DELETESNAPSHOTREQUEST']._serialized_end=2068
+  _globals['_DELETESNAPSHOTRESPONSE']._serialized_start=2070
+  _globals['_DELETESNAPSHOTRESPONSE']._serialized_end=2094
+  _globals['_CHECKPOINTSERVICE']._serialized_start=2097
+  _globals['_CHECKPOINTSERVICE']._serialized_end=2995
 # @@protoc_insertion_point(module_scope)

@@ -229,11 +229,28 @@ class SaveSnapshotRequest(google.protobuf.message.Message):
     EXPORT_PRECISION_BF16: SaveSnapshotRequest.ExportPrecision.ValueType  # 2
     """bfloat16."""
 
+    @typing.final
+    class UserMetadataEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     HEADER_FIELD_NUMBER: builtins.int
     SNAPSHOT_ID_FIELD_NUMBER: builtins.int
     KIND_FIELD_NUMBER: builtins.int
     TTL_FIELD_NUMBER: builtins.int
     EXPORT_PRECISION_FIELD_NUMBER: builtins.int
+    USER_METADATA_FIELD_NUMBER: builtins.int
     snapshot_id: builtins.str
     """Wanted name; the session's suffix is appended, and `.2`, `.3` ... before it where it is taken."""
     kind: firetitan.v1.checkpoint_pb2.Snapshot.Kind.ValueType
@@ -248,6 +265,10 @@ class SaveSnapshotRequest(google.protobuf.message.Message):
     def ttl(self) -> google.protobuf.duration_pb2.Duration:
         """Removed this long after it was saved, or once it is in use no more; absent: it stays."""
 
+    @property
+    def user_metadata(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """The user's own notes."""
+
     def __init__(
         self,
         *,
@@ -256,9 +277,10 @@ class SaveSnapshotRequest(google.protobuf.message.Message):
         kind: firetitan.v1.checkpoint_pb2.Snapshot.Kind.ValueType = ...,
         ttl: google.protobuf.duration_pb2.Duration | None = ...,
         export_precision: global___SaveSnapshotRequest.ExportPrecision.ValueType = ...,
+        user_metadata: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["header", b"header", "ttl", b"ttl"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["export_precision", b"export_precision", "header", b"header", "kind", b"kind", "snapshot_id", b"snapshot_id", "ttl", b"ttl"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["export_precision", b"export_precision", "header", b"header", "kind", b"kind", "snapshot_id", b"snapshot_id", "ttl", b"ttl", "user_metadata", b"user_metadata"]) -> None: ...
 
 global___SaveSnapshotRequest = SaveSnapshotRequest
 
