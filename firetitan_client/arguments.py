@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from firetitan_client.convert import invalid, real_number
+from firetitan_client.errors import Unsupported
 
 
 def notes(value: Any, field: str = "user_metadata") -> dict[str, str]:
@@ -49,6 +50,39 @@ def scale(value: Any, field: str) -> float:
     if not 0 < number < math.inf:
         raise invalid(field, f"is {value!r}; give a number above 0")
     return number
+
+
+def optimizer(value: Any) -> None:
+    """Refuse another optimizer than AdamW rather than train with it.
+
+    Args:
+        value: A `tinker.types.OptimizerConfig`; None: AdamW.
+
+    Raises:
+        Unsupported: Another one.
+        InvalidArgument: No such configuration.
+    """
+    if value is None:
+        return
+    kind = getattr(value, "type", None)
+    if not isinstance(kind, str):
+        raise invalid("optimizer", f"is a {type(value).__name__}; leave it out: AdamW is used")
+    if kind != "adamw":
+        raise Unsupported(f"optimizer: {kind!r} is not supported; only AdamW is", field="optimizer")
+
+
+def stability_info(wanted: Any) -> None:
+    """Refuse to record what nothing here reads.
+
+    Raises:
+        Unsupported: It was asked for.
+    """
+    if wanted:
+        raise Unsupported(
+            "record_stability_info: is for the loss stable_reinforce, which is not supported; "
+            "leave it out",
+            field="record_stability_info",
+        )
 
 
 def model_name(value: Any, field: str = "base_model") -> str:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from firetitan.v1 import operation_pb2, training_service_pb2
 
-from firetitan_client import convert, precomputed
+from firetitan_client import convert, precomputed, tinker_losses
 from firetitan_client.errors import GraphExpired, PrecedingFailed, WeightsChanged
 from firetitan_client.futures import APIFuture
 from firetitan_client.loss_space import Embeddings, Logprobs, choose_space, output_arrays
@@ -73,6 +73,7 @@ class CustomLossCall:
         precomputed_forward: Any = None,
     ) -> None:
         _torch()
+        loss_fn = tinker_losses.as_function(loss_fn, data) or loss_fn
         if not callable(loss_fn):
             raise convert.invalid(
                 "loss_fn", f"is {loss_fn!r}; give a function, or call forward_backward for a name"

@@ -54,9 +54,9 @@ class FireworksClient(ControlClient):
             Rows with `name` (`accounts/local/rlorTrainerJobs/<job>/checkpoints/<id>`),
             `createTime`, `updateTime` (RFC 3339), `checkpointType` and `promotable`; and of ours
             `baseModel`, `baseModelRevision`, `baseModelFingerprint`, `tokenizer`, `loraRank`,
-            `step`, `seq` (place in the session's order), `session`, `sizeBytes`; `expireTime` where
-            it has one, `userMetadata` of a checkpoint to resume from. Those and snapshots for
-            sampling are told apart by their type.
+            `step`, `seq` (place in the session's order), `session`, `sizeBytes`, `userMetadata`;
+            `expireTime` where it has one. Checkpoints to resume from and snapshots for sampling are
+            told apart by their type.
 
         Raises:
             NotFound: No such trainer, and nothing it would have saved.
@@ -360,6 +360,7 @@ def _row(trainer_id: str, saved: Any, kind: str, promotable: bool) -> dict[str, 
         "seq": saved.commit_seq,
         "session": saved.session,
         "sizeBytes": saved.size_bytes,
+        "userMetadata": dict(saved.user_metadata),
     }
     if saved.HasField("expire_time"):
         row["expireTime"] = rfc3339(saved.expire_time)
@@ -382,8 +383,7 @@ def _model_row(model: model_pb2.Model) -> dict[str, Any]:
 
 
 def _checkpoint_row(trainer_id: str, saved: checkpoint_pb2.Checkpoint) -> dict[str, Any]:
-    row = _row(trainer_id, saved, "TRAINING_LORA" if saved.lora_rank else "TRAINING", False)
-    return row | {"userMetadata": dict(saved.user_metadata)}
+    return _row(trainer_id, saved, "TRAINING_LORA" if saved.lora_rank else "TRAINING", False)
 
 
 def _snapshot_row(trainer_id: str, saved: checkpoint_pb2.Snapshot) -> dict[str, Any]:

@@ -128,6 +128,18 @@ class Provisioner:
                 self._trainer_task = None
         return self.trainer
 
+    def check_deployment(self) -> None:
+        """Refuse what needs a deployment where the service shall have none.
+
+        Raises:
+            Unsupported: It shall have none.
+        """
+        if not self.config.create_deployment:
+            raise Unsupported(
+                "this service has no deployment (create_deployment=False); create one without it, "
+                "or sample with another service on the same trainer_job_id"
+            )
+
     async def get_deployment(self) -> deployment_pb2.Deployment:
         """The deployment, ready; its trainer is made beside it where one is wanted."""
         if self.deployment is not None and (self._joined_for or not self._wants_trainer):
@@ -236,11 +248,7 @@ class Provisioner:
 
     async def _make_deployment(self) -> deployment_pb2.Deployment:
         config = self.config
-        if not config.create_deployment:
-            raise Unsupported(
-                "this service has no deployment (create_deployment=False); create one without it, "
-                "or sample with another service on the same trainer_job_id"
-            )
+        self.check_deployment()
         trainer: asyncio.Task[trainer_pb2.Trainer] | None = None
         base_model = config.base_model
         if self._wants_trainer:

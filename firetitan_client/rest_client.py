@@ -360,7 +360,7 @@ def _checkpoint(run: str, checkpoint_id: str, saved: Any) -> Any:
         time=_created(saved),
         tinker_path=f"tinker://{run}/{checkpoint_id}",
         size_bytes=saved.size_bytes,
-        user_metadata=dict(saved.user_metadata) if training else None,
+        user_metadata=dict(saved.user_metadata),
         expires_at=_time(saved.expire_time) if saved.HasField("expire_time") else None,
     )
 

@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 from firetitan_client import address as addresses
 from firetitan_client import transport
 from firetitan_client.errors import FiretitanError
-from firetitan_client.futures import APIFuture
+from firetitan_client.futures import APIFuture, completed
 from firetitan_client.leases import DELETE, STOP, Cleanup, report
 from firetitan_client.managed import (
     CLEANUP_DEPLOYMENT_ON_CLOSE_DELETE,
@@ -35,6 +35,7 @@ from firetitan_client.training_profile import TrainingShapeProfile, profile_of
 
 logger = logging.getLogger("firetitan")
 T = TypeVar("T")
+_ENDINGS = ("success", "errored", "interrupted")
 
 
 class FiretitanServiceClient(
@@ -239,13 +240,25 @@ class FiretitanServiceClient(
 
     # The end
 
-    def close(self) -> None:
+    def close(self, status: str = "success", detail: str | None = None) -> APIFuture[None]:
         """End this service: what was called still runs, then what it created is cleaned up.
 
         A trainer or deployment that existed before is never touched. One that others use too stays
         until the last of them has left; the log says so. The first error is raised at the end,
         further ones are logged. Ctrl-C stops the waiting, not the clean-up. Again is fine.
+
+        Args:
+            status: tinker's word for how it ended, for the log: "success", "errored" or
+                "interrupted".
+            detail: Further words, for the log.
+
+        Returns:
+            A future that is done, for code that waits for it.
         """
+        if status not in _ENDINGS:
+            raise ValueError(f"status: is {status!r}; give one of {_ENDINGS}")
+        if status != "success" or detail:
+            logger.info("closing, %s: %s", status, detail or "no details")
         self._closed = True
         self._closing.run(
             ("the references", self._leave_references),
@@ -253,6 +266,7 @@ class FiretitanServiceClient(
             ("the calls that were made", self._finish_calls),
             ("the clean-up", self._leave),
         )
+        return completed(None, "close")
 
     @property
     def _cleanups(self) -> dict[str, Cleanup]:

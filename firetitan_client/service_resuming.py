@@ -11,7 +11,7 @@ from typing import Any
 
 from firetitan.v1 import checkpoint_pb2
 
-from firetitan_client import references
+from firetitan_client import arguments, references
 from firetitan_client.errors import Unsupported
 from firetitan_client.futures import APIFuture
 from firetitan_client.service_training import Resume, TrainingClients
@@ -30,6 +30,7 @@ class ResumingClients(TrainingClients):
         *,
         name: Any = None,
         base_model: str | None = None,
+        optimizer: Any = None,
     ) -> FiretitanTrainingClient:
         """A client that begins with a checkpoint's weights and a fresh optimizer.
 
@@ -43,12 +44,14 @@ class ResumingClients(TrainingClients):
             weights_access_token: Not supported.
             name: `path` by another name.
             base_model: Must be the service's; None: that.
+            optimizer: AdamW's configuration, or None; others are refused.
 
         Raises:
             ValueError: Another model than the service's; the service has a client already.
             NotImplementedError: An access token, or a service with `max_lora_rank`.
             FiretitanError: No such checkpoint; it is of another model or adapter.
         """
+        arguments.optimizer(optimizer)
         return self._create_from(
             path, name, weights_access_token, base_model, user_metadata, with_optimizer=False
         )

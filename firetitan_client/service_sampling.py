@@ -12,7 +12,7 @@ from typing import Any
 
 from firetitan.v1 import checkpoint_service_pb2, deployment_service_pb2
 
-from firetitan_client import references
+from firetitan_client import arguments, references
 from firetitan_client.deployment_sampler import DeploymentSampler
 from firetitan_client.errors import FailedPrecondition, FiretitanError, SnapshotNotActive
 from firetitan_client.futures import APIFuture
@@ -38,6 +38,7 @@ class SamplingClients(ServiceCore):
         concurrency_controller: Any = None,
         training_client: Any = None,
         pinned: bool = False,
+        record_stability_info: bool = False,
     ) -> FiretitanSamplingClient:
         """A tinker-shaped client of the deployment.
 
@@ -51,11 +52,13 @@ class SamplingClients(ServiceCore):
                 run at once, the daemon batches them.
             training_client: Ignored.
             pinned: Stay with `model_path` instead of following the deployment.
+            record_stability_info: Not supported.
 
         Raises:
             RuntimeError: The snapshot could not be brought to the deployment; says why.
         """
         self._check_open()
+        arguments.stability_info(record_stability_info)
         if pinned and model_path is None:
             raise ValueError("pinned=True needs model_path, the snapshot to stay with")
         if retry_config is not None:
@@ -74,12 +77,12 @@ class SamplingClients(ServiceCore):
         )
 
     def _sampling_after(
-        self, saved: APIFuture[Any], *, wait: bool = True
+        self, saved: APIFuture[Any], *, pinned: bool, wait: bool = True
     ) -> FiretitanSamplingClient:
         async def path() -> str:
             return references.snapshot_reference(await saved)
 
-        return self._sampling(path, None, pinned=True, wait=wait)
+        return self._sampling(path, None, pinned=pinned, wait=wait)
 
     @staticmethod
     async def _path(path: str | None) -> str | None:

@@ -120,8 +120,23 @@ class TrainingClients(ServiceCore):
         train_unembed: bool | None = None,
         user_metadata: Mapping[str, str] | None = None,
         alpha: float | _Unset = UNSET,
+        *,
+        optimizer: Any = None,
     ) -> FiretitanTrainingClient:
-        """As `create_training_client`, in tinker's words; without a rank anywhere it is 32."""
+        """As `create_training_client`, in tinker's words; without a rank anywhere it is 32.
+
+        Args:
+            base_model: See there, and so the rest.
+            rank: Of the adapter.
+            seed: Of the adapter's first weights.
+            train_mlp: Adapt the MLP projections.
+            train_attn: Adapt the attention projections.
+            train_unembed: Adapt the output head.
+            user_metadata: Your own notes.
+            alpha: Scale numerator.
+            optimizer: AdamW's configuration, or None; others are refused.
+        """
+        arguments.optimizer(optimizer)
         if rank is None and self._config.lora_rank is None and self._config.trainer_job_id is None:
             rank = 32
         return self.create_training_client(

@@ -6,11 +6,12 @@ checkpoints or samples work.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
-from firetitan_client import types
+from firetitan_client import tinker_losses, types
 from firetitan_client.errors import Unsupported
-from firetitan_client.futures import APIFuture, SelfFuture
+from firetitan_client.futures import APIFuture, SelfFuture, completed
 from firetitan_client.rest_client import RestClient, server_capabilities
 from firetitan_client.sample_requests import follow
 from firetitan_client.service_core import ServiceCore
@@ -39,6 +40,37 @@ class TinkerServiceCalls(ServiceCore):
 
     def get_telemetry(self) -> None:
         """There is none."""
+
+    @property
+    def holder(self) -> None:
+        """None: connections are not handed out."""
+
+    def get_console_url(self) -> str:
+        """There is no console: the daemon's address, for `firetitand status`."""
+        return self._transport.address
+
+    def create_custom_loss(self, fn: Any, input_ranks: Mapping[str, int]) -> APIFuture[Any]:
+        """A loss of one datum at a time, traced by tinker, for `forward_backward_custom`.
+
+        Args:
+            fn: `fn(logprobs, *inputs) -> (loss, metrics)`, in torch, without branching on values.
+            input_ranks: Dimensions of logprobs and of each further loss input it reads.
+
+        Returns:
+            A future of tinker's `LossHandle`; it runs in this process.
+
+        Raises:
+            ValueError: It cannot be traced, or the ranks do not fit its arguments.
+            NotImplementedError: The installed tinker has none.
+        """
+        return completed(tinker_losses.trace(fn, input_ranks), "create_custom_loss")
+
+    def copy_weights(self, *_: Any, **__: Any) -> NoReturn:
+        """Not supported."""
+        raise Unsupported(
+            "copy_weights has no meaning for a daemon of your own; every trainer reads every "
+            "checkpoint: load_state('cross_job://<trainer>/<name>')"
+        )
 
 
 class TinkerTrainingCalls(SelfFuture[Opened]):
@@ -90,9 +122,17 @@ class TinkerTrainingCalls(SelfFuture[Opened]):
     def get_telemetry(self) -> None:
         """There is none."""
 
-    def weight_sync(self) -> APIFuture[Any]:
+    def get_console_url(self) -> str:
+        """There is no console: the session's name, for `firetitand ls`."""
+        return self._opened.session
+
+    def save_weights_external(self, *_: Any, **__: Any) -> NoReturn:
         """Not supported."""
         raise Unsupported(
-            "weight_sync is not supported; save_weights_for_sampler(name) and "
-            "service.hotload_sampler_snapshot(path) bring the weights to the deployment"
+            "save_weights_external is not supported; save_weights_for_sampler(name), then "
+            "FireworksClient().export_checkpoint(name, folder) writes a Hugging Face or PEFT folder"
         )
+
+    async def save_weights_external_async(self, *_: Any, **__: Any) -> NoReturn:
+        """Not supported."""
+        self.save_weights_external()

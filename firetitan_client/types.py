@@ -36,6 +36,18 @@ class SaveSamplerResult:
 
 
 @dataclass(frozen=True)
+class WeightSyncResponse:
+    """What `weight_sync` brought to the deployment."""
+
+    version: str
+    """The snapshot that is served."""
+    optimizer_version: int
+    """Optimizer steps in it."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """`save_s` and `hotload_s`."""
+
+
+@dataclass(frozen=True)
 class AdamParams:
     """AdamW settings of one step, for users without tinker."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from firetitan.v1 import checkpoint_pb2, checkpoint_service_pb2, operation_pb2
 from firetitan_client import arguments, convert, references, types
 from firetitan_client.futures import APIFuture, SelfFuture
 from firetitan_client.lane import Lane
+from firetitan_client.sample_requests import follow
 from firetitan_client.sessions import Opened
 from firetitan_client.types import SaveSamplerResult
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from firetitan_client.service import FiretitanServiceClient
 
 logger = logging.getLogger("firetitan")
+
+_SYNCED_TTL_S = 3600
 
 
 class WeightsCalls(SelfFuture[Opened]):
@@ -56,6 +60,8 @@ class WeightsCalls(SelfFuture[Opened]):
         ttl_seconds: int | None = None,
         checkpoint_type: str | None = None,
         export_precision: str | None = None,
+        *,
+        user_metadata: Mapping[str, str] | None = None,
     ) -> APIFuture[Any]:
         """Save the weights as an immutable snapshot to serve.
 
@@ -68,11 +74,14 @@ class WeightsCalls(SelfFuture[Opened]):
                 then deltas.
             export_precision: Of a "merged_base": "source", the base model's stored data types (the
                 default), or "bf16".
+            user_metadata: Your own notes.
 
         Returns:
             A future with `.path`, the snapshot's public name.
         """
-        return self._save_snapshot(name, ttl_seconds, checkpoint_type, export_precision, _sampler)
+        return self._save_snapshot(
+            name, ttl_seconds, checkpoint_type, export_precision, _sampler, user_metadata
+        )
 
     def save_weights_for_sampler_ext(
         self,
@@ -87,7 +96,7 @@ class WeightsCalls(SelfFuture[Opened]):
             ttl_seconds,
             checkpoint_type,
             export_precision,
-            lambda path: SaveSamplerResult(path, path),
+            lambda snapshot: SaveSamplerResult(*[_identity(snapshot)] * 2),
         )
         result: SaveSamplerResult = saved.result()
         return result
@@ -98,7 +107,8 @@ class WeightsCalls(SelfFuture[Opened]):
         ttl_seconds: int | None,
         checkpoint_type: str | None,
         export_precision: str | None,
-        make: Callable[[str], Any],
+        make: Callable[[checkpoint_pb2.Snapshot], Any],
+        user_metadata: Mapping[str, str] | None = None,
     ) -> APIFuture[Any]:
         kind = references.snapshot_kind(checkpoint_type)
         opened = self._ready.done() and self._ready.exception(0) is None
@@ -109,13 +119,14 @@ class WeightsCalls(SelfFuture[Opened]):
             kind=kind,
             ttl=references.time_to_live(ttl_seconds),
             export_precision=references.export_precision(export_precision, kind),
+            user_metadata=arguments.notes(user_metadata),
         )
 
         def finish(operation: operation_pb2.Operation) -> Any:
             snapshot: checkpoint_pb2.Snapshot = operation.snapshot
             for note in snapshot.notes:
                 logger.warning("%s: %s", snapshot.name, note)
-            return make(snapshot.name.rpartition("/")[2])
+            return make(snapshot)
 
         return self._submit(
             "CheckpointService/SaveSnapshot",
@@ -125,31 +136,89 @@ class WeightsCalls(SelfFuture[Opened]):
         )
 
     def save_weights_and_get_sampling_client(
-        self, name: str | None = None, retry_config: Any = None, **_: Any
+        self,
+        name: str | None = None,
+        retry_config: Any = None,
+        record_stability_info: bool = False,
+        kind: str = "snapshot",
     ) -> FiretitanSamplingClient:
-        """Save, load into the deployment, and get a client pinned to that snapshot.
+        """Save, load into the deployment, and get a client of that snapshot.
 
         Args:
             name: Of the snapshot; None chooses one.
             retry_config: Ignored: retries need no settings here.
+            record_stability_info: Not supported.
+            kind: "snapshot": the client stays with these weights; "inflight": it goes over to newer
+                ones as the deployment does.
         """
-        return self._service._sampling_after(self._save_for_sampling(name))
+        saved, pinned = self._save_for_sampling(name, record_stability_info, kind)
+        return self._service._sampling_after(saved, pinned=pinned)
 
     def save_weights_and_get_sampling_client_submit(
-        self, name: str | None = None, retry_config: Any = None, **_: Any
+        self,
+        name: str | None = None,
+        retry_config: Any = None,
+        record_stability_info: bool = False,
+        kind: str = "snapshot",
     ) -> concurrent.futures.Future[FiretitanSamplingClient]:
         """As `save_weights_and_get_sampling_client`, returning a future of the client at once."""
-        return self._service._sampling_after(self._save_for_sampling(name), wait=False).future()
+        saved, pinned = self._save_for_sampling(name, record_stability_info, kind)
+        return self._service._sampling_after(saved, pinned=pinned, wait=False).future()
 
-    def _save_for_sampling(self, name: str | None) -> APIFuture[Any]:
+    def _save_for_sampling(
+        self, name: str | None, record_stability_info: bool, kind: str
+    ) -> tuple[APIFuture[Any], bool]:
+        """The save, and whether its client stays with it."""
+        arguments.stability_info(record_stability_info)
+        if kind not in ("snapshot", "inflight"):
+            raise convert.invalid("kind", f"is {kind!r}; give 'snapshot' or 'inflight'")
         self._num_samplers += 1
-        return self.save_weights_for_sampler(name or f"sampler-{self._num_samplers}")
+        saved = self.save_weights_for_sampler(name or f"sampler-{self._num_samplers}")
+        return saved, kind == "snapshot"
 
     async def save_weights_and_get_sampling_client_async(
-        self, name: str | None = None, retry_config: Any = None, **options: Any
+        self, *args: Any, **kwargs: Any
     ) -> FiretitanSamplingClient:
         """As `save_weights_and_get_sampling_client`, for coroutines."""
-        return await self.save_weights_and_get_sampling_client(name, retry_config, **options)
+        return await self.save_weights_and_get_sampling_client(*args, **kwargs)
+
+    def weight_sync(self) -> APIFuture[types.WeightSyncResponse]:
+        """Bring the weights as they are now to the service's deployment.
+
+        Saves a snapshot, a base or a delta as the chain goes, and hotloads it. The snapshot is
+        removed an hour later, or once it is served no more and no delta stands on it.
+
+        Returns:
+            A future of `WeightSyncResponse`, done once the deployment serves them.
+
+        Raises:
+            NotImplementedError: The service has no deployment.
+            RuntimeError: (from the future) `Hotload failed ...`; what was served is served on.
+        """
+        self._num_samplers += 1
+        self._service._provisioner.check_deployment()
+        began = time.monotonic()
+        saving = self._save_snapshot(
+            f"weight-sync-{self._num_samplers}", _SYNCED_TTL_S, None, None, lambda made: made
+        )
+        done: APIFuture[types.WeightSyncResponse] = APIFuture("weight_sync")
+
+        async def sync() -> types.WeightSyncResponse:
+            snapshot = await saving
+            saved_s = time.monotonic() - began
+            await self._service._open_target(_identity(snapshot))
+            return types.WeightSyncResponse(
+                _identity(snapshot),
+                snapshot.step,
+                {"save_s": saved_s, "hotload_s": time.monotonic() - began - saved_s},
+            )
+
+        follow(sync(), done)
+        return done
+
+    async def weight_sync_async(self) -> APIFuture[types.WeightSyncResponse]:
+        """As `weight_sync`."""
+        return self.weight_sync()
 
     def create_sampling_client(
         self, model_path: Any, retry_config: Any = None, **options: Any
@@ -333,5 +402,10 @@ class WeightsCalls(SelfFuture[Opened]):
         return self._lane.submit(method, request.SerializeToString(), response, finish)
 
 
-def _sampler(path: str) -> Any:
-    return types.result_type("SaveWeightsForSamplerResponse")(path=path)
+def _sampler(snapshot: checkpoint_pb2.Snapshot) -> Any:
+    return types.result_type("SaveWeightsForSamplerResponse")(path=_identity(snapshot))
+
+
+def _identity(snapshot: checkpoint_pb2.Snapshot) -> str:
+    """The public name."""
+    return snapshot.name.rpartition("/")[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,6 +98,72 @@ async def test_a_loop_that_awaits(service_client: Any, tiny_llama: Path) -> None
     await (await client.unload_model_async())
     with pytest.raises(ClientClosed):
         client.forward(data, "cross_entropy")
+
+
+def test_what_the_newest_tinker_asks(service_client: Any) -> None:
+    """Arguments and calls that came with tinker 0.30 to 0.38."""
+    client = service_client.create_lora_training_client(
+        "firetitan/toy", 4, optimizer=SimpleNamespace(type="adamw")
+    )
+    dimuon = SimpleNamespace(type="dimuon", version=1)
+    for call in (
+        lambda: service_client.create_lora_training_client("firetitan/toy", optimizer=dimuon),
+        lambda: service_client.create_training_client_from_state("s", optimizer=dimuon),
+        lambda: service_client.create_sampling_client(record_stability_info=True),
+        lambda: client.save_weights_and_get_sampling_client(record_stability_info=True),
+    ):
+        with pytest.raises(NotImplementedError, match=r"dimuon|stability"):
+            call()
+    assert service_client.holder is None
+    assert service_client.get_console_url().startswith("unix:")
+    assert client.get_console_url() == client.session_name
+    fixed = client.save_weights_and_get_sampling_client()
+    moving = client.save_weights_and_get_sampling_client(kind="inflight")
+    client.forward_backward(ragged_data(seed=1, count=2, vocab_size=64), "cross_entropy")
+    client.optim_step(optim_params=ADAM)
+    saved = client.save_weights_for_sampler("new", user_metadata={"who": "me"}).result().path
+    service_client.create_sampling_client(model_path=saved)
+    assert fixed.sample(PROMPT, 1, PARAMS).result().snapshot.startswith("sampler-1-")
+    assert moving.sample(PROMPT, 1, PARAMS).result().snapshot == saved
+    with pytest.raises(ValueError, match="kind: is 'moving'"):
+        client.save_weights_and_get_sampling_client(kind="moving")
+    rows = service_client.list_checkpoints(client.model_id)
+    notes = {one["name"].rpartition("/")[2]: one["userMetadata"] for one in rows}
+    assert notes[saved] == {"who": "me"} and {} in notes.values()
+    with pytest.raises(ValueError, match="status: is 'done'"):
+        service_client.close("done")
+    service_client.close("errored", detail="on purpose").result()
+    with pytest.raises(RuntimeError, match="closed"):
+        service_client.create_sampling_client()
+
+
+def test_a_traced_loss(service_client: Any) -> None:
+    def squared_error(logprobs: Any, weights: Any) -> Any:
+        loss = (weights * logprobs**2).sum()
+        return loss, {"custom/squared:sum": loss}
+
+    client = service_client.create_lora_training_client("firetitan/toy", 4, seed=3)
+    data = ragged_data(seed=1, count=3, vocab_size=64, weight=0.5)
+    ranks = {"logprobs": 1, "weights": 1}
+    if not hasattr(tinker.ServiceClient, "create_custom_loss"):
+        with pytest.raises(NotImplementedError, match=r"0\.36"):
+            service_client.create_custom_loss(squared_error, ranks)
+        return
+    traced = service_client.create_custom_loss(squared_error, ranks).result()
+    result = client.forward_backward_custom(data, traced).result()
+    assert result.metrics["custom/squared:sum"] == pytest.approx(result.metrics["loss:sum"])
+    norm = client.optim_step(tinker.AdamParams(learning_rate=0.0)).result().metrics["grad_norm"]
+
+    def plainly(datums: Any, logprobs: list[Any]) -> Any:
+        weights = [one.loss_fn_inputs["weights"].to_torch() for one in datums]
+        return sum((w * p**2).sum() for w, p in zip(weights, logprobs, strict=True)), {}
+
+    client.forward_backward_custom(data, plainly).result()
+    again = client.optim_step(tinker.AdamParams(learning_rate=0.0)).result().metrics["grad_norm"]
+    assert norm == again > 0
+    bare = tinker.Datum(model_input=PROMPT, loss_fn_inputs={"target_tokens": [2, 3, 4]})
+    with pytest.raises(ValueError, match="weights"):
+        client.forward_backward_custom([bare], traced)
 
 
 def test_runs_and_checkpoints(service_client: Any) -> None:

@@ -42,6 +42,37 @@ def policy(make_service: MakeService) -> FiretitanTrainingClient:
     return make_service(create_deployment=False).create_training_client()
 
 
+def test_weight_sync(make_service: MakeService) -> None:
+    """The deployment serves the weights of that moment; nothing else is kept of them for long."""
+    service = make_service(lora_rank=0)
+    policy = service.create_training_client()
+    sampler = service.create_sampling_client()
+    data = ragged_data(seed=1, count=2, vocab_size=64)
+    kinds, served = [], []
+    for step in (1, 2):
+        policy.forward_backward(data, "cross_entropy")
+        policy.optim_step(ADAM)
+        synced = policy.weight_sync().result()
+        assert synced.optimizer_version == step
+        assert sorted(synced.metrics) == ["hotload_s", "save_s"]
+        answer = sampler.compute_logprobs([1, 2, 3]).result()
+        served.append((sampler.sample([1], 1).result().snapshot, answer))
+        (row,) = [
+            one
+            for one in service.list_checkpoints(service.trainer_job_id)
+            if one["name"].endswith(f"/{synced.version}")
+        ]
+        kinds.append(row["checkpointType"].removeprefix("CHECKPOINT_TYPE_"))
+        assert "expireTime" in row
+        assert served[-1][0] == synced.version
+    assert kinds == ["INFERENCE_BASE", "INFERENCE_ARC_V2"]
+    assert served[0][1] != served[1][1]
+    alone = make_service(create_deployment=False).create_training_client()
+    with pytest.raises(NotImplementedError, match="has no deployment"):
+        alone.weight_sync()
+    assert alone.list_checkpoints() == []
+
+
 def rl_datum(gap: float = 0.5) -> tinker.Datum:
     """Old logprobs far from the model's, so that the ratios reach the thresholds."""
     return tinker.Datum(

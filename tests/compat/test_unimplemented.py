@@ -68,7 +68,11 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
         lambda on: manager(on).update("serving", {"displayName": "n"}, "displayName"),
     ],
     "FiretitanProvisioningConfig: projection_head_dim": [config(projection_head_dim=8)],
-    f"{TRAINING}: weight_sync": [lambda on: on.policy.weight_sync()],
+    f"{TRAINING}: save_weights_external, save_weights_external_async": [
+        lambda on: on.policy.save_weights_external("s"),
+        lambda on: on.policy.save_weights_external_async("s"),
+    ],
+    f"{SERVICE}: copy_weights": [lambda on: on.service.copy_weights("tinker://run/weights/s")],
     f"{SAMPLING}: images": [sample(images=["a"])],
     "FiretitanSamplingParams: sampling_mask": [
         sample(sampling_params=FiretitanSamplingParams(sampling_mask=[1]))

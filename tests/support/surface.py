@@ -21,9 +21,10 @@ CLASSES = {
             train_attn=None, train_unembed=None, lora_alpha=<as configured>, user_metadata=None,
             projection_head_dim=None, lora_init_method=None, *, session=None) +async
         create_lora_training_client(base_model=None, rank=None, seed=None, train_mlp=None,
-            train_attn=None, train_unembed=None, user_metadata=None, alpha=<as configured>) +async
+            train_attn=None, train_unembed=None, user_metadata=None, alpha=<as configured>, *,
+            optimizer=None) +async
         create_training_client_from_state(path=None, user_metadata=None,
-            weights_access_token=None, *, name=None, base_model=None) +async
+            weights_access_token=None, *, name=None, base_model=None, optimizer=None) +async
         create_training_client_from_state_with_optimizer(path=None, user_metadata=None,
             weights_access_token=None, *, name=None, base_model=None) +async
         create_base_training_client(base_model=None, user_metadata=None) +async
@@ -31,7 +32,7 @@ CLASSES = {
             policy_client=None) +async
         create_sampling_client(model_path=None, base_model=None, retry_config=None,
             deployment_sampler=None, *, tokenizer=None, concurrency_controller=None,
-            training_client=None, pinned=False) +async
+            training_client=None, pinned=False, record_stability_info=False) +async
         create_deployment_sampler(model_path=None, tokenizer=None,
             concurrency_controller=None) +async
         create_deployment_sampler_for_model(model, *, tokenizer=None,
@@ -44,14 +45,18 @@ CLASSES = {
         promote_checkpoint(job_id=None, checkpoint_id=None, output_model_id=None,
             base_model=None, *, name=None, hot_load_deployment_id=None)
         release_references()
-        close()
+        close(status='success', detail=None)
+        create_custom_loss(fn, input_ranks)
+        copy_weights(*_, **__)
+        get_console_url()
         create_rest_client()
         get_server_capabilities() +async
         get_telemetry()
         trainer_job_id, managed_trainer_job_id, deployment_id, managed_deployment_id,
         max_context_length, managed_max_context_length, deployment_shape, managed_deployment_shape,
         reference_trainer_job_id, reference_client_job_id, training_profile, accelerator_type,
-        accelerator_count, training_session_id, training_session_name, base_url, config, stubs
+        accelerator_count, training_session_id, training_session_name, base_url, config, stubs,
+        holder
     """,
     "FiretitanTrainingClient": """
         forward(data, loss_fn, loss_fn_config=None) +async
@@ -63,11 +68,15 @@ CLASSES = {
         optim_step(adam_params=None, grad_accumulation_normalization=None,
             emit_grad_norm_metrics=None, *, optim_params=None) +async
         save_weights_for_sampler(name, ttl_seconds=None, checkpoint_type=None,
-            export_precision=None) +async
+            export_precision=None, *, user_metadata=None) +async
         save_weights_for_sampler_ext(name, checkpoint_type=None, ttl_seconds=None,
             export_precision=None)
-        save_weights_and_get_sampling_client(name=None, retry_config=None, **_) +async
-        save_weights_and_get_sampling_client_submit(name=None, retry_config=None, **_)
+        save_weights_and_get_sampling_client(name=None, retry_config=None,
+            record_stability_info=False, kind='snapshot') +async
+        save_weights_and_get_sampling_client_submit(name=None, retry_config=None,
+            record_stability_info=False, kind='snapshot')
+        save_weights_external(*_, **__) +async
+        get_console_url()
         save_state(name, ttl_seconds=None, timeout=None, *, overwrite=True,
             user_metadata=None) +async
         load_state(path=None, weights_access_token=None, *, name=None) +async
@@ -81,7 +90,7 @@ CLASSES = {
         get_info() +async
         get_telemetry()
         unload_model() +async
-        weight_sync()
+        weight_sync() +async
         result(timeout=None) +async
         future()
         coroutine()
