@@ -71,19 +71,23 @@ def from_record(record: ErrorRecord) -> FiretitanError:
     return error
 
 
-def unforeseen(error: BaseException, doing: str) -> FiretitanError:
-    """INTERNAL with an id; the traceback goes to a worker's log under that id, never to a client.
+WORKER_LOG = "the worker's log (workers/*/worker.log in the daemon's home)"
+DAEMON_LOG = "the daemon's log"
+
+
+def unforeseen(error: BaseException, doing: str, written_to: str = WORKER_LOG) -> FiretitanError:
+    """INTERNAL with an id; the traceback goes to a log under that id, never to a client.
 
     Args:
         error: What was raised.
         doing: What was being done, for the log and the message, e.g. `ForwardBackward`.
+        written_to: The log, as the message calls it.
     """
     error_id = uuid.uuid4().hex[:12]
     log.error("event=unforeseen id=%s doing=%s", error_id, doing, exc_info=error)
     return FiretitanError(
         Reason.INTERNAL,
-        f"{doing} failed for an unforeseen reason; the worker's log (workers/*/worker.log in the "
-        f"daemon's home) has it under id {error_id}",
+        f"{doing} failed for an unforeseen reason; {written_to} has it under id {error_id}",
         error_id=error_id,
     )
 

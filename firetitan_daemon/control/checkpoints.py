@@ -18,6 +18,7 @@ from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.expiry import begin, check_ttl
 from firetitan_daemon.core.ports import Ledger, LoadSource, Outcome, SavedFiles, SaveTarget, Store
 from firetitan_daemon.core.records import Checkpoint, Operation, Session, Snapshot
+from firetitan_daemon.core.texts import check_metadata
 
 SAVES = ("SaveState", "SaveSnapshot")
 
@@ -218,6 +219,7 @@ class CheckpointManager:
     ) -> Prepared:
         arguments = self._services.codec.save_state(payload)
         check_ttl(arguments.ttl_s)
+        check_metadata(arguments.user_metadata)
         checkpoint_id = names.check_id(arguments.checkpoint_id, "checkpoint_id")
         name = names.checkpoint_name(session.name, checkpoint_id)
         if arguments.keep_existing and await self._services.store.checkpoint(name) is not None:

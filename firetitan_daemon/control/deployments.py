@@ -16,7 +16,6 @@ from firetitan_daemon.control.deployment_requests import DeploymentRequest, chec
 from firetitan_daemon.control.provisioning import (
     check_etag,
     check_request,
-    check_text,
     choose_id,
     failure,
     inactivity_s,
@@ -46,6 +45,7 @@ from firetitan_daemon.core.records import (
     WorkerSpec,
 )
 from firetitan_daemon.core.shapes import DEPLOYMENT, Wish
+from firetitan_daemon.core.texts import check_text
 
 METHOD = "CreateDeployment"
 _RESTARTS = 3

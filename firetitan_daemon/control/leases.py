@@ -16,13 +16,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from firetitan_daemon.control.provisioning import check_text
 from firetitan_daemon.control.services import Services, internal_error
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.leases import LeaseTable
 from firetitan_daemon.core.ports import Change, Ledger
 from firetitan_daemon.core.records import Cleanup, DeferredCleanup, Lease
+from firetitan_daemon.core.texts import check_text
 
 logger = logging.getLogger("firetitan.leases")
 MAX_USES = 1000

@@ -18,7 +18,7 @@ from firetitan_daemon.control.services import Services, logger
 from firetitan_daemon.control.trainers import TrainerManager
 from firetitan_daemon.core import chain, names
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.model_names import ModelId, NamedModel, parse_model_id
+from firetitan_daemon.core.model_names import ModelId, NamedModel, check_location, parse_model_id
 from firetitan_daemon.core.ports import Change, Ledger
 from firetitan_daemon.core.records import Model, Snapshot
 
@@ -63,8 +63,9 @@ class ModelRegistry:
         """What a name stands for; a bare id is a promoted model's.
 
         Raises:
-            FiretitanError: MODEL_NOT_FOUND.
+            FiretitanError: MODEL_NOT_FOUND, INVALID_ARGUMENT.
         """
+        check_location(name, "name")
         return self._services.models.promoted.get(name) or self._services.models.find(name)
 
     async def promote(self, promotion: Promotion) -> Model:

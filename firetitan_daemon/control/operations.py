@@ -16,6 +16,7 @@ from firetitan_daemon.control.shared_reads import SharedReads
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Change, Ledger, Limits, Spool, Store
 from firetitan_daemon.core.records import Operation
+from firetitan_daemon.core.texts import check_text
 
 _RETRY_AFTER_S = "0.2"
 
@@ -201,6 +202,7 @@ class OperationRegistry:
         Gaps are passed over only where a seq will never come: in a broken lane, and below the
         lane's next seq, where the end of its session has left some.
         """
+        check_text(client_id, "client_id")
         cursor, key = after_seq, (session, client_id)
         while not self._closed:
             moved = self._lane_moved.setdefault(key, asyncio.Event())

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from firetitan_daemon.control.services import Services
 from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.model_names import check_location
 from firetitan_daemon.core.records import (
     Deployment,
     ErrorRecord,
@@ -24,7 +25,6 @@ from firetitan_daemon.core.records import (
     SpoolRef,
     Trainer,
 )
-from firetitan_daemon.core.sequencer import MAX_TEXT
 from firetitan_daemon.core.shapes import DTYPES, as_loaded
 
 logger = logging.getLogger("firetitan.shapes")
@@ -38,12 +38,7 @@ def check_request(
     Raises:
         FiretitanError: INVALID_ARGUMENT naming the field.
     """
-    if not base_model or "\0" in base_model or len(base_model) > 4096:
-        raise FiretitanError(
-            Reason.INVALID_ARGUMENT,
-            f"base_model: {base_model[:80]!r} names no model; give a Hugging Face id or a folder",
-            field="base_model",
-        )
+    check_location(base_model, "base_model")
     if max_context_length < 0:
         raise FiretitanError(
             Reason.INVALID_ARGUMENT,
@@ -109,20 +104,6 @@ def check_etag(name: str, found: str, wanted: str) -> None:
 def new_etag() -> str:
     """An etag nobody has seen."""
     return uuid.uuid4().hex[:16]
-
-
-def check_text(text: str, field: str) -> None:
-    """Refuse a request id or the like that is too long to be kept.
-
-    Raises:
-        FiretitanError: INVALID_ARGUMENT naming the field.
-    """
-    if len(text) > MAX_TEXT:
-        raise FiretitanError(
-            Reason.INVALID_ARGUMENT,
-            f"{field}: has {len(text)} characters; use up to {MAX_TEXT}, e.g. a random UUID",
-            field=field,
-        )
 
 
 def choose_id(prefix: str, wanted: str, request_id: str) -> str:

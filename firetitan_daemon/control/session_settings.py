@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.records import LoraSettings, Session, Trainer
+from firetitan_daemon.core.texts import check_metadata
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def check_trainer(trainer: Trainer, wanted: Wanted) -> None:
                 "leave it out or use another trainer",
                 field=field_path,
             )
+    check_metadata(wanted.user_metadata)
     if wanted.alpha is not None and not 0 < wanted.alpha < float("inf"):
         raise FiretitanError(
             Reason.INVALID_ARGUMENT,

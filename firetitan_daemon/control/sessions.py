@@ -15,7 +15,6 @@ from dataclasses import replace
 from firetitan_daemon.control.checkpoints import CheckpointManager
 from firetitan_daemon.control.codec import Header
 from firetitan_daemon.control.commands import CommandPipeline
-from firetitan_daemon.control.provisioning import check_text
 from firetitan_daemon.control.recovery import RecoveryStats
 from firetitan_daemon.control.services import Services, when_there_is_space
 from firetitan_daemon.control.session_settings import Wanted, check_same, check_trainer
@@ -31,6 +30,7 @@ from firetitan_daemon.core.records import (
     Trainer,
 )
 from firetitan_daemon.core.sequencer import SessionSequencer
+from firetitan_daemon.core.texts import check_text
 
 
 class SessionManager:

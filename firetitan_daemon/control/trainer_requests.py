@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from firetitan_daemon.control import provisioning
-from firetitan_daemon.control.provisioning import check_request, check_text
+from firetitan_daemon.control.provisioning import check_request
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.records import Shape, Trainer
+from firetitan_daemon.core.texts import check_text
 
 
 @dataclass(frozen=True)

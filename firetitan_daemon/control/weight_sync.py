@@ -14,7 +14,7 @@ from firetitan_daemon.control.checkpoints import hold_snapshot
 from firetitan_daemon.control.codec import HotloadArguments
 from firetitan_daemon.control.deployments import DeploymentManager
 from firetitan_daemon.control.pins import Pin
-from firetitan_daemon.control.provisioning import check_text, new_operation, settled
+from firetitan_daemon.control.provisioning import new_operation, settled
 from firetitan_daemon.control.services import Services, error_record, internal_error, logger
 from firetitan_daemon.core import chain, names
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -29,6 +29,7 @@ from firetitan_daemon.core.records import (
     ResourceState,
     Snapshot,
 )
+from firetitan_daemon.core.texts import check_text
 
 METHOD = "HotloadSnapshot"
 _MAX_DEATHS = 2
@@ -253,6 +254,7 @@ class WeightSyncer:
         """
         deployment = self._deployments.get(name)
         snapshot_id = names.parse_snapshot(reference)
+        check_text(holder, "holder")
         pin = (deployment.id, snapshot_id, holder)
         if release:
             await self._unpin([pin])
@@ -261,7 +263,6 @@ class WeightSyncer:
             raise FiretitanError(
                 Reason.INVALID_ARGUMENT, "holder: is empty; name who pins", field="holder"
             )
-        check_text(holder, "holder")
         await self._deployments.ready(name)
         async with self._deployments.weights_lock(deployment.id):
             deployment, worker = self._deployments.serving(name)

@@ -19,6 +19,8 @@ from firetitan_daemon.core.records import Model
 LOCAL = "local"
 """The account everything here belongs to."""
 MAX_ID_LENGTH = 63
+MAX_LOCATION = 4096
+"""Longest folder or id."""
 _ID = re.compile(r"[a-z0-9-]{1,63}")
 _NAME = re.compile(r"accounts/(?P<account>[A-Za-z0-9._-]+)/models/(?P<id>[A-Za-z0-9._-]+)")
 
@@ -144,3 +146,17 @@ def parse_model_id(text: str, field: str = "model_id") -> ModelId:
             field=field,
         )
     return ModelId(model_id, account)
+
+
+def check_location(text: str, field: str) -> None:
+    """Refuse what can be no folder and no Hugging Face id.
+
+    Raises:
+        FiretitanError: INVALID_ARGUMENT naming the field.
+    """
+    if not text or "\0" in text or len(text) > MAX_LOCATION:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"{field}: {text[:80]!r} names no model; give a Hugging Face id or a folder",
+            field=field,
+        )

@@ -24,9 +24,8 @@ from dataclasses import dataclass, field, replace
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.records import Lane, Operation, Session
+from firetitan_daemon.core.texts import check_text
 
-MAX_TEXT = 128
-"""Longest client id and request id."""
 MAX_SEQ = 2**62
 """Highest seq, far beyond any lane's life and within a signed 64-bit integer."""
 
@@ -238,7 +237,7 @@ class SessionSequencer:
         Raises:
             FiretitanError: INVALID_ARGUMENT; LANE_BROKEN: attach with a new client id.
         """
-        _check_text(client_id, "client_id")
+        check_text(client_id, "client_id", least=1)
         row = self._state(client_id).row
         if row.broken:
             raise _broken(row)
@@ -352,22 +351,13 @@ def _waits(state: _LaneState) -> bool:
 
 
 def _check(command: Incoming) -> None:
-    _check_text(command.client_id, "header.client_id")
-    _check_text(command.request_id, "header.request_id")
+    check_text(command.client_id, "header.client_id", least=1)
+    check_text(command.request_id, "header.request_id", least=1)
     if not 0 < command.seq <= MAX_SEQ:
         raise FiretitanError(
             Reason.INVALID_ARGUMENT,
             f"header.seq: {command.seq} is not a place in a lane; count 1, 2, 3 ...",
             field="header.seq",
-        )
-
-
-def _check_text(text: str, field_path: str) -> None:
-    if not 0 < len(text) <= MAX_TEXT:
-        raise FiretitanError(
-            Reason.INVALID_ARGUMENT,
-            f"{field_path}: has {len(text)} characters; use 1 to {MAX_TEXT}, e.g. a random UUID",
-            field=field_path,
         )
 
 

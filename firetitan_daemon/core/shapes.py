@@ -31,6 +31,8 @@ _NAME = re.compile(
     r"(?P<id>[\w.-]+)(?:/versions/(?P<version>[\w.-]+))?"
 )
 _LOCAL = "local"
+_MAX_NAME = 512
+"""Longest name of a shape; one that is not known here is repeated in the answer."""
 
 BUILT_IN_TRAINING = (
     Shape("local"),
@@ -86,7 +88,14 @@ class Shapes:
         self.all(TRAINING)
 
     def all(self, kind: str) -> list[Shape]:
-        """Shapes of a kind by name."""
+        """Shapes of a kind by name.
+
+        Raises:
+            FiretitanError: INVALID_ARGUMENT for no such kind.
+        """
+        if kind not in self._shapes:
+            known = " or ".join(sorted(self._shapes))
+            raise _refused("kind", f"{kind[:200]!r} is no kind of shape; give {known}")
         return [self.find(kind, name) for name in sorted(self._shapes[kind])]
 
     def find(self, kind: str, name: str) -> Shape:
@@ -101,7 +110,7 @@ class Shapes:
         """
         field, known = _FIELDS[kind], self._shapes[kind]
         match = _NAME.fullmatch(name)
-        if match is None or match["kind"] not in (None, kind):
+        if match is None or match["kind"] not in (None, kind) or len(name) > _MAX_NAME:
             raise _refused(field, f"{name[:200]!r} is no name; give accounts/<a>/{kind}/<id>")
         full = f"accounts/{match['account'] or _LOCAL}/{kind}/{match['id']}"
         given = name.partition("/versions/")[0]

@@ -175,7 +175,7 @@ async def _abort(context: Context, method: MethodDescriptor, error: Exception) -
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if not isinstance(error, FiretitanError):
-        error = status.unforeseen(error, method.name)
+        error = status.unforeseen(error, method.name, status.DAEMON_LOG)
     await context.abort(
         grpc.StatusCode[error.code],
         error.message,

@@ -12,6 +12,8 @@ from firetitan_daemon.core.errors import FiretitanError, Reason
 
 DEFAULT_PAGE = 100
 MAX_PAGE = 1000
+_MAX_DIGITS = 18
+"""Of a token; Python refuses to read a number of thousands of digits."""
 _T = TypeVar("_T")
 
 
@@ -37,7 +39,9 @@ def page(entries: Sequence[_T], page_size: int, page_token: str) -> tuple[Sequen
         FiretitanError: INVALID_ARGUMENT.
     """
     limit = page_limit(page_size)
-    if page_token and not (page_token.isascii() and page_token.isdigit()):
+    if page_token and not (
+        page_token.isascii() and page_token.isdigit() and len(page_token) <= _MAX_DIGITS
+    ):
         raise FiretitanError(
             Reason.INVALID_ARGUMENT,
             f"page_token: {page_token!r} is not from an answer of this list",

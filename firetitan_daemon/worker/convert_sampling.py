@@ -33,6 +33,8 @@ DEFAULT_MAX_TOKENS = 1024
 _GOING_ON = sampling_service_pb2.STOP_REASON_UNSPECIFIED
 MAX_SAMPLES = 4096
 """Sequences of one request; they come back in one answer."""
+MAX_STOPS, MAX_STOP_LENGTH = 256, 4096
+"""Texts that end a sequence, and characters of each: all are looked for after every token."""
 SNAPSHOT_PREFIX = "snapshots/"
 
 _STOP_REASONS = {
@@ -68,6 +70,7 @@ def sample_request_from_proto(
             f"num_samples: is {request.num_samples}; at most {MAX_SAMPLES}, send several requests",
             field="num_samples",
         )
+    _check_stops(params)
     try:
         prompt = tokens_from_proto(request.prompt, "prompt")
     except FiretitanError as error:
@@ -97,6 +100,23 @@ def sample_request_from_proto(
         prompt_alt_tokens_k=request.prompt_alt_tokens_k,
         snapshot=_loaded_name(request.snapshot, loaded) if request.snapshot else None,
     )
+
+
+def _check_stops(params: sampling_service_pb2.SamplingParams) -> None:
+    for name, stops in (("stop", params.stop), ("stop_token_ids", params.stop_token_ids)):
+        if len(stops) > MAX_STOPS:
+            raise FiretitanError(
+                Reason.INVALID_ARGUMENT,
+                f"params.{name}: has {len(stops)} entries; at most {MAX_STOPS}",
+                field=f"params.{name}",
+            )
+    for index, text in enumerate(params.stop):
+        if len(text) > MAX_STOP_LENGTH:
+            raise FiretitanError(
+                Reason.INVALID_ARGUMENT,
+                f"params.stop[{index}]: has {len(text)} characters; at most {MAX_STOP_LENGTH}",
+                field=f"params.stop[{index}]",
+            )
 
 
 def sample_response_to_proto(result: SampleResult) -> sampling_service_pb2.SampleResponse:
