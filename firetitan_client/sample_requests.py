@@ -12,6 +12,7 @@ import secrets
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -261,12 +262,21 @@ def load_tokenizer(source: Any) -> Any:
             "a tokenizer object as tokenizer="
         ) from None
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        _check_folder(Path(source))
+        # Without this transformers would ask at the terminal whether to run the folder's code.
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the folder's files decide what is raised
         raise ValueError(
             f"no tokenizer in {source!r}; pass tokenizer=, or tokenizer_model= to the service: "
             f"{str(error).partition(chr(10))[0]}"
         ) from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder with a pipe or a device in it: whoever reads one waits."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path.name} is no regular file")
 
 
 async def set_pin(target: Target, holder: str, *, release: bool = False) -> None:

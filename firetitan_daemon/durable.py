@@ -10,9 +10,11 @@ file; its own hash is the folder's digest. A folder without a manifest is an unf
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import stat
 import uuid
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from blake3 import blake3
 from firetitan_daemon.core.errors import FiretitanError, Reason
 
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 28
+"""Far more than a line for each tensor of any model takes."""
 TEMPORARY_PREFIX = ".tmp-"
 
 
@@ -37,6 +41,36 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """The content of a regular file.
+
+    Args:
+        path: The file.
+        max_bytes: How large it may be.
+
+    Raises:
+        OSError: There is none, it is larger, or what is there is a link, a pipe or a device, which
+            is not waited for.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        if found.st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"it has {found.st_size} bytes", str(path))
+        return file.read()
+
+
+def read_manifest(folder: Path) -> bytes:
+    """A published folder's manifest, unread.
+
+    Raises:
+        OSError: As `read_file`.
+    """
+    return read_file(folder / MANIFEST, MAX_MANIFEST_BYTES)
 
 
 def publish_file(path: Path, data: bytes, *, fsync: bool = True) -> None:
@@ -149,9 +183,9 @@ def verify_folder(folder: Path, digest: str | None = None) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        raw = path.read_bytes()
+        raw = read_manifest(folder)
     except OSError as error:
-        raise _mismatch(path, "a readable manifest", str(error)) from error
+        raise _mismatch(path, "a readable manifest", error.strerror or str(error)) from error
     found = blake3(raw).hexdigest()
     if digest is not None and found != digest:
         raise _mismatch(path, digest, found)

@@ -114,11 +114,9 @@ def _write_state(job: Export, state: Path, manifest: dict[str, Any], staging: Pa
 
 def _buffers(model: ResolvedModel) -> dict[str, torch.Tensor]:
     """The model's persistent buffers, which training leaves as they are."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from firetitan_daemon.engine.pretrained import empty_model  # transformers takes seconds
 
-    config = AutoConfig.from_pretrained(model.path, trust_remote_code=False, local_files_only=True)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
+    empty = empty_model(model.path, model.path.name)
     parameters = {name for name, _ in empty.named_parameters(remove_duplicate=False)}
     stored: Tensors = from_raw(read_full(model.path))
     kept = empty.state_dict().keys() - parameters

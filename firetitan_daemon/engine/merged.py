@@ -10,9 +10,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.merge import merge_adapter, write_merged
 from firetitan_daemon.engine.peft import ADAPTER_CONFIG, PeftAdapter, read_adapter
+from firetitan_daemon.engine.pretrained import load_weights
 from firetitan_daemon.engine.raw import result_digest
 from firetitan_daemon.engine.resolve import ResolvedModel, fingerprint, made_model, resolve_model
 from firetitan_daemon.engine.tensors import from_raw, stored_dtypes
@@ -23,26 +23,29 @@ _MERGER = "1"
 log = logging.getLogger(__name__)
 
 
-def merged_model(folder: Path) -> ResolvedModel:
+def merged_model(folder: Path, above: tuple[Path, ...] = ()) -> ResolvedModel:
     """The model an adapter makes of its base.
 
     Args:
         folder: A PEFT LoRA adapter; its configuration names the base model.
+        above: Folders of the adapters whose base this is.
 
     Raises:
         FiretitanError: INVALID_ARGUMENT or UNSUPPORTED for an adapter that cannot be read or does
             not fit; MODEL_NOT_FOUND where its base model is not there.
     """
     adapter = read_adapter(folder)
+    if folder in above:
+        raise adapter.refuse("is among the adapters that it stands on", "base_model")
     base_model = _base_of(folder, adapter)
-    base = resolve_model(base_model)
+    base = resolve_model(base_model, (*above, folder))
     made_from = "\0".join(
         (_MERGER, base.fingerprint, repr(adapter.scaling), result_digest(adapter.tensors))
     )
 
     def build(staging: Path) -> None:
         log.info("merging adapter %s into %s, once", adapter.name, base_model)
-        model = _load(base.path, base_model)
+        model = load_weights(base.path, base_model)
         pairs = {module: _pair(model, adapter, module) for module in adapter.modules}
         dtypes = stored_dtypes(base.path)
         merged = merge_adapter(model, pairs, adapter.scaling, dtypes)
@@ -59,21 +62,6 @@ def _base_of(folder: Path, adapter: PeftAdapter) -> str:
         raise adapter.refuse("names no base model; merge it, or give its base", "base_model")
     is_hub = not Path(name).expanduser().is_dir()
     return f"{name}@{revision}" if is_hub and isinstance(revision, str) and revision else name
-
-
-def _load(path: Path, base_model: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise FiretitanError(
-            Reason.UNSUPPORTED,
-            f"{base_model} cannot be loaded as a causal language model: {error}",
-            field="base_model",
-        ) from error
 
 
 def _pair(model: Any, adapter: PeftAdapter, module: str) -> Any:

@@ -12,8 +12,7 @@ Shapes: B sequences, T tokens in all, L tokens of the longest, H hidden size, V 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import ModelInfo, ModelSpec
@@ -34,6 +32,7 @@ from firetitan_daemon.engine.lora import (
     has_fused_experts,
     lora_linear,
 )
+from firetitan_daemon.engine.pretrained import load_config, load_tokenizer, load_weights
 from firetitan_daemon.engine.probe import probe
 from firetitan_daemon.engine.resolve import resolve_model
 from firetitan_daemon.engine.routing import OWN_CHOICE, Routers
@@ -82,10 +81,7 @@ class LoadedModel:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer stored with the weights; None where there is none."""
-        try:
-            return AutoTokenizer.from_pretrained(self.info.path, local_files_only=True)
-        except (OSError, ValueError):
-            return None
+        return load_tokenizer(Path(self.info.path))
 
     @property
     def head(self) -> nn.Module:
@@ -195,11 +191,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     """
     device = _device(spec.device)
     resolved = resolve_model(spec.base_model)
-    with _loading(spec.base_model):
-        config = AutoConfig.from_pretrained(
-            resolved.path, trust_remote_code=False, local_files_only=True
-        )
-    text_config = config.get_text_config()
+    text_config = load_config(resolved.path, spec.base_model).get_text_config()
     limit = int(getattr(text_config, "max_position_embeddings", None) or _NO_LIMIT)
     if limit < 1:  # some architectures write -1 for no limit
         limit = _NO_LIMIT
@@ -264,37 +256,10 @@ def _load_weights(path: Path, spec: ModelSpec, device: torch.device) -> Any:
             f"dtype is {spec.dtype!r}; auto, float32 or bfloat16",
             field="dtype",
         )
-    with _loading(spec.base_model):
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=_DTYPES.get(spec.dtype, "auto"),
-            attn_implementation="eager",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+    model = load_weights(path, spec.base_model, _DTYPES.get(spec.dtype, "auto"))
     if model.get_input_embeddings().weight.dtype == torch.float16:
         model = model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     return model.to(device).eval().requires_grad_(False)
-
-
-@contextmanager
-def _loading(base_model: str) -> Iterator[None]:
-    """Say in our own terms why transformers cannot load a model."""
-    try:
-        yield
-    except (ValueError, KeyError, ImportError) as error:
-        raise FiretitanError(
-            Reason.UNSUPPORTED,
-            f"{base_model} cannot be loaded as a causal language model: {error}",
-            field="base_model",
-        ) from error
-    except OSError as error:
-        raise FiretitanError(
-            Reason.MODEL_NOT_FOUND,
-            f"{base_model} cannot be read: {error}",
-            field="base_model",
-        ) from error
 
 
 def _head_spec(config: Any) -> HeadSpec:

@@ -112,7 +112,7 @@ def read_adapter(folder: Path, name: str | None = None) -> PeftAdapter:
 
     Raises:
         FiretitanError: INVALID_ARGUMENT naming the missing file or malformed tensor, UNSUPPORTED
-            naming the setting this project cannot honour, CHECKSUM_MISMATCH for a damaged file.
+            naming the setting this project cannot honour.
     """
     name = folder.name if name is None else name
     path = folder / ADAPTER_CONFIG
@@ -123,7 +123,10 @@ def read_adapter(folder: Path, name: str | None = None) -> PeftAdapter:
         rank, scaling = _check_settings(name, settings)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _bad_adapter(name, f"{ADAPTER_CONFIG} is not readable: {error!r}") from error
-    tensors = read_safetensors(folder / ADAPTER_WEIGHTS)
+    try:
+        tensors = read_safetensors(folder / ADAPTER_WEIGHTS)
+    except FiretitanError as error:
+        raise _bad_adapter(name, f"{ADAPTER_WEIGHTS} is no safetensors file") from error
     _check_pairs(name, rank, tensors)
     adapter = PeftAdapter(name, rank, scaling, tensors)
     _check_targets(adapter, settings["target_modules"])

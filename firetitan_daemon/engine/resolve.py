@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from blake3 import blake3
 
 from firetitan_daemon import durable
@@ -37,6 +38,8 @@ HUB_TIMEOUT_S = 3.0
 """How long one answer of the hub may take before it counts as unreachable."""
 
 _CONVERTER = "1"
+_MAX_MEMORIES = 2
+"""How often weights may fill this machine's memory: some of them can be on a GPU."""
 _SINGLE = "model.safetensors"
 _ADAPTER = "adapter_config.json"
 _INDEX = "model.safetensors.index.json"
@@ -61,25 +64,28 @@ class ResolvedModel:
     """Commit of the hub repository; None for anything else."""
 
 
-def resolve_model(base_model: str) -> ResolvedModel:
+def resolve_model(base_model: str, above: tuple[Path, ...] = ()) -> ResolvedModel:
     """Find a base model, fetching or converting it where it is not on this machine yet.
 
     Args:
         base_model: A folder (a PEFT adapter's too: it is merged into its base model), or a Hugging
             Face id such as `Qwen/Qwen3-0.6B`, with `@` and a commit, tag or branch behind it where
             it is not to be the main branch.
+        above: Folders of the adapters whose base this is.
 
     Raises:
-        FiretitanError: MODEL_NOT_FOUND, naming what is missing and what to do.
+        FiretitanError: MODEL_NOT_FOUND, naming what is missing and what to do; INVALID_ARGUMENT
+            for an adapter that stands on itself.
     """
     folder = Path(base_model).expanduser()
     if folder.is_dir():
         folder = folder.resolve()
         if (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file():
-            return _merged(folder)
+            return _merged(folder, above)
         missing = missing_files(folder)
         if missing:
             raise _not_found(base_model, f"the folder {folder} has {missing}")
+        _check_size(base_model, folder)
         return ResolvedModel(folder, "folder", fingerprint(folder), None)
     match = _HUB_ID.fullmatch(base_model)
     if match is None:
@@ -99,6 +105,13 @@ def missing_files(folder: Path) -> str | None:
     """Say in words what a folder lacks to be a loadable model; None where it is whole."""
     if not (folder / "config.json").is_file():
         return "no config.json"
+    for path in sorted(folder.iterdir()):
+        # A pipe is waited for by whoever reads it. Links are the hub's way to store files.
+        if path.exists() and not path.is_file() and not path.is_dir():
+            return f"a {path.name} that is no regular file"
+    if (folder / _ADAPTER).is_file():
+        # transformers would put the adapter into the model, unseen by the fingerprint.
+        return f"a complete model and, in {_ADAPTER}, an adapter over it; keep one of them"
     if (folder / _INDEX).is_file():
         lost = [name for name in _shards(folder) if not (folder / name).is_file()]
         return f"no {', '.join(lost)}, named in {_INDEX}" if lost else None
@@ -150,18 +163,35 @@ def _not_found(base_model: str, what: str) -> FiretitanError:
     )
 
 
-def _merged(adapter: Path) -> ResolvedModel:
+def _merged(adapter: Path, above: tuple[Path, ...]) -> ResolvedModel:
     from firetitan_daemon.engine.merged import merged_model
 
-    return merged_model(adapter)
+    return merged_model(adapter, above)
 
 
 def _shards(folder: Path) -> list[str]:
     try:
         weight_map = json.loads((folder / _INDEX).read_bytes())["weight_map"]
-        return sorted({str(name) for name in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted({str(name) for name in weight_map.values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _not_found(str(folder), f"{_INDEX} is not a safetensors index ({error})") from error
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise _not_found(str(folder), f"{_INDEX} names {name!r}, no safetensors file beside it")
+    return names
+
+
+def _check_size(base_model: str, folder: Path) -> None:
+    """Refuse weights that no machine like this holds, before they are read: files can be sparse."""
+    size_bytes = sum((folder / name).stat().st_size for name in weight_files(folder))
+    memory_bytes = psutil.virtual_memory().total
+    if size_bytes > _MAX_MEMORIES * memory_bytes:
+        raise FiretitanError(
+            Reason.DEVICE_OUT_OF_MEMORY,
+            f'base_model="{base_model}": its weights take {size_bytes} bytes, this machine has '
+            f"{memory_bytes} bytes of memory; take a smaller model or a larger machine",
+            field="base_model",
+        )
 
 
 def _remembered_hash(path: Path) -> str:

@@ -26,6 +26,14 @@ MAX_BYTES = {"adapter_config.json": 1 << 20, "adapter_model.safetensors": 32 << 
 """The files of an adapter, and how large they may be."""
 _PICKLE = "adapter_model.bin"
 _CHUNK = 1 << 20
+_NO_STORES = frozenset(
+    {
+        "asynclocal", "async_wrapper", "asyncwrapper", "blockcache", "cached", "data", "dir", "dvc",
+        "filecache", "generic", "git", "libarchive", "local", "reference", "simplecache", "tar",
+        "zip",
+    }
+)  # fmt: skip
+"""fsspec's drivers that read this machine's files, past the checks of a folder, or wrap others."""
 _PROTOCOL = re.compile(r"([a-z][a-z0-9+.-]*)://.*", re.DOTALL)
 _FIELD = "adapter_path"
 
@@ -133,17 +141,24 @@ def _open_regular(location: str, root: int, name: str) -> BinaryIO:
                 location, f"holds {name} as a symbolic link; give a folder with the file itself"
             ) from None
         raise _refused(location, f"has a {name} that cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
         os.close(descriptor)
         raise _refused(location, f"has a {name} that is no regular file")
+    if found.st_size > MAX_BYTES[name]:
+        # Before a byte is copied: a sparse file has any size for nothing.
+        os.close(descriptor)
+        raise _too_large(location, name)
     return os.fdopen(descriptor, "rb")
 
 
 def _fetch_remote(location: str, protocol: str, staging: Path) -> None:
     import fsspec  # a dependency of what loads models; its drivers are not
 
-    if protocol == "local":
-        raise _refused(location, "write file:///absolute/path")
+    if protocol in _NO_STORES:
+        raise _refused(
+            location, "is no address of a store; write /absolute/path or file:///absolute/path"
+        )
     try:
         files, path = fsspec.core.url_to_fs(location)
     except (ImportError, ValueError, TypeError) as error:
@@ -183,8 +198,12 @@ def _copy(location: str, open_file: Open, staging: Path) -> None:
             while chunk := source.read(_CHUNK):
                 copied += len(chunk)
                 if copied > limit:
-                    raise _refused(location, f"has a {name} of more than {limit} bytes")
+                    raise _too_large(location, name)
                 target.write(chunk)
+
+
+def _too_large(location: str, name: str) -> FiretitanError:
+    return _refused(location, f"has a {name} of more than {MAX_BYTES[name]} bytes")
 
 
 def _refused(location: str, what: str) -> FiretitanError:

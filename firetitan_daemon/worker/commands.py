@@ -87,9 +87,9 @@ def read_spooled(file: worker_pb2.SpoolFile) -> bytes:
     """
     path = Path(file.path)
     try:
-        raw = path.read_bytes()
+        raw = durable.read_file(path, file.size_bytes)
     except OSError as error:
-        raise _damaged(path, "a readable file", str(error)) from error
+        raise _damaged(path, "a readable file", error.strerror or str(error)) from error
     if len(raw) != file.size_bytes:
         raise _damaged(path, f"{file.size_bytes} bytes", str(len(raw)))
     found = blake3(raw).hexdigest()
@@ -282,7 +282,7 @@ class CommandRunner:
             FiretitanError: CHECKSUM_MISMATCH for damaged files or a point of another command.
         """
         check_manifest(folder, digest)
-        found = json.loads((folder / MANIFEST).read_bytes()).get(APPLIED)
+        found = json.loads(durable.read_manifest(folder)).get(APPLIED)
         if found != commit_seq:
             raise _damaged(folder / MANIFEST, f"{APPLIED} {commit_seq}", str(found))
         self._engine.load_state(folder, with_optimizer=True)
@@ -399,9 +399,9 @@ def check_manifest(folder: Path, digest: str) -> None:
     """
     path = folder / MANIFEST
     try:
-        found = blake3(path.read_bytes()).hexdigest()
+        found = blake3(durable.read_manifest(folder)).hexdigest()
     except OSError as error:
-        raise _damaged(path, "a readable manifest", str(error)) from error
+        raise _damaged(path, "a readable manifest", error.strerror or str(error)) from error
     if found != digest:
         raise _damaged(path, digest, found)
 

@@ -79,7 +79,10 @@ def check_tokens(data: Sequence[Datum], vocab: int, context: int) -> None:
     if not data:
         raise _bad("data", "is empty; give at least one datum")
     for index, datum in enumerate(data):
-        where, length = f"data[{index}].model_input", datum.token_ids.shape[0]
+        where = f"data[{index}].model_input"
+        if datum.token_ids.ndim != 1:
+            raise _bad(where, "must be a flat list of integer tokens")
+        length = datum.token_ids.shape[0]
         if not 1 <= length <= context:
             raise _bad(where, f"has {length} tokens; 1 to {context} are possible")
         _check_tokens(where, datum.token_ids, vocab)
