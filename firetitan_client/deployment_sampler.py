@@ -15,6 +15,7 @@ from typing import Any
 from firetitan.v1 import sampling_service_pb2
 
 from firetitan_client import address as addresses
+from firetitan_client import chat_templates
 from firetitan_client.completions import (
     CompletionOptions,
     SampledCompletion,
@@ -129,16 +130,14 @@ class DeploymentSampler(SelfFuture[Target]):
             options: As `sample_with_prompt_tokens`.
 
         Raises:
-            ValueError: No tokenizer.
+            ValueError: No tokenizer, or a chat template that does not end.
             Unsupported: `images`.
         """
         CompletionOptions.of(options)
         await self._ready
         if self.tokenizer is None:
             raise ValueError("sample_with_tokens needs a tokenizer; pass tokenizer=")
-        prompt = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        prompt = await chat_templates.apply(self.tokenizer, messages)
         return await self.sample_with_prompt_tokens(
             prompt,
             n,
