@@ -33,6 +33,8 @@ from google.rpc import error_details_pb2, status_pb2
 from support.commands import GOOD
 
 TOY = "firetitan/toy"
+START_S = 90.0
+"""How long a worker may take until it has its model, on a machine that does much else."""
 
 
 def reason(error: grpc.RpcError) -> str:
@@ -126,7 +128,8 @@ class Stubs:
             request_id=uuid.uuid4().hex,
             **more,
         )
-        return self.wait(self.retry(self.trainers.CreateTrainer, request).operation.name)
+        made = self.retry(self.trainers.CreateTrainer, request)
+        return self.wait(made.operation.name, timeout_s=START_S)
 
     def create_deployment(
         self, deployment_id: str = "d", *, base_model: str = TOY, **more: Any
@@ -138,7 +141,8 @@ class Stubs:
             request_id=uuid.uuid4().hex,
             **more,
         )
-        return self.wait(self.retry(self.deployments.CreateDeployment, request).operation.name)
+        made = self.retry(self.deployments.CreateDeployment, request)
+        return self.wait(made.operation.name, timeout_s=START_S)
 
     def hotload(self, deployment: str, snapshot: str, **more: Any) -> operation_pb2.Operation:
         """Begin a hotload and wait for it."""
