@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ledger
 import psutil
 import recovery
 import tinker
@@ -187,6 +188,12 @@ def deaths(options: Options) -> list[Finding]:
     return recovery.measure(options.model, options.threads, lengths, options.vocab, options.rounds)
 
 
+def kept(options: Options) -> list[Finding]:
+    """What it costs to lose no command, against what it may."""
+    lengths = options.lengths(workload.UNIFORM)
+    return ledger.measure(options.model, options.threads, lengths, options.vocab, options.rounds)
+
+
 def _hotload(options: Options, service: Any, rank: int, name: str) -> Finding:
     policy = service.create_training_client(base_model=options.model, lora_rank=rank)
     (sequence,) = workload.make_batch([16], options.vocab, half=False)
@@ -269,6 +276,7 @@ COMPARISONS: dict[str, Callable[[Options], list[Finding]]] = {
     "sampling": sampling,
     "hotload": hotload,
     "deaths": deaths,
+    "ledger": kept,
 }
 
 

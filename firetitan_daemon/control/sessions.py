@@ -32,6 +32,9 @@ from firetitan_daemon.core.records import (
 from firetitan_daemon.core.sequencer import SessionSequencer
 from firetitan_daemon.core.texts import check_text
 
+_ANSWER_S = 20.0
+"""How long the opening of a session waits for a worker before it says that it does."""
+
 
 class SessionManager:
     """Every session by name.
@@ -44,7 +47,8 @@ class SessionManager:
         self._services = services
         self._checkpoints = checkpoints
         self._pipelines: dict[str, CommandPipeline] = {}
-        self._opening = asyncio.Lock()
+        self._opening: dict[str, asyncio.Lock] = {}
+        """One a trainer: a worker that hangs holds up no other trainer's sessions."""
         self._made: dict[str, str] = {}
         self._refusal: FiretitanError | None = None
         self._used: Callable[[str], None] = lambda trainer_id: None
@@ -93,12 +97,21 @@ class SessionManager:
         check_text(request_id, "request_id")
         # A caller that goes away must not leave a session that only the worker knows of.
         opening = asyncio.create_task(self._create(trainer, worker, wanted, request_id))
-        return await asyncio.shield(opening)
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                return await asyncio.shield(opening)
+        except TimeoutError:
+            raise FiretitanError(
+                Reason.RECOVERING,
+                f"{trainer.name}: its worker lives and has not answered for {_ANSWER_S:g} s; the "
+                "session is opened when it does, send the request again",
+                retry_after_s="0.5",
+            ) from None
 
     async def _create(
         self, trainer: Trainer, worker: Worker, wanted: Wanted, request_id: str
     ) -> tuple[Session, bool]:
-        async with self._opening:
+        async with self._opening.setdefault(trainer.id, asyncio.Lock()):
             for pipeline in self._candidates(trainer, request_id):
                 check_same(pipeline.session, wanted, Reason.ALREADY_EXISTS)
                 if pipeline.session.state is SessionState.LOST:

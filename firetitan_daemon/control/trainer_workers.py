@@ -48,12 +48,16 @@ class TrainerWorkers:
         self._sessions = sessions
         self._trainers: dict[str, Trainer] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._lock = asyncio.Lock()
+        self._locks: dict[str, asyncio.Lock] = {}
         self._replaced: dict[str, list[float]] = {}
         """When workers of a trainer were replaced, monotonic seconds, of late."""
         self._wake_after: dict[str, float] = {}
         """When a stopped trainer that could not be started may be tried again."""
         sessions.connect(self.wake)
+
+    def _lock(self, trainer_id: str) -> asyncio.Lock:
+        """Held while a trainer is made, stopped or deleted: one that hangs holds up no other."""
+        return self._locks.setdefault(trainer_id, asyncio.Lock())
 
     def _begin(self, trainer_id: str, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -209,7 +213,7 @@ class TrainerWorkers:
         return await asyncio.shield(asyncio.create_task(self._stop(trainer_id)))
 
     async def _stop(self, trainer_id: str) -> bool:
-        async with self._lock:
+        async with self._lock(trainer_id):
             trainer = self._trainers.get(trainer_id)
             if trainer is None or trainer.state is not ResourceState.ACTIVE:
                 return trainer is None or trainer.state is ResourceState.STOPPED
@@ -259,7 +263,7 @@ class TrainerWorkers:
         # The sessions first: a daemon that dies between them finds the rest to do; and without
         # the lock, which a deletion holds while it waits for them.
         await self._sessions.lose(trainer_id, cause)
-        async with self._lock:
+        async with self._lock(trainer_id):
             await self._end_lost(trainer_id, cause)
 
     async def _end_lost(self, trainer_id: str, cause: str) -> None:

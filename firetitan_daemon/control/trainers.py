@@ -131,7 +131,7 @@ class TrainerManager(TrainerWorkers):
 
     async def _create(self, request: TrainerRequest) -> Operation:
         services, name = self._services, names.trainer_name(request.trainer_id)
-        async with self._lock:
+        async with self._lock(request.trainer_id):
             former = await services.operations.by_request(
                 name, request.request_id, request.payload_digest
             )
@@ -228,7 +228,7 @@ class TrainerManager(TrainerWorkers):
             await asyncio.shield(asyncio.create_task(self._delete(trainer_id)))
 
     async def _delete(self, trainer_id: str, *, purge: bool = False) -> None:
-        async with self._lock:
+        async with self._lock(trainer_id):
             trainer = self._trainers.get(trainer_id)
             if trainer is None:
                 return

@@ -65,10 +65,8 @@ class WeightSyncer:
     async def _admit(
         self, arguments: HotloadArguments, request_id: str, payload: bytes
     ) -> Operation:
-        name, operations = (
-            self._deployments.get(arguments.deployment).name,
-            self._services.operations,
-        )
+        operations = self._services.operations
+        name = self._deployments.get(arguments.deployment).name
         operations.reserve(name, len(payload))
         try:
             return await self._accept(arguments, request_id, payload)

@@ -137,7 +137,9 @@ class WorkerPool:
         One that lives but does not answer is waited for, and so is one that speaks another
         protocol: it holds weights that a daemon of its own release will go on with.
         """
+        clock = self._services.clock
         while True:
+            began = clock.monotonic()
             try:
                 async with asyncio.timeout(self._services.adopt_timeout_s):
                     worker = await self._services.launcher.adopt(spec)
@@ -158,7 +160,12 @@ class WorkerPool:
         self._silent.discard(spec.worker_id)
         self._unspoken.pop(spec.worker_id, None)
         if worker is not None:
-            logger.info("worker adopted worker=%s pid=%d", spec.worker_id, worker.pid)
+            logger.info(
+                "worker adopted worker=%s pid=%d seconds=%.4f",
+                spec.worker_id,
+                worker.pid,
+                clock.monotonic() - began,
+            )
             self._live[spec.worker_id] = worker
         return worker
 

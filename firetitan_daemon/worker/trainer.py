@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ class HeldSession:
     """Held by the command that runs; first come, first served."""
     point: PointInWriting | None = None
     """The last recovery point that was begun."""
+    computed_s: float = 0.0
+    """What the last command took in the compute thread."""
 
 
 class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
@@ -222,10 +225,11 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
             failpoint("worker.stored")
             del session.running[request.commit_seq]
             log.debug(
-                "event=executed commit_seq=%d method=%s outcome=%s",
+                "event=executed commit_seq=%d method=%s outcome=%s computed_s=%.4f",
                 request.commit_seq,
                 request.method,
                 response.WhichOneof("outcome"),
+                session.computed_s,
             )
             return response
 
@@ -238,7 +242,15 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
         )
         if preceding is not None:
             raise preceding
-        return await self._host.run(lambda: session.runner.run(command))
+
+        def compute() -> worker_pb2.ExecuteResponse:
+            began = time.perf_counter()
+            try:
+                return session.runner.run(command)
+            finally:
+                session.computed_s = time.perf_counter() - began
+
+        return await self._host.run(compute)
 
 
 def session_spec(request: worker_pb2.OpenSessionRequest) -> SessionSpec:

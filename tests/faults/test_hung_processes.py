@@ -11,7 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from firetitan.v1 import system_service_pb2
+from firetitan.v1 import (
+    system_service_pb2,
+    trainer_pb2,
+    trainer_service_pb2,
+    training_service_pb2,
+)
 from support.daemon import DaemonProcess
 from support.history_client import training
 from support.sizes import figure
@@ -63,6 +68,27 @@ def test_a_trainer_that_hangs_is_shown_and_goes_on(daemon: DaemonProcess, daemon
     until(stubs, "trainer", "ready")
     assert [int(stubs.done(one).optim_step.metrics.get("step", 0)) for one in sent] == [0, 2]
     assert worker(stubs, "trainer").pid == pid
+    stubs.channel.close()
+
+
+def test_a_trainer_that_hangs_holds_up_no_other(daemon: DaemonProcess) -> None:
+    stubs = Stubs(daemon.address)
+    stubs.create_trainer("hung")
+    wanted = training_service_pb2.CreateSessionRequest(trainer="trainers/hung", request_id="wanted")
+    with stopped(worker(stubs, "trainer").pid):
+        opening = stubs.training.CreateSession.future(wanted, timeout=60)
+        deleting = stubs.trainers.DeleteTrainer.future(
+            trainer_service_pb2.DeleteTrainerRequest(name="trainers/hung"), timeout=60
+        )
+        time.sleep(0.5)
+        assert stubs.create_trainer("other").trainer.state == trainer_pb2.Trainer.STATE_ACTIVE
+        LaneClient(stubs, stubs.session("trainers/other")).step()
+        stubs.trainers.DeleteTrainer(
+            trainer_service_pb2.DeleteTrainerRequest(name="trainers/other"), timeout=20
+        )
+        assert not opening.done() and not deleting.done()
+    assert opening.result().session.name and deleting.result()
+    assert daemon.worker_pids() == []
     stubs.channel.close()
 
 

@@ -17,7 +17,7 @@ from support.sizes import figure, size
 from support.stubs import Stubs
 
 SECONDS = size(30, 600)
-CLIENTS = size(12, 32)
+CLIENTS = size(12, 64)
 FEWEST_COMMANDS_A_SECOND = 5
 MOST_GROWTH_MIB_A_MINUTE = size(24, 1)
 
@@ -113,6 +113,7 @@ def test_many_clients_at_everything(tmp_path: Path) -> None:
         clients=CLIENTS,
         commands=len(history.listed),
         commands_a_second=round(rate, 1),
+        refused_for_now=sum(one.refused for one in work.clients),
         growth_mib_a_minute=round(growth, 2),
         descriptors=max(descriptors),
     )

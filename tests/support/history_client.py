@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import random
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import grpc
 from firetitan.v1 import (
     checkpoint_service_pb2,
     operation_pb2,
@@ -38,7 +40,13 @@ from support.history import (  # noqa: E402
     judge,
     load,
 )
-from support.stubs import LaneClient, Stubs, optim_request, status_reason  # noqa: E402
+from support.stubs import (  # noqa: E402
+    LaneClient,
+    Stubs,
+    optim_request,
+    retry_delay_s,
+    status_reason,
+)
 
 WAIT_S = 120.0
 EXPECTED = ("NO_GRADIENTS", "PRECEDING_FAILED", "CANCELLED")
@@ -129,6 +137,8 @@ class TrainingClient(threading.Thread):
         self.waiting = waiting
         self.stopping = threading.Event()
         self.steps = 0
+        self.refused = 0
+        """How often a command was refused for now."""
         self.answered: list[float] = []
         """When calls came back, on the monotonic clock."""
         self.failure: BaseException | None = None
@@ -167,7 +177,7 @@ class TrainingClient(threading.Thread):
         for method in methods:
             lane, seq = self.lane, self.lane.seq
             key = self.recorder.invoked(lane.client_id, method, f"{lane.client_id}-{seq}", seq)
-            sent.append((key, lane.send(message_of(method, lane.client_id, seq))))
+            sent.append((key, self.submit(message_of(method, lane.client_id, seq))))
             if cancel:
                 request = operation_service_pb2.CancelOperationRequest(name=sent[-1][1].name)
                 self.stubs.retry(self.stubs.operations.CancelOperation, request)
@@ -181,6 +191,20 @@ class TrainingClient(threading.Thread):
                 self.lane.seen_failure = ended.seq
             all_ended.append(ended)
         return all_ended
+
+    def submit(self, message: object) -> operation_pb2.Operation:
+        """Send a command; again where it is refused for now, as a RetryInfo says."""
+        seq = self.lane.seq
+        self.lane.seq += 1
+        while True:
+            try:
+                return self.lane.send(message, seq=seq)
+            except grpc.RpcError as error:
+                pause_s = retry_delay_s(error)
+                if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED or not pause_s:
+                    raise
+                self.refused += 1
+                time.sleep(pause_s * random.uniform(1.0, 1.2))
 
     def wait(self, operation: operation_pb2.Operation) -> operation_pb2.Operation:
         """The operation when it has ended, by whatever way this client waits."""

@@ -173,6 +173,31 @@ async def test_session_of_a_caller_that_went_away_is_there_for_the_next(
     assert [one.name for one in managers.sessions.all("")] == [session.name]
 
 
+async def test_opening_a_session_says_that_its_worker_does_not_answer(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firetitan_daemon.control.sessions._ANSWER_S", 0.05)
+    trainer, worker = await managers.trainer()
+    answers = asyncio.Event()
+
+    class Hung:
+        def __getattr__(self, name: str) -> object:
+            return getattr(worker, name)
+
+        async def open_session(self, session: Session) -> object:
+            await answers.wait()
+            return await worker.open_session(session)
+
+    for _ in range(2):
+        with pytest.raises(FiretitanError, match="has not answered") as caught:
+            await managers.sessions.create(trainer, Hung(), Wanted(), "request")
+        assert caught.value.reason is Reason.RECOVERING
+        assert float(caught.value.metadata["retry_after_s"]) > 0
+    answers.set()
+    session, created = await managers.sessions.create(trainer, worker, Wanted(), "request")
+    assert created and [one.name for one in managers.sessions.all("")] == [session.name]
+
+
 async def test_of_two_hotloads_with_one_etag_one_is_refused(managers: Managers) -> None:
     deployment = await managers.deployment()
     await managers.snapshots("a-01234567", "b-01234567")
