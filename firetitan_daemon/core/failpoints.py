@@ -42,12 +42,16 @@ NAMES = (
     "recovery.launched",
     "recovery.replayed",
     "recovery.restored",
+    "sampler.prepared",
+    "hotload.prepared",
     "sampler.applying",
     "sampler.applied",
+    "hotload.switched",
     "hotload.applied",
     "sampler.generated",
     "create.loaded",
     "adopt.adopted",
+    "scale.removed",
 )
 """Every place, in the order a command passes them."""
 

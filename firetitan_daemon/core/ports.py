@@ -275,6 +275,10 @@ class WorkerSession:
     """Of the weights and moments, which a recovery point holds; 0: not said."""
 
 
+PREPARE = "prepare"
+"""Capability of a sampler: it builds a snapshot without serving it."""
+
+
 @dataclass(frozen=True)
 class WorkerStatus:
     """A worker's answer to `Describe`."""
@@ -436,6 +440,12 @@ class Worker(Protocol):
     ) -> Sequence[str]:
         """Serve the last layer's weights; returns what is loaded."""
 
+    async def prepare(self, layers: Sequence[SnapshotLayer]) -> None:
+        """Build and verify what `apply` of the same layers then serves at once.
+
+        Only where its capabilities name `prepare`.
+        """
+
     async def retain(self, keep: Sequence[str]) -> Sequence[str]:
         """Drop the snapshots that are neither active nor named; returns what is loaded."""
 
@@ -500,5 +510,7 @@ class Limits:
     max_operations: int = 1024
     max_queued_bytes: int = 256 * 1024 * 1024
     max_streams: int = 128
+    max_replicas: int = 8
+    """Samplers of one deployment."""
     gap_timeout_s: float = 60.0
     """How long a command may wait for an earlier seq of its lane."""

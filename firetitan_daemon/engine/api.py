@@ -560,6 +560,16 @@ class SampleEngine(Protocol):
             FiretitanError: CHECKSUM_MISMATCH, CHAIN_BROKEN.
         """
 
+    def prepare(self, layers: Sequence[SnapshotLayer]) -> None:
+        """Build the weights of the last layer and verify them; no request can run on them yet.
+
+        An `apply` of the same snapshot takes them; anything else that changes what is loaded drops
+        them.
+
+        Raises:
+            FiretitanError: As `apply`.
+        """
+
     def retain(self, keep: Sequence[str]) -> None:
         """Drop the snapshots that are neither active nor in `keep`, nor have running sequences."""
 

@@ -94,27 +94,18 @@ class HfSampleEngine:
         Full-parameter weights: two versions live at most, so `keep` can hold one beside the new
         one until the next comes, and a third waits for the oldest to run out.
         """
-        if not layers:
-            raise FiretitanError(
-                Reason.INVALID_ARGUMENT, "layers is empty; name a snapshot", field="layers"
-            )
-        last = layers[-1]
         with self._applying:
-            version = self._versions.find(last.name)
-            if version is None:
-                version = self._build(layers)
-            elif version.result_digest != last.result_digest:
-                raise FiretitanError(
-                    Reason.CHAIN_BROKEN,
-                    f"snapshot {last.name} is loaded with another content "
-                    f"({version.result_digest}, not {last.result_digest}); names are given once",
-                    snapshot=last.name,
-                )
+            version = self._built(layers)
             swap = functools.partial(self._swap, version, keep, transition, keep_prompts)
             if transition is HotloadTransition.SYNC:
                 self._scheduler.drain(swap)
             else:
                 self._scheduler.call(swap)
+
+    def prepare(self, layers: Sequence[SnapshotLayer]) -> None:
+        """See `SampleEngine`; of full-parameter weights this waits for room as `apply` does."""
+        with self._applying:
+            self._versions.prepare(self._built(layers))
 
     def _swap(
         self,
@@ -150,6 +141,25 @@ class HfSampleEngine:
         """See `SampleEngine`."""
         self._versions.close()
         self._scheduler.close()
+
+    def _built(self, layers: Sequence[SnapshotLayer]) -> Version:
+        """The last layer's version: the one in memory, or a new one."""
+        if not layers:
+            raise FiretitanError(
+                Reason.INVALID_ARGUMENT, "layers is empty; name a snapshot", field="layers"
+            )
+        last = layers[-1]
+        version = self._versions.find(last.name)
+        if version is None:
+            return self._build(layers)
+        if version.result_digest != last.result_digest:
+            raise FiretitanError(
+                Reason.CHAIN_BROKEN,
+                f"snapshot {last.name} is loaded with another content "
+                f"({version.result_digest}, not {last.result_digest}); names are given once",
+                snapshot=last.name,
+            )
+        return version
 
     def _build(self, layers: Sequence[SnapshotLayer]) -> Version:
         if layers[-1].format is not SnapshotFormat.PEFT_ADAPTER:

@@ -3,7 +3,8 @@
 Knows: names, counts of running requests. Must not know: tensors, files, how a version is used.
 
 Owner: the engine; every method may be called from any thread. A version leaves the table when it is
-neither active nor kept nor in use. Of versions that hold all parameters two live at most.
+neither active nor prepared nor kept nor in use. Of versions that hold all parameters two live at
+most.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class VersionTable:
         self._changed = threading.Condition()
         self._versions = {base.name: base}
         self._active = base
+        self._prepared: Version | None = None
         self._closed = False
 
     @property
@@ -98,6 +100,7 @@ class VersionTable:
             FiretitanError: CLOSED where the engine closes meanwhile.
         """
         with self._changed:
+            self._prepared = None
             others = [v for v in self._versions.values() if v.full and v is not self._active]
             for version in others[: max(0, len(others) + 2 - MAX_FULL_VERSIONS)]:
                 version.kept = False
@@ -106,6 +109,17 @@ class VersionTable:
             if self._closed:
                 raise FiretitanError(Reason.CLOSED, "the sampling engine is closed")
 
+    def prepare(self, version: Version) -> None:
+        """Hold a version that no request can name yet until the next call of this or `activate`."""
+        with self._changed:
+            assert self._versions.get(version.name, version) is version, "names are given once"
+            if version.name not in self._versions:
+                version.kept = False
+                self._versions[version.name] = version
+            self._prepared = version
+            self._drop_unneeded()
+            self._changed.notify_all()
+
     def activate(self, version: Version, keep: Sequence[str]) -> None:
         """Make `version` the active one; of the others only `keep` can be named from now on."""
         with self._changed:
@@ -113,6 +127,7 @@ class VersionTable:
             self._versions[version.name] = version
             version.kept = True
             self._active = version
+            self._prepared = None
             for name, other in self._versions.items():
                 if other is not version:
                     other.kept = other.kept and name in keep
@@ -147,5 +162,5 @@ class VersionTable:
         self._versions = {
             name: version
             for name, version in self._versions.items()
-            if version is self._active or version.running or version.kept
+            if version in (self._active, self._prepared) or version.running or version.kept
         }

@@ -104,19 +104,28 @@ def apply_request(
     keep_prompt_cache: bool,
 ) -> worker_pb2.ApplyRequest:
     """The snapshots to serve."""
-    request = worker_pb2.ApplyRequest(
-        keep=keep, transition=transition.value, keep_prompt_cache=keep_prompt_cache
+    return worker_pb2.ApplyRequest(
+        layers=[_layer_to_proto(layer) for layer in layers],
+        keep=keep,
+        transition=transition.value,
+        keep_prompt_cache=keep_prompt_cache,
     )
-    for layer in layers:
-        request.layers.add(
-            name=layer.name,
-            kind=layer.kind,
-            format=layer.format,
-            path=layer.path,
-            digest=layer.digest,
-            result_digest=layer.result_digest,
-        )
-    return request
+
+
+def prepare_request(layers: Sequence[SnapshotLayer]) -> worker_pb2.PrepareRequest:
+    """The snapshots to build."""
+    return worker_pb2.PrepareRequest(layers=[_layer_to_proto(layer) for layer in layers])
+
+
+def _layer_to_proto(layer: SnapshotLayer) -> worker_pb2.SnapshotLayer:
+    return worker_pb2.SnapshotLayer(
+        name=layer.name,
+        kind=layer.kind,
+        format=layer.format,
+        path=layer.path,
+        digest=layer.digest,
+        result_digest=layer.result_digest,
+    )
 
 
 def outcome_from_proto(response: worker_pb2.ExecuteResponse) -> Outcome:

@@ -191,6 +191,11 @@ class RemoteWorker:
         response = await self._call(lambda: self._sampler.Apply(request))
         return tuple(response.loaded_snapshots)
 
+    async def prepare(self, layers: Sequence[SnapshotLayer]) -> None:
+        """Build and verify what `apply` of the same layers then serves at once."""
+        request = convert.prepare_request(layers)
+        await self._call(lambda: self._sampler.Prepare(request))
+
     async def retain(self, keep: Sequence[str]) -> Sequence[str]:
         """Drop the snapshots that are neither active nor named; returns what is loaded.
 

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError, Message
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
+from firetitan_daemon.core.ports import PREPARE
 from firetitan_daemon.engine.api import (
     HotloadTransition,
     NewTokens,
@@ -36,7 +37,7 @@ MessageT = TypeVar("MessageT", bound=Message)
 
 
 class SamplerServicer(worker_pb2_grpc.SamplerWorkerServiceServicer):
-    """Apply, Retain, Generate, GenerateStream.
+    """Prepare, Apply, Retain, Generate, GenerateStream.
 
     Args:
         host: The engine.
@@ -52,6 +53,16 @@ class SamplerServicer(worker_pb2_grpc.SamplerWorkerServiceServicer):
         if engine is not None:
             response.loaded_snapshots.extend(engine.loaded)
             response.active_snapshot = engine.active
+        response.capabilities.append(PREPARE)
+
+    async def Prepare(
+        self,
+        request: worker_pb2.PrepareRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> worker_pb2.PrepareResponse:
+        """Builds a snapshot's weights and verifies them; what is served stays."""
+        await asyncio.shield(asyncio.create_task(self._prepare(request)))
+        return worker_pb2.PrepareResponse()
 
     async def Apply(
         self,
@@ -135,11 +146,17 @@ class SamplerServicer(worker_pb2_grpc.SamplerWorkerServiceServicer):
             message, engine.loaded, engine.info.max_context_length
         )
 
+    async def _prepare(self, request: worker_pb2.PrepareRequest) -> None:
+        engine = self._host.engine
+        layers = _layers(request.layers)
+        async with self._applying:
+            if engine.active != layers[-1].name:
+                await self._host.run(lambda: engine.prepare(layers))
+                failpoint("sampler.prepared")
+
     async def _apply(self, request: worker_pb2.ApplyRequest) -> tuple[str, ...]:
         engine = self._host.engine
-        layers = [_layer(layer) for layer in request.layers]
-        if not layers:
-            raise FiretitanError(Reason.INVALID_ARGUMENT, "layers: empty; name at least one")
+        layers = _layers(request.layers)
         keep = list(request.keep)
         try:
             transition = HotloadTransition(request.transition or HotloadTransition.FINISH)
@@ -176,6 +193,12 @@ def _parse(kind: type[MessageT], payload: bytes) -> MessageT:
         raise FiretitanError(
             Reason.INVALID_ARGUMENT, f"the payload is not a {kind.__name__}: {error}"
         ) from error
+
+
+def _layers(layers: Sequence[worker_pb2.SnapshotLayer]) -> list[SnapshotLayer]:
+    if not layers:
+        raise FiretitanError(Reason.INVALID_ARGUMENT, "layers: empty; name at least one")
+    return [_layer(layer) for layer in layers]
 
 
 def _layer(layer: worker_pb2.SnapshotLayer) -> SnapshotLayer:

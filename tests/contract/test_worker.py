@@ -20,7 +20,14 @@ from support.commands import (
 )
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.ports import Command, Outcome, SnapshotLayer, Worker, WorkerLauncher
+from firetitan_daemon.core.ports import (
+    PREPARE,
+    Command,
+    Outcome,
+    SnapshotLayer,
+    Worker,
+    WorkerLauncher,
+)
 from firetitan_daemon.core.records import LoraSettings
 from firetitan_daemon.launch.in_process import InProcessLauncher
 from firetitan_daemon.launch.local import LocalLauncher
@@ -370,6 +377,12 @@ async def test_a_snapshot_reaches_a_sampler(
     assert np.frombuffer(base_model.sequences[0].token_ids, "<i4").shape == (4,)
     assert await sampler.apply(layers[:1], []) == ("s-0",)
     assert await sampler.apply(layers[:1], []) == ("s-0",)
+    assert (await sample()).snapshot == "snapshots/s-0"
+    assert PREPARE in (await sampler.describe()).capabilities
+    for _ in range(2):
+        await sampler.prepare(layers[1:])
+        status = await sampler.describe()
+        assert (status.active_snapshot, status.loaded_snapshots) == ("s-0", ("s-0",))
     assert (await sample()).snapshot == "snapshots/s-0"
     # A repeat is fine though the delta's parent is gone.
     for _ in range(2):

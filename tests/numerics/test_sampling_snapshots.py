@@ -18,9 +18,10 @@ from support.models import save_tiny
 from support.sampling import Snapshots, bits, plain_logprobs, plain_model, random_requests
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import ModelSpec, SampleRequest
+from firetitan_daemon.engine.api import ModelSpec, SampleRequest, SnapshotLayer
 from firetitan_daemon.engine.hf_sample import HfSampleEngine
 from firetitan_daemon.engine.scheduler import SamplerConfig
+from firetitan_daemon.engine.versions import Version
 
 PROMPT = np.arange(60, 76, dtype=np.int32)
 REQUEST = SampleRequest(PROMPT, 3, 12, seed=5, use_eos=False)
@@ -198,6 +199,38 @@ def test_running_sequences_end_on_the_weights_they_began_with(
     assert caught.value.reason == Reason.SNAPSHOT_NOT_ACTIVE
     assert engine.submit(REQUEST).result().snapshot == "new"
     assert bits(running.result()) == expected
+
+
+def test_what_is_prepared_is_not_served_until_it_is_applied(
+    engine: HfSampleEngine, snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = [snapshots.full(f"step-{step}", seed=step) for step in range(3)]
+    adapter = snapshots.adapter("adapter", seed=5)
+    build, built = engine._weights.build, []
+
+    def watched(layers: list[SnapshotLayer], *others: object) -> Version:
+        built.append(layers[-1].name)
+        return build(layers, *others)
+
+    monkeypatch.setattr(engine._weights, "build", watched)
+    engine.apply(chain[0])
+    expected = bits(engine.submit(REQUEST).result())
+    for prepared in (chain[1], adapter):
+        name = prepared[-1].name
+        engine.prepare(prepared)
+        assert (engine.active, engine.loaded) == ("step-0", ("step-0",))
+        with pytest.raises(FiretitanError) as caught:
+            engine.submit(replace(REQUEST, snapshot=name))
+        assert caught.value.reason == Reason.SNAPSHOT_NOT_ACTIVE
+        assert bits(engine.submit(REQUEST).result()) == expected
+    # Only what was prepared last is held.
+    assert engine._versions.find("step-1") is None
+    engine.apply(adapter)
+    assert engine.submit(REQUEST).result().snapshot == "adapter"
+    assert built == ["step-0", "step-1", "adapter"]
+    engine.prepare(chain[2])
+    engine.retain(())
+    assert engine.loaded == ("adapter",) and engine._versions.find("step-2") is None
 
 
 def test_a_third_full_version_waits_for_the_oldest(

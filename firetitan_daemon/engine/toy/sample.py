@@ -101,6 +101,7 @@ class ToySampleEngine:
         self._versions: dict[str, _Version] = {}
         self._active = self._base
         self._keep: frozenset[str] = frozenset()
+        self._prepared: _Version | None = None
         self._requests: list[_Request] = []
         self._closed = False
         self._draining = 0
@@ -137,10 +138,12 @@ class ToySampleEngine:
         Raises:
             FiretitanError: CHECKSUM_MISMATCH, CHAIN_BROKEN.
         """
-        if not layers:
-            raise FiretitanError(Reason.INVALID_ARGUMENT, "layers: is empty", field="layers")
-        built = self._build(layers)
+        prepared = self._prepared
+        built = (
+            prepared if prepared and prepared.name == _last(layers).name else self._build(layers)
+        )
         with self._changed:
+            self._prepared = None
             if transition is HotloadTransition.SYNC:
                 self._drain()
             self._versions[built.name] = built
@@ -151,8 +154,18 @@ class ToySampleEngine:
             self._drop_unused()
             self._changed.notify_all()
 
+    def prepare(self, layers: Sequence[SnapshotLayer]) -> None:
+        """Build the last layer's weights and verify them, for the `apply` that follows.
+
+        Raises:
+            FiretitanError: CHECKSUM_MISMATCH, CHAIN_BROKEN.
+        """
+        self._prepared = None
+        self._prepared = self._build(layers)
+
     def retain(self, keep: Sequence[str]) -> None:
         """Drop the snapshots that are neither active nor in `keep`."""
+        self._prepared = None
         with self._changed:
             self._keep = frozenset(keep)
             self._drop_unused()
@@ -230,7 +243,7 @@ class ToySampleEngine:
                     expected=layer.result_digest,
                     found=found,
                 )
-        return _version(layers[-1].name, tensors)
+        return _version(_last(layers).name, tensors)
 
     def _parent(self, layer: SnapshotLayer, parent: str) -> RawTensors:
         with self._changed:
@@ -314,6 +327,12 @@ class ToySampleEngine:
         if request.version is not None:
             request.version.users -= 1
             self._drop_unused()
+
+
+def _last(layers: Sequence[SnapshotLayer]) -> SnapshotLayer:
+    if not layers:
+        raise FiretitanError(Reason.INVALID_ARGUMENT, "layers: is empty", field="layers")
+    return layers[-1]
 
 
 def _version(name: str, tensors: RawTensors) -> _Version:

@@ -315,6 +315,29 @@ def test_failed_apply_serves_on(tmp_path: Path, sampler: ToySampleEngine) -> Non
     assert _tokens(sampler.submit(_request()).result()) == before
 
 
+@pytest.mark.timeout(30)
+def test_what_is_prepared_is_not_served_until_it_is_applied(
+    tmp_path: Path, sampler: ToySampleEngine
+) -> None:
+    layers = _layers(tmp_path, 3)
+    sampler.apply(layers[:1])
+    before = _tokens(sampler.submit(_request()).result())
+    sampler.prepare(layers[1:2])
+    assert (sampler.active, sampler.loaded) == ("s0", ("s0",))
+    with pytest.raises(FiretitanError, match='"s1": not loaded'):
+        sampler.submit(_request(snapshot="s1"))
+    assert _tokens(sampler.submit(_request()).result()) == before
+    layers[1].path.rename(tmp_path / "gone")
+    sampler.apply(layers[1:2])  # nothing is read again
+    assert (sampler.active, sampler.loaded) == ("s1", ("s1",))
+    sampler.prepare(layers[2:])
+    sampler.retain(())
+    layers[2].path.rename(tmp_path / "gone too")
+    with pytest.raises(FiretitanError):
+        sampler.apply(layers[2:])  # it was let go
+    assert sampler.active == "s1"
+
+
 @pytest.mark.timeout(60)
 def test_swaps_under_load_name_the_right_snapshot(tmp_path: Path, sampler: ToySampleEngine) -> None:
     layers = _layers(tmp_path, 6)

@@ -953,6 +953,38 @@ class ApplyResponse(google.protobuf.message.Message):
 global___ApplyResponse = ApplyResponse
 
 @typing.final
+class PrepareRequest(google.protobuf.message.Message):
+    """For Prepare."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: builtins.int
+    @property
+    def layers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SnapshotLayer]:
+        """As in Apply."""
+
+    def __init__(
+        self,
+        *,
+        layers: collections.abc.Iterable[global___SnapshotLayer] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["layers", b"layers"]) -> None: ...
+
+global___PrepareRequest = PrepareRequest
+
+@typing.final
+class PrepareResponse(google.protobuf.message.Message):
+    """From Prepare."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___PrepareResponse = PrepareResponse
+
+@typing.final
 class RetainRequest(google.protobuf.message.Message):
     """For Retain."""
 

@@ -546,6 +546,11 @@ class SamplerWorkerServiceStub(object):
                 request_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.ApplyRequest.SerializeToString,
                 response_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.ApplyResponse.FromString,
                 _registered_method=True)
+        self.Prepare = channel.unary_unary(
+                '/firetitan.worker.v1.SamplerWorkerService/Prepare',
+                request_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.PrepareRequest.SerializeToString,
+                response_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.PrepareResponse.FromString,
+                _registered_method=True)
         self.Retain = channel.unary_unary(
                 '/firetitan.worker.v1.SamplerWorkerService/Retain',
                 request_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.RetainRequest.SerializeToString,
@@ -569,6 +574,14 @@ class SamplerWorkerServiceServicer(object):
 
     def Apply(self, request, context):
         """Builds a snapshot's weights beside the live ones, verifies, swaps.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Prepare(self, request, context):
+        """Builds a snapshot's weights and verifies them; what is served stays, the Apply that follows finds
+        them. A worker that can says "prepare" among its capabilities.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -602,6 +615,11 @@ def add_SamplerWorkerServiceServicer_to_server(servicer, server):
                     servicer.Apply,
                     request_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.ApplyRequest.FromString,
                     response_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.ApplyResponse.SerializeToString,
+            ),
+            'Prepare': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prepare,
+                    request_deserializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.PrepareRequest.FromString,
+                    response_serializer=firetitan_dot_worker_dot_v1_dot_worker__pb2.PrepareResponse.SerializeToString,
             ),
             'Retain': grpc.unary_unary_rpc_method_handler(
                     servicer.Retain,
@@ -647,6 +665,33 @@ class SamplerWorkerService(object):
             '/firetitan.worker.v1.SamplerWorkerService/Apply',
             firetitan_dot_worker_dot_v1_dot_worker__pb2.ApplyRequest.SerializeToString,
             firetitan_dot_worker_dot_v1_dot_worker__pb2.ApplyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prepare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/firetitan.worker.v1.SamplerWorkerService/Prepare',
+            firetitan_dot_worker_dot_v1_dot_worker__pb2.PrepareRequest.SerializeToString,
+            firetitan_dot_worker_dot_v1_dot_worker__pb2.PrepareResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -263,6 +263,14 @@ class SamplerWorkerServiceStub:
     ]
     """Builds a snapshot's weights beside the live ones, verifies, swaps."""
 
+    Prepare: grpc.UnaryUnaryMultiCallable[
+        firetitan.worker.v1.worker_pb2.PrepareRequest,
+        firetitan.worker.v1.worker_pb2.PrepareResponse,
+    ]
+    """Builds a snapshot's weights and verifies them; what is served stays, the Apply that follows finds
+    them. A worker that can says "prepare" among its capabilities.
+    """
+
     Retain: grpc.UnaryUnaryMultiCallable[
         firetitan.worker.v1.worker_pb2.RetainRequest,
         firetitan.worker.v1.worker_pb2.RetainResponse,
@@ -289,6 +297,14 @@ class SamplerWorkerServiceAsyncStub:
         firetitan.worker.v1.worker_pb2.ApplyResponse,
     ]
     """Builds a snapshot's weights beside the live ones, verifies, swaps."""
+
+    Prepare: grpc.aio.UnaryUnaryMultiCallable[
+        firetitan.worker.v1.worker_pb2.PrepareRequest,
+        firetitan.worker.v1.worker_pb2.PrepareResponse,
+    ]
+    """Builds a snapshot's weights and verifies them; what is served stays, the Apply that follows finds
+    them. A worker that can says "prepare" among its capabilities.
+    """
 
     Retain: grpc.aio.UnaryUnaryMultiCallable[
         firetitan.worker.v1.worker_pb2.RetainRequest,
@@ -318,6 +334,16 @@ class SamplerWorkerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[firetitan.worker.v1.worker_pb2.ApplyResponse, collections.abc.Awaitable[firetitan.worker.v1.worker_pb2.ApplyResponse]]:
         """Builds a snapshot's weights beside the live ones, verifies, swaps."""
+
+    @abc.abstractmethod
+    def Prepare(
+        self,
+        request: firetitan.worker.v1.worker_pb2.PrepareRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[firetitan.worker.v1.worker_pb2.PrepareResponse, collections.abc.Awaitable[firetitan.worker.v1.worker_pb2.PrepareResponse]]:
+        """Builds a snapshot's weights and verifies them; what is served stays, the Apply that follows finds
+        them. A worker that can says "prepare" among its capabilities.
+        """
 
     @abc.abstractmethod
     def Retain(
