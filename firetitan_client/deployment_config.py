@@ -11,7 +11,6 @@ from typing import Any, Self
 from firetitan.v1 import deployment_pb2
 
 from firetitan_client.control_client import ACCOUNT, job_name_of
-from firetitan_client.errors import Unsupported
 
 _State = deployment_pb2.Deployment
 STATES = {
@@ -85,15 +84,16 @@ class DeploymentConfig:
     """What `deployment_shape` must be; a guard against mixing two profiles."""
     region: str | None = None
     min_replica_count: int = 0
+    """At most `max_replica_count`; without effect: as many samplers run, or none."""
     max_replica_count: int = 1
-    """1; more is refused."""
+    """Samplers. A deployment that exists and has more keeps them."""
     accelerator_type: str = "NVIDIA_H200_141GB"
     hot_load_bucket_type: str | None = "FW_HOSTED"
     hot_load_trainer_job: str | None = None
     """Id or name of the trainer whose snapshots it serves."""
     enable_hot_load: bool = True
     hot_load_transition_type: str | None = None
-    """None; SYNC and ASYNC are refused."""
+    """SYNC, ASYNC or None: running sequences end on the weights they began with."""
     skip_shape_validation: bool = False
     accept_shapeless_risk: bool = False
     disable_speculative_decoding: bool = False
@@ -155,21 +155,13 @@ class DeploymentConfig:
         if self.max_replica_count <= 0 or not 0 <= self.min_replica_count <= self.max_replica_count:
             raise ValueError(
                 f"min_replica_count={self.min_replica_count}, max_replica_count="
-                f"{self.max_replica_count}: give 0 or 1 and 1; scale_to_zero stops a deployment"
+                f"{self.max_replica_count}: give 1 or more, and a minimum of 0 up to that; "
+                "scale_to_zero stops a deployment"
             )
         transition_of(self.hot_load_transition_type)
 
     def refuse_unsupported(self) -> None:
-        """Refuse what the daemon cannot do rather than ignore it.
-
-        Raises:
-            Unsupported: Names the setting.
-        """
-        if self.max_replica_count != 1:
-            raise Unsupported(
-                f"max_replica_count={self.max_replica_count}: one is supported on this host",
-                field="max_replica_count",
-            )
+        """Refuse what the daemon cannot do rather than ignore it: there is nothing now."""
 
 
 def transition_of(transition: str | None) -> deployment_pb2.HotloadTransition.ValueType:

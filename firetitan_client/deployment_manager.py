@@ -91,9 +91,9 @@ class DeploymentManager(Hotloading):
             force_recreate: Delete one that exists first.
 
         Raises:
-            ValueError: Contradicting settings, or the id serves another base model.
+            ValueError: Contradicting settings, more samplers than the daemon allows, or the id
+                serves another base model.
             NotFound: `hot_load_trainer_job` does not exist.
-            Unsupported: More than one replica, a transition type.
         """
         config.validate()
         config.refuse_unsupported()
@@ -112,7 +112,7 @@ class DeploymentManager(Hotloading):
         self._run("delete", self._delete(deployment_id_of(deployment_id)))
 
     def scale_to_zero(self, deployment_id: str) -> None:
-        """Stop a deployment's worker; the record stays, the next use starts it.
+        """Stop a deployment's workers; the record stays, the next use starts as many.
 
         Raises:
             NotFound: No such deployment.
@@ -122,11 +122,12 @@ class DeploymentManager(Hotloading):
     def update(
         self, deployment_id: str, body: Mapping[str, Any], update_mask: str | list[str]
     ) -> DeploymentInfo:
-        """Change the trainer a deployment is attached to, or stop or start it.
+        """Change the trainer a deployment is attached to, or how many samplers it has.
 
         Args:
             deployment_id: Id or name of the deployment.
-            body: Values by field: `hotLoadTrainerJob`, `minReplicaCount`, `maxReplicaCount`.
+            body: Values by field: `hotLoadTrainerJob`; `maxReplicaCount`: it has so many, 0 stops
+                it; `minReplicaCount`: it gets as many where it has fewer.
             update_mask: Fields to change, in camelCase or snake_case, as list or comma-separated.
 
         Raises:
@@ -149,7 +150,8 @@ class DeploymentManager(Hotloading):
             changes[name] = values[name]
         if not changes:
             raise ValueError("update_mask: names no field")
-        work = self._update(deployment_id_of(deployment_id), _replicas(changes), changes)
+        _check_replicas(changes)
+        work = self._update(deployment_id_of(deployment_id), changes)
         return self._run("update", work)
 
     def wait_for_ready(
@@ -261,7 +263,14 @@ class DeploymentManager(Hotloading):
             await self._delete(deployment_id)
         shape = config.deployment_shape or ""
         transition = transition_of(config.hot_load_transition_type)
-        await self._create(deployment_id, config.base_model, trainer_id, transition, shape)
+        await self._create(
+            deployment_id,
+            config.base_model,
+            trainer_id,
+            transition,
+            shape,
+            config.max_replica_count,
+        )
         return deployment_info(await self._find_deployment(deployment_id))
 
     async def _attach(
@@ -289,6 +298,7 @@ class DeploymentManager(Hotloading):
         trainer_id: str,
         transition: deployment_pb2.HotloadTransition.ValueType,
         shape: str = "",
+        replicas: int = 0,
     ) -> None:
         await self._transport.call(
             "DeploymentService/CreateDeployment",
@@ -299,6 +309,7 @@ class DeploymentManager(Hotloading):
                 request_id=uuid.uuid4().hex,
                 deployment_shape=shape,
                 transition=transition,
+                replicas=replicas,
             ),
             deployment_service_pb2.CreateDeploymentResponse,
         )
@@ -321,15 +332,15 @@ class DeploymentManager(Hotloading):
             timeout_s=None,
         )
 
-    async def _update(
-        self, deployment_id: str, replicas: int | None, changes: Mapping[str, Any]
-    ) -> DeploymentInfo:
+    async def _update(self, deployment_id: str, changes: Mapping[str, Any]) -> DeploymentInfo:
         found = await self._find_deployment(deployment_id)
         if "hotLoadTrainerJob" in changes:
             trainer_id = job_id_of(changes["hotLoadTrainerJob"], "hotLoadTrainerJob")
             await self._attach(deployment_id, found.base_model, trainer_id)
-        if replicas is not None:
-            await self._scale(deployment_id, replicas)
+        running = 0 if found.state == _State.STATE_STOPPED else found.replicas
+        wanted = changes.get("maxReplicaCount", max(running, changes.get("minReplicaCount", 0)))
+        if wanted != running:
+            await self._scale(deployment_id, wanted)
         return deployment_info(await self._find_deployment(deployment_id))
 
     async def _wait(
@@ -340,7 +351,7 @@ class DeploymentManager(Hotloading):
             if found.state == _State.STATE_ACTIVE:
                 return deployment_info(found)
             if found.state == _State.STATE_STOPPED:
-                await self._scale(deployment_id, 1)
+                await self._scale(deployment_id, found.replicas)
             elif found.state in (_State.STATE_FAILED, _State.STATE_DELETING):
                 cause = from_status(found.error)
                 raise FailedPrecondition(
@@ -361,14 +372,16 @@ def _camel(name: str) -> str:
     return first + "".join(part.capitalize() for part in rest)
 
 
-def _replicas(changes: Mapping[str, Any]) -> int | None:
-    """How many workers a change asks for; None: as many as there are."""
-    counts = {name: changes[name] for name in changes if name.endswith("ReplicaCount")}
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ValueError(f"{name}: is {count!r}; give 0 or 1")
-        if count > 1:
-            raise Unsupported(f"{name}={count}: one is supported on this host", field=name)
-    if counts.get("maxReplicaCount") == 0:
-        return 0
-    return 1 if counts.get("minReplicaCount") == 1 else None
+def _check_replicas(changes: Mapping[str, Any]) -> None:
+    """Refuse numbers of samplers that contradict each other; how many there may be the daemon says.
+
+    Raises:
+        ValueError: Names the field.
+    """
+    for name in ("minReplicaCount", "maxReplicaCount"):
+        count = changes.get(name, 0)
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < 2**31:
+            raise ValueError(f"{name}: is {count!r}; give a whole number, 0 or more")
+    least, most = changes.get("minReplicaCount", 0), changes.get("maxReplicaCount")
+    if most is not None and least > most:
+        raise ValueError(f"minReplicaCount: is {least}, above maxReplicaCount={most}")

@@ -112,9 +112,10 @@ class Hotloading(ControlClient):
             timeout: Seconds to wait for a daemon that is away.
 
         Returns:
-            `replicas`, none where it is scaled to zero, each with `current_snapshot_identity`
-            (empty: the base model), `readiness`, `loading_state` of `stage` ("done", "loading" or
-            "error") and `target_snapshot_identity`, and `loaded_adapters`.
+            `replicas`, none where it is scaled to zero, else one a sampler, each with
+            `current_snapshot_identity` (empty: the base model), `readiness`, `loading_state` of
+            `stage` ("done", "loading" or "error") and `target_snapshot_identity`, and
+            `loaded_adapters`.
         """
         work = self._status(deployment_id_of(deployment_id), base_model, float(timeout))
         return self._run("hotload_check_status", work)
@@ -257,16 +258,23 @@ class Hotloading(ControlClient):
                 stage, target = "error", begun.snapshot
         elif deployment.HasField("error"):
             stage, target = "error", ""
-        replica = {
-            "current_snapshot_identity": deployment.active_snapshot.rpartition("/")[2],
-            "readiness": deployment.state == _State.STATE_ACTIVE,
-            "loading_state": {
-                "stage": stage,
-                "target_snapshot_identity": target.rpartition("/")[2],
-            },
-            "loaded_adapters": [],
+        # One that is not there yet, or was given up, is not ready.
+        missing = max(1, deployment.replicas) - len(deployment.workers)
+        ready = [one.state == _State.STATE_ACTIVE for one in deployment.workers] + [False] * missing
+        return {
+            "replicas": [
+                {
+                    "current_snapshot_identity": deployment.active_snapshot.rpartition("/")[2],
+                    "readiness": is_ready,
+                    "loading_state": {
+                        "stage": stage,
+                        "target_snapshot_identity": target.rpartition("/")[2],
+                    },
+                    "loaded_adapters": [],
+                }
+                for is_ready in ready
+            ]
         }
-        return {"replicas": [replica]}
 
     async def _wait_hotload(
         self,

@@ -93,6 +93,7 @@ class FiretitanProvisioningConfig(AcceptedSettings):
     """For information: each optim_step carries its own."""
     trainer_replica_count: int | None = None
     replica_count: int | None = 1
+    """Samplers of the deployment. One that exists and has more keeps them."""
     cleanup_trainer_on_close: bool = False
     """Delete the trainer on close, if this service created it."""
     cleanup_reference_trainer_on_close: bool = True
@@ -137,8 +138,6 @@ class FiretitanProvisioningConfig(AcceptedSettings):
         if self.replica_count == 0:
             logger.warning("replica_count=0: taken as 1")
         self.replica_count = self.replica_count or 1
-        if self.replica_count != 1:
-            raise Unsupported(f"replica_count={self.replica_count}: one is supported on this host")
         refuse_ranks(self.trainer_replica_count)
         transition_of(self.hot_load_transition_type)
         if self.forward_only and self.lora_rank:

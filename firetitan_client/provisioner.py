@@ -155,7 +155,7 @@ class Provisioner:
         return self.deployment
 
     async def scale_deployment(self, replicas: int) -> deployment_pb2.Deployment:
-        """Stop the deployment's worker, or start it."""
+        """Have so many samplers; 0 stops them."""
         answer = await self.transport.call(
             "DeploymentService/ScaleDeployment",
             deployment_service_pb2.ScaleDeploymentRequest(
@@ -277,6 +277,7 @@ class Provisioner:
                 deployment_shape=await self._deployment_shape(),
                 request_id=uuid.uuid4().hex,
                 transition=transition_of(config.hot_load_transition_type),
+                replicas=config.replica_count or 1,
                 inactivity_timeout=inactivity.to_proto(
                     config.inactivity_timeout, config.disable_inactivity_cleanup
                 ),
@@ -287,7 +288,7 @@ class Provisioner:
         operation = await wait_operation(self.transport, answer.operation)
         made: deployment_pb2.Deployment = operation.deployment
         if made.state == deployment_pb2.Deployment.STATE_STOPPED:
-            made = await self.scale_deployment(1)
+            made = await self.scale_deployment(made.replicas)
         self.needs_sync = made.requires_sync
         if trainer is not None:
             await trainer

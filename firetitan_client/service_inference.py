@@ -163,6 +163,7 @@ class InferenceDeployments(ServiceCore):
                 base_model=config.base_model,
                 deployment_shape=config.deployment_shape or "",
                 request_id=uuid.uuid4().hex,
+                replicas=config.max_replica_count,
                 transition=transition_of(config.hot_load_transition_type),
             ),
             deployment_service_pb2.CreateDeploymentResponse,

@@ -188,7 +188,7 @@ class Daemon:
             ModelServicer(models, exports, supervisor),
             ShapeServicer(services.shapes),
             OperationServicer(services.operations, sessions, messages),
-            SamplingServicer(SamplingRouter(services, deployments), supervisor),
+            SamplingServicer(SamplingRouter(deployments), supervisor),
             DeploymentServicer(deployments, syncer, messages, supervisor),
             TrainerServicer(trainers, sessions, messages, supervisor),
             LeaseServicer(leases, services),

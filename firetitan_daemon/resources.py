@@ -90,7 +90,10 @@ class Resources:
             "deployments",
         ):
             serves = deployment.active_snapshot or "the base model"
-            rows.append(_row(deployment, f"{deployment.base_model}: {serves}", users, waiting))
+            what = f"{deployment.base_model}: {serves}"
+            if deployment.replicas > 1:
+                what += f", {deployment.ready_replicas} of {deployment.replicas} samplers"
+            rows.append(_row(deployment, what, users, waiting))
         return rows
 
     def remove(self, name: str) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from firetitan_daemon.control import provisioning
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.ports import Limits
 from firetitan_daemon.core.records import Deployment, HotloadTransition, Shape
 from firetitan_daemon.core.shapes import unversioned
 
@@ -33,6 +35,24 @@ class DeploymentRequest:
     """Set by the manager."""
     inactivity_s: float | None = None
     """None: the setting for a new one, what it was for one that exists; 0: never stopped."""
+    replicas: int = 0
+    """Samplers it is to have at least; 0: one, or as many as one that exists has."""
+
+
+def check_replicas(replicas: int, limits: Limits) -> None:
+    """Refuse a number of samplers that no deployment can have.
+
+    Raises:
+        FiretitanError: INVALID_ARGUMENT naming the limit.
+    """
+    if not 0 <= replicas <= limits.max_replicas:
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"replicas: {replicas}; a deployment has 0 to {limits.max_replicas} samplers here, "
+            "each with a copy of what it serves; ask for fewer, or raise limits.max_replicas",
+            field="replicas",
+            limit=str(limits.max_replicas),
+        )
 
 
 def check_same(existing: Deployment, request: DeploymentRequest) -> None:

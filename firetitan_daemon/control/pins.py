@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Collection
 
 from firetitan_daemon.core.leases import client_of
+from firetitan_daemon.core.names import snapshot_name
 from firetitan_daemon.core.ports import Change, Ledger, Store
 
 Pin = tuple[str, str, str]
@@ -31,6 +32,10 @@ class Pins:
     def snapshots(self, deployment_id: str) -> list[str]:
         """Ids of the snapshots that clients keep loaded in a deployment."""
         return sorted({pin[1] for pin in self._pins if pin[0] == deployment_id})
+
+    def names(self, deployment_id: str) -> list[str]:
+        """The same, by their full names."""
+        return [snapshot_name(one) for one in self.snapshots(deployment_id)]
 
     def of(self, deployment_id: str) -> list[Pin]:
         """A deployment's pins."""

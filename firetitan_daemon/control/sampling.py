@@ -1,7 +1,8 @@
 """Sampling: find the worker, pass the bytes.
 
 Knows: deployments. Must not know: prompts or tokens. Nothing is kept: a request whose worker dies
-is answered WORKER_UNAVAILABLE, and the same request with its seed gives the same tokens again.
+goes to another, or is answered WORKER_UNAVAILABLE; with its seed it gives the same tokens again. Of
+a stream the client says where it goes on.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ import contextlib
 from collections.abc import AsyncGenerator
 
 from firetitan_daemon.control.deployments import DeploymentManager
-from firetitan_daemon.control.services import Services
+from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.ports import Worker
 
 
 class SamplingRouter:
     """Sends requests to the workers of deployments."""
 
-    def __init__(self, services: Services, deployments: DeploymentManager) -> None:
-        self._services = services
+    def __init__(self, deployments: DeploymentManager) -> None:
         self._deployments = deployments
 
     async def sample(self, deployment: str, request: bytes) -> bytes:
@@ -35,12 +36,16 @@ class SamplingRouter:
             FiretitanError: DEPLOYMENT_NOT_FOUND, RECOVERING, WORKER_UNAVAILABLE,
                 SNAPSHOT_NOT_ACTIVE, INVALID_ARGUMENT.
         """
-        record, worker = await self._deployments.ready(deployment)
-        try:
-            with self._services.activity.using(record.name):
-                return await worker.generate(request)
-        except FiretitanError as error:
-            raise _explained(deployment, error) from error
+        dead = ""
+        while True:
+            async with self._deployments.sampler(deployment, avoid=dead) as worker:
+                try:
+                    return await worker.generate(request)
+                except FiretitanError as error:
+                    # Once: a request that ends two workers is not given a third.
+                    if dead or not self._another(deployment, worker, error):
+                        raise _explained(deployment, error) from error
+                    dead = worker.spec.worker_id
 
     async def sample_stream(self, deployment: str, request: bytes) -> AsyncGenerator[bytes, None]:
         """Continue a prompt, tokens as they come; closing it ends the sampling.
@@ -55,14 +60,20 @@ class SamplingRouter:
         Raises:
             FiretitanError: As `sample`.
         """
-        record, worker = await self._deployments.ready(deployment)
-        try:
-            with self._services.activity.using(record.name):
+        async with self._deployments.sampler(deployment) as worker:
+            try:
                 async with contextlib.aclosing(worker.generate_stream(request)) as responses:
                     async for response in responses:
                         yield response
-        except FiretitanError as error:
-            raise _explained(deployment, error) from error
+            except FiretitanError as error:
+                raise _explained(deployment, error) from error
+
+    def _another(self, deployment: str, worker: Worker, error: FiretitanError) -> bool:
+        """Whether a request whose worker is gone can be given to another at once."""
+        replicas = self._deployments.replica_set(names.parse_deployment(deployment))
+        return error.reason is Reason.WORKER_UNAVAILABLE and any(
+            one is not worker for one in replicas.workers
+        )
 
 
 def _explained(deployment: str, error: FiretitanError) -> FiretitanError:

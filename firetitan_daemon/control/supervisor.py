@@ -91,7 +91,7 @@ class Supervisor:
     def begin(self, ledger: Ledger) -> None:
         """Reach the workers, all at once; while the server already answers."""
         named = {trainer.worker_id for trainer in ledger.trainers}
-        named |= {deployment.worker_id for deployment in ledger.deployments}
+        named.update(*(deployment.worker_ids for deployment in ledger.deployments))
         for trainer in ledger.trainers:
             self._spawn(trainer.name, self._trainers.recover(trainer.id))
         for deployment in ledger.deployments:

@@ -1,13 +1,13 @@
-"""Moving a deployment to a snapshot: plan the way, have the worker apply it, write it down.
+"""Moving a deployment to a snapshot: take the hotload, have the samplers switched, write it down.
 
-Knows: the chain's rules, deployments. Must not know: how weights are read or swapped. A failure
-leaves what was served and says why in the deployment's `error`.
+Knows: deployments, pins. Must not know: how samplers are switched (`switching`). A failure leaves
+what was served and says why in the deployment's `error`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 
 from firetitan_daemon.control.checkpoints import hold_snapshot
@@ -16,14 +16,14 @@ from firetitan_daemon.control.deployments import DeploymentManager
 from firetitan_daemon.control.pins import Pin
 from firetitan_daemon.control.provisioning import new_operation, settled
 from firetitan_daemon.control.services import Services, error_record, internal_error, logger
-from firetitan_daemon.core import chain, names
+from firetitan_daemon.control.switching import Switch, Switcher
+from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
-from firetitan_daemon.core.ports import Change, SnapshotLayer, Worker
+from firetitan_daemon.core.ports import Change, Worker
 from firetitan_daemon.core.records import (
     Deployment,
     ErrorRecord,
-    HotloadTransition,
     LoadedFrom,
     Operation,
     ResourceState,
@@ -43,6 +43,7 @@ class WeightSyncer:
         self._services = services
         self._pins = services.pins
         self._deployments = deployments
+        self._switcher = Switcher(services)
         self._tasks: set[asyncio.Task[None]] = set()
         self._accepting = asyncio.Lock()
         self._turns: dict[str, asyncio.Lock] = {}
@@ -158,10 +159,15 @@ class WeightSyncer:
         snapshot_id = arguments.snapshot
         await self._deployments.ready(operation.target)
         async with self._deployments.weights_lock(names.last_segment(operation.target)):
-            deployment, worker = self._deployments.serving(operation.target)
-            transition = arguments.transition or deployment.transition
-            await self._apply(
-                deployment, worker, snapshot_id, transition, arguments.keep_prompt_cache
+            deployment, _ = self._deployments.serving(operation.target)
+            await self._switcher.switch(
+                deployment,
+                self._deployments.replica_set(deployment.id),
+                Switch(
+                    snapshot_id,
+                    arguments.transition or deployment.transition,
+                    arguments.keep_prompt_cache,
+                ),
             )
             failpoint("hotload.applied")
             await self._deployments.update(
@@ -174,61 +180,8 @@ class WeightSyncer:
         logger.info("hotloaded deployment=%s snapshot=%s", deployment.id, snapshot_id)
 
     async def restore(self, deployment: Deployment, worker: Worker) -> None:
-        """Make a fresh or adopted worker serve what its deployment is recorded to serve.
-
-        Adapters that clients have pinned are loaded first; of whole models only one is held.
-        """
-        status = await worker.describe()
-        for pinned in self._pins.snapshots(deployment.id):
-            snapshot = await self._services.store.snapshot(pinned)
-            if (
-                snapshot is not None
-                and snapshot.lora_rank
-                and snapshot.kind != chain.MERGED_BASE
-                and (snapshot.name not in status.loaded_snapshots)
-            ):
-                await self._apply(deployment, worker, pinned)
-        if deployment.active_snapshot:
-            await self._apply(deployment, worker, deployment.active_snapshot)
-
-    async def _apply(
-        self,
-        deployment: Deployment,
-        worker: Worker,
-        snapshot_id: str,
-        transition: HotloadTransition = HotloadTransition.FINISH,
-        keep_prompt_cache: bool = False,
-    ) -> None:
-        status = await worker.describe()
-        active = names.last_segment(status.active_snapshot)
-        if active == snapshot_id:
-            return
-        loaded = {names.last_segment(name) for name in status.loaded_snapshots}
-        # A loaded one that is not active is applied again from what it stands on.
-        layers = await self._plan(snapshot_id, loaded - {snapshot_id})
-        keep = self._kept(deployment.id)
-        await worker.apply(layers, keep, transition, keep_prompt_cache=keep_prompt_cache)
-
-    async def _plan(self, snapshot_id: str, loaded: Collection[str]) -> list[SnapshotLayer]:
-        known: dict[str, Snapshot] = {}
-        following: str | None = snapshot_id
-        while following is not None and following not in known:
-            snapshot = await self._services.store.snapshot(following)
-            if snapshot is None:
-                break
-            known[following] = snapshot
-            following = snapshot.parent if snapshot.kind == chain.DELTA else None
-        return [
-            SnapshotLayer(
-                name=one.name,
-                kind=one.kind,
-                format=one.format,
-                path=one.folder,
-                digest=one.digest,
-                result_digest=one.result_digest,
-            )
-            for one in chain.plan(snapshot_id, loaded, known.get)
-        ]
+        """Make a fresh or adopted sampler serve what its deployment is recorded to serve."""
+        await self._switcher.restore(deployment, worker)
 
     async def _fail(self, operation: Operation, error: ErrorRecord) -> None:
         logger.warning("hotload failed op=%s reason=%s", operation.id, error.reason)
@@ -236,6 +189,8 @@ class WeightSyncer:
         if current is None:
             return
         failed = settled(current, self._services.clock.now(), error)
+        # Where several were to switch, those that could hold what they do not serve.
+        self._start(self._retain(names.last_segment(operation.target)))
         try:
             deployment, _ = self._deployments.serving(operation.target)
         except FiretitanError:
@@ -263,10 +218,9 @@ class WeightSyncer:
             )
         await self._deployments.ready(name)
         async with self._deployments.weights_lock(deployment.id):
-            deployment, worker = self._deployments.serving(name)
-            status = await worker.describe()
-            loaded = {names.last_segment(one) for one in status.loaded_snapshots}
-            if snapshot_id not in loaded:
+            deployment, workers = self._deployments.serving(name)
+            loaded = [(await worker.describe()).loaded_snapshots for worker in workers]
+            if not all(snapshot_id in map(names.last_segment, one) for one in loaded):
                 raise FiretitanError(
                     Reason.SNAPSHOT_NOT_ACTIVE,
                     f"snapshots/{snapshot_id} is not loaded in {deployment.name}, which serves "
@@ -291,17 +245,15 @@ class WeightSyncer:
                 self._start(self._retain(deployment_id))
 
     async def _retain(self, deployment_id: str) -> None:
-        """Let a worker drop the adapters that nobody keeps any more."""
+        """Let the samplers drop what nobody keeps any more."""
         try:
             async with self._deployments.weights_lock(deployment_id):
-                _, worker = self._deployments.serving(deployment_id)
-                await worker.retain(self._kept(deployment_id))
+                _, workers = self._deployments.serving(deployment_id)
+                for worker in workers:
+                    await worker.retain(self._pins.names(deployment_id))
         except FiretitanError as error:
             # Stopped or gone: what it loads next is loaded without them.
-            logger.info("adapters not dropped deployment=%s: %s", deployment_id, error)
-
-    def _kept(self, deployment_id: str) -> list[str]:
-        return [names.snapshot_name(one) for one in self._pins.snapshots(deployment_id)]
+            logger.info("snapshots not dropped deployment=%s: %s", deployment_id, error)
 
     async def close(self) -> None:
         """Stop; what is half done is finished at the next start."""

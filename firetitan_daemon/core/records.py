@@ -428,7 +428,10 @@ class Deployment:
     etag: str = ""
     model: ModelInfo | None = None
     error: ErrorRecord | None = None
-    worker_id: str | None = None
+    replicas: int = 1
+    """Samplers it is to have; of a stopped one: once it is used again."""
+    worker_ids: tuple[str, ...] = ()
+    """Those it has; one that was given up is not replaced and missing here."""
     shape: Shape | None = None
     """What it was made as; None: before there were shapes."""
     transition: HotloadTransition = HotloadTransition.FINISH
@@ -436,7 +439,7 @@ class Deployment:
     made_by: str = ""
     """Request id of the creation."""
     inactivity_s: float = 0.0
-    """How long it may be unused before its worker is stopped; 0: for ever."""
+    """How long it may be unused before its workers are stopped; 0: for ever."""
     requires_sync: bool = False
     """Attached to another trainer, it still serves what the former one made."""
 

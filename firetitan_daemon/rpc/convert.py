@@ -5,6 +5,7 @@ Knows: both sides' fields. Must not know: managers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from firetitan_daemon.control.codec import Header
+from firetitan_daemon.control.deployment_workers import ReplicaInfo
 from firetitan_daemon.control.session_settings import Wanted
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -193,7 +195,7 @@ def trainer(record: Trainer, worker_pid: int, session: str) -> trainer_pb2.Train
     return message
 
 
-def deployment(record: Deployment, worker_pid: int) -> deployment_pb2.Deployment:
+def deployment(record: Deployment, replicas: Sequence[ReplicaInfo]) -> deployment_pb2.Deployment:
     """A deployment."""
     active = names.snapshot_name(record.active_snapshot) if record.active_snapshot else ""
     message = deployment_pb2.Deployment(
@@ -205,10 +207,22 @@ def deployment(record: Deployment, worker_pid: int) -> deployment_pb2.Deployment
         active_snapshot=active,
         etag=record.etag,
         create_time=timestamp(record.create_time),
-        worker_pid=worker_pid,
+        worker_pid=next((one.pid for one in replicas if one.pid), 0),
         transition=_TRANSITIONS[record.transition],
         requires_sync=record.requires_sync,
         inactivity_timeout=duration(record.inactivity_s),
+        replicas=record.replicas,
+        ready_replicas=sum(one.state is ResourceState.ACTIVE for one in replicas),
+        workers=[
+            deployment_pb2.Replica(
+                worker=one.worker_id,
+                state=_DEPLOYMENT_STATES[one.state],
+                pid=one.pid,
+                running=one.running,
+                unresponsive=one.unresponsive,
+            )
+            for one in replicas
+        ],
     )
     if record.shape is not None:
         message.shape.CopyFrom(shape(as_loaded(record.shape, record.model)))

@@ -36,7 +36,7 @@ class DeploymentServicer:
     async def CreateDeployment(
         self, request: deployment_service_pb2.CreateDeploymentRequest
     ) -> deployment_service_pb2.CreateDeploymentResponse:
-        """Starts a sampler worker."""
+        """Starts its sampler workers."""
         self._supervisor.check_admitting()
         operation = await self._deployments.create(
             DeploymentRequest(
@@ -48,6 +48,7 @@ class DeploymentServicer:
                 transition=convert.transition(request.transition),
                 request_id=request.request_id,
                 shape_name=request.deployment_shape,
+                replicas=request.replicas,
                 inactivity_s=(
                     convert.seconds(request.inactivity_timeout)
                     if request.HasField("inactivity_timeout")
@@ -82,14 +83,14 @@ class DeploymentServicer:
     async def DeleteDeployment(
         self, request: deployment_service_pb2.DeleteDeploymentRequest
     ) -> deployment_service_pb2.DeleteDeploymentResponse:
-        """Stops the worker, forgets the deployment."""
+        """Stops the workers, forgets the deployment."""
         await self._deployments.delete(request.name)
         return deployment_service_pb2.DeleteDeploymentResponse()
 
     async def ScaleDeployment(
         self, request: deployment_service_pb2.ScaleDeploymentRequest
     ) -> deployment_service_pb2.ScaleDeploymentResponse:
-        """Stops the worker, or starts it again."""
+        """Changes how many workers there are."""
         self._supervisor.check_admitting()
         record = await self._deployments.scale(request.name, request.replicas)
         return deployment_service_pb2.ScaleDeploymentResponse(

@@ -13,7 +13,13 @@ from functools import partial
 from firetitan.v1 import deployment_pb2, operation_pb2, operation_service_pb2, trainer_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from firetitan_daemon.control import deployments, trainer_workers, trainers, weight_sync
+from firetitan_daemon.control import (
+    deployment_workers,
+    deployments,
+    trainer_workers,
+    trainers,
+    weight_sync,
+)
 from firetitan_daemon.control.operations import OperationRegistry
 from firetitan_daemon.control.services import Services
 from firetitan_daemon.control.sessions import SessionManager
@@ -62,7 +68,7 @@ class OperationMessages:
                 message.MergeFromString(await self._services.spool.read(operation.result))
             elif operation.method == trainer_workers.METHOD:
                 message.trainer.CopyFrom(self.trainer(self._trainers.get(operation.target)))
-            elif operation.method in (deployments.METHOD, weight_sync.METHOD):
+            elif operation.method in (deployment_workers.METHOD, weight_sync.METHOD):
                 record = self._deployments.get(operation.target)
                 message.deployment.CopyFrom(self.deployment(record))
         except FiretitanError as error:
@@ -83,7 +89,7 @@ class OperationMessages:
 
     def deployment(self, record: Deployment) -> deployment_pb2.Deployment:
         """A deployment as it stands."""
-        message = convert.deployment(record, self._deployments.pid(record))
+        message = convert.deployment(record, self._deployments.replicas(record))
         message.last_use_time.CopyFrom(self._last_use(record.name))
         problem = self._deployments.problem(record)
         if problem is not None:

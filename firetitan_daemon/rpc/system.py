@@ -73,6 +73,7 @@ class SystemServicer:
                 max_queued_bytes=limits.max_queued_bytes,
                 max_streams=limits.max_streams,
                 max_connections=max_connections(),
+                max_replicas=limits.max_replicas,
             ),
             workers=[self._worker(spec) for spec in self._pool.specs()],
             recoveries=[

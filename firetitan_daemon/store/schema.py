@@ -29,6 +29,7 @@ This drawing changes whenever the structure does. Every change is a new function
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,12 +119,22 @@ def _add_leases(connection: sqlite3.Connection) -> None:
         connection.execute(statement)
 
 
+def _several_samplers(connection: sqlite3.Connection) -> None:
+    for key, text in connection.execute("SELECT id, body FROM deployments").fetchall():
+        body = json.loads(text)
+        worker = body.pop("worker_id", None)
+        body["worker_ids"] = [worker] if worker is not None else []
+        text = json.dumps(body, separators=(",", ":"), ensure_ascii=False)
+        connection.execute("UPDATE deployments SET body = ? WHERE id = ?", (text, key))
+
+
 MIGRATIONS: tuple[Migration, ...] = (
     _create,
     _add_recovery_points,
     _remember_deleted_snapshots,
     _add_models,
     _add_leases,
+    _several_samplers,
 )
 """Each takes a file one version up."""
 

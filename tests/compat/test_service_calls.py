@@ -173,5 +173,7 @@ def test_deployment_configs(toy_daemon: DaemonProcess) -> None:
     assert info.hot_load_bucket_url is None and info.hot_load_transition_type is None
     with pytest.raises(ValueError, match="deployment_shape: is 'a', the training profile's is 'b'"):
         DeploymentConfig("x", TOY, deployment_shape="a", expected_deployment_shape="b").validate()
-    with pytest.raises(NotImplementedError):
-        manager.create_or_get(DeploymentConfig("x", TOY, max_replica_count=2))
+    with pytest.raises(ValueError, match=r"replicas: 99; .* limits\.max_replicas"):
+        manager.create_or_get(DeploymentConfig("x", TOY, max_replica_count=99))
+    with pytest.raises(ValueError, match="min_replica_count=2, max_replica_count=1"):
+        manager.create_or_get(DeploymentConfig("x", TOY, min_replica_count=2))

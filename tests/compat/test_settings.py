@@ -222,10 +222,13 @@ def test_accelerators_warn(make_service: MakeService) -> None:
     assert service.create_training_client().trainer_job_id
 
 
-def test_one_replica(make_service: MakeService, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("replica_count", "trainer_replica_count"):
-        with pytest.raises(NotImplementedError, match=f"{name}=2"):
-            make_service(**{name: 2})
+def test_replicas(make_service: MakeService, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(NotImplementedError, match="trainer_replica_count=2"):
+        make_service(trainer_replica_count=2)
+    with pytest.raises(ValueError, match="replica_count: is -1"):
+        make_service(replica_count=-1)
+    with pytest.raises(ValueError, match=r"replicas: 99; .* limits\.max_replicas"):
+        make_service(replica_count=99).create_sampling_client()
     with caplog.at_level(logging.WARNING, "firetitan"):
         service = make_service(replica_count=0)
     assert "replica_count=0: taken as 1" in caplog.text

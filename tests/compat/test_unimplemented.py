@@ -59,7 +59,6 @@ CASES: dict[str, list[Callable[[SimpleNamespace], Any]]] = {
         lambda on: on.service.create_training_client(projection_head_dim=8),
         lambda on: on.service.create_training_client(lora_init_method="pissa"),
     ],
-    "FiretitanProvisioningConfig: several samplers of one deployment": [config(replica_count=2)],
     "FiretitanProvisioningConfig: several ranks of one trainer": [config(trainer_replica_count=2)],
     "DeploymentManager: path, cmek_resource of a hotload; update of other fields than trainer and "
     "replicas": [

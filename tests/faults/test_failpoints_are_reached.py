@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.daemon import DaemonProcess
+from support.replicas import scale, until_ready
 from support.stubs import LaneClient, Stubs
 
 from firetitan_daemon.core.failpoints import NAMES
@@ -33,8 +34,10 @@ def test_each_is_reached(tmp_path: Path) -> None:
         lane.step()
         stubs.done(lane.save_state("state"))
         snapshot = stubs.done(lane.save_snapshot("snapshot")).snapshot.name
-        stubs.create_deployment()
+        stubs.create_deployment(replicas=2)
+        until_ready(stubs, 2)
         stubs.hotload("deployments/d", snapshot)
+        scale(stubs, 1)
         stubs.sample()
         # Behind the last recovery point, so that there is something to run again.
         stubs.done(lane.forward_backward())

@@ -29,17 +29,19 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66iretitan/v1/deployment.proto\x12\x0c\x66iretitan.v1\x1a\x18\x66iretitan/v1/shape.proto\x1a\x1a\x66iretitan/v1/trainer.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xb1\x05\n\nDeployment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x1a\n\x12max_context_length\x18\x03 \x01(\x05\x12\x0f\n\x07trainer\x18\x04 \x01(\t\x12-\n\x05state\x18\x05 \x01(\x0e\x32\x1e.firetitan.v1.Deployment.State\x12!\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.google.rpc.Status\x12\x17\n\x0f\x61\x63tive_snapshot\x18\x07 \x01(\t\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\x12&\n\x05model\x18\t \x01(\x0b\x32\x17.firetitan.v1.ModelInfo\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nworker_pid\x18\x0b \x01(\x03\x12\x33\n\ntransition\x18\x0c \x01(\x0e\x32\x1f.firetitan.v1.HotloadTransition\x12\"\n\x05shape\x18\x14 \x01(\x0b\x32\x13.firetitan.v1.Shape\x12\x15\n\rrequires_sync\x18\r \x01(\x08\x12\x35\n\x12inactivity_timeout\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\rlast_use_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x93\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_CREATING\x10\x01\x12\x10\n\x0cSTATE_ACTIVE\x10\x02\x12\x14\n\x10STATE_RECOVERING\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\x12\x12\n\x0eSTATE_DELETING\x10\x05\x12\x11\n\rSTATE_STOPPED\x10\x06*\x91\x01\n\x11HotloadTransition\x12\"\n\x1eHOTLOAD_TRANSITION_UNSPECIFIED\x10\x00\x12\x1d\n\x19HOTLOAD_TRANSITION_FINISH\x10\x01\x12\x1b\n\x17HOTLOAD_TRANSITION_SYNC\x10\x02\x12\x1c\n\x18HOTLOAD_TRANSITION_ASYNC\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66iretitan/v1/deployment.proto\x12\x0c\x66iretitan.v1\x1a\x18\x66iretitan/v1/shape.proto\x1a\x1a\x66iretitan/v1/trainer.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"|\n\x07Replica\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12-\n\x05state\x18\x02 \x01(\x0e\x32\x1e.firetitan.v1.Deployment.State\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x12\x0f\n\x07running\x18\x04 \x01(\x05\x12\x14\n\x0cunresponsive\x18\x05 \x01(\x08\"\x83\x06\n\nDeployment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x1a\n\x12max_context_length\x18\x03 \x01(\x05\x12\x0f\n\x07trainer\x18\x04 \x01(\t\x12-\n\x05state\x18\x05 \x01(\x0e\x32\x1e.firetitan.v1.Deployment.State\x12!\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.google.rpc.Status\x12\x17\n\x0f\x61\x63tive_snapshot\x18\x07 \x01(\t\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\x12&\n\x05model\x18\t \x01(\x0b\x32\x17.firetitan.v1.ModelInfo\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nworker_pid\x18\x0b \x01(\x03\x12\x33\n\ntransition\x18\x0c \x01(\x0e\x32\x1f.firetitan.v1.HotloadTransition\x12\"\n\x05shape\x18\x14 \x01(\x0b\x32\x13.firetitan.v1.Shape\x12\x15\n\rrequires_sync\x18\r \x01(\x08\x12\x35\n\x12inactivity_timeout\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\rlast_use_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08replicas\x18\x10 \x01(\x05\x12\x16\n\x0eready_replicas\x18\x11 \x01(\x05\x12&\n\x07workers\x18\x12 \x03(\x0b\x32\x15.firetitan.v1.Replica\"\x93\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_CREATING\x10\x01\x12\x10\n\x0cSTATE_ACTIVE\x10\x02\x12\x14\n\x10STATE_RECOVERING\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\x12\x12\n\x0eSTATE_DELETING\x10\x05\x12\x11\n\rSTATE_STOPPED\x10\x06*\x91\x01\n\x11HotloadTransition\x12\"\n\x1eHOTLOAD_TRANSITION_UNSPECIFIED\x10\x00\x12\x1d\n\x19HOTLOAD_TRANSITION_FINISH\x10\x01\x12\x1b\n\x17HOTLOAD_TRANSITION_SYNC\x10\x02\x12\x1c\n\x18HOTLOAD_TRANSITION_ASYNC\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'firetitan.v1.deployment_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_HOTLOADTRANSITION']._serialized_start=884
-  _globals['_HOTLOADTRANSITION']._serialized_end=1029
-  _globals['_DEPLOYMENT']._serialized_start=192
-  _globals['_DEPLOYMENT']._serialized_end=881
-  _globals['_DEPLOYMENT_STATE']._serialized_start=734
-  _globals['_DEPLOYMENT_STATE']._serialized_end=881
+  _globals['_HOTLOADTRANSITION']._serialized_start=1092
+  _globals['_HOTLOADTRANSITION']._serialized_end=1237
+  _globals['_REPLICA']._serialized_start=191
+  _globals['_REPLICA']._serialized_end=315
+  _globals['_DEPLOYMENT']._serialized_start=318
+  _globals['_DEPLOYMENT']._serialized_end=1089
+  _globals['_DEPLOYMENT_STATE']._serialized_start=942
+  _globals['_DEPLOYMENT_STATE']._serialized_end=1089
 # @@protoc_insertion_point(module_scope)

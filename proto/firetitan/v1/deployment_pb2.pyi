@@ -4,10 +4,12 @@ isort:skip_file
 Deployments: a base model served for sampling, and the snapshot it serves now."""
 
 import builtins
+import collections.abc
 import firetitan.v1.shape_pb2
 import firetitan.v1.trainer_pb2
 import google.protobuf.descriptor
 import google.protobuf.duration_pb2
+import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import google.protobuf.timestamp_pb2
@@ -53,8 +55,42 @@ HOTLOAD_TRANSITION_ASYNC: HotloadTransition.ValueType  # 3
 global___HotloadTransition = HotloadTransition
 
 @typing.final
+class Replica(google.protobuf.message.Message):
+    """One sampler worker of a deployment."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    PID_FIELD_NUMBER: builtins.int
+    RUNNING_FIELD_NUMBER: builtins.int
+    UNRESPONSIVE_FIELD_NUMBER: builtins.int
+    worker: builtins.str
+    """Id of the worker."""
+    state: global___Deployment.State.ValueType
+    """ACTIVE: it answers requests; CREATING, RECOVERING: it is brought to what is served."""
+    pid: builtins.int
+    """Its process id; 0 before it runs."""
+    running: builtins.int
+    """Requests it works on."""
+    unresponsive: builtins.bool
+    """It lives, as far as is known, but does not answer: requests go to the others."""
+    def __init__(
+        self,
+        *,
+        worker: builtins.str = ...,
+        state: global___Deployment.State.ValueType = ...,
+        pid: builtins.int = ...,
+        running: builtins.int = ...,
+        unresponsive: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["pid", b"pid", "running", b"running", "state", b"state", "unresponsive", b"unresponsive", "worker", b"worker"]) -> None: ...
+
+global___Replica = Replica
+
+@typing.final
 class Deployment(google.protobuf.message.Message):
-    """A deployment, held by one sampler worker."""
+    """A deployment, held by one or more sampler workers that serve the same."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -69,15 +105,15 @@ class Deployment(google.protobuf.message.Message):
         STATE_CREATING: Deployment._State.ValueType  # 1
         """The worker starts and loads the model."""
         STATE_ACTIVE: Deployment._State.ValueType  # 2
-        """Ready."""
+        """Ready: at least one worker serves."""
         STATE_RECOVERING: Deployment._State.ValueType  # 3
-        """The daemon restarted and looks for the worker."""
+        """None serves: the daemon restarted and looks for the workers, or they are replaced."""
         STATE_FAILED: Deployment._State.ValueType  # 4
-        """The worker is gone; `error` says why."""
+        """The workers are gone; `error` says why."""
         STATE_DELETING: Deployment._State.ValueType  # 5
         """Being deleted."""
         STATE_STOPPED: Deployment._State.ValueType  # 6
-        """The worker is stopped, the record kept; the next use starts it."""
+        """The workers are stopped, the record kept; the next use starts as many."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """Life of a deployment."""
@@ -87,15 +123,15 @@ class Deployment(google.protobuf.message.Message):
     STATE_CREATING: Deployment.State.ValueType  # 1
     """The worker starts and loads the model."""
     STATE_ACTIVE: Deployment.State.ValueType  # 2
-    """Ready."""
+    """Ready: at least one worker serves."""
     STATE_RECOVERING: Deployment.State.ValueType  # 3
-    """The daemon restarted and looks for the worker."""
+    """None serves: the daemon restarted and looks for the workers, or they are replaced."""
     STATE_FAILED: Deployment.State.ValueType  # 4
-    """The worker is gone; `error` says why."""
+    """The workers are gone; `error` says why."""
     STATE_DELETING: Deployment.State.ValueType  # 5
     """Being deleted."""
     STATE_STOPPED: Deployment.State.ValueType  # 6
-    """The worker is stopped, the record kept; the next use starts it."""
+    """The workers are stopped, the record kept; the next use starts as many."""
 
     NAME_FIELD_NUMBER: builtins.int
     BASE_MODEL_FIELD_NUMBER: builtins.int
@@ -113,6 +149,9 @@ class Deployment(google.protobuf.message.Message):
     REQUIRES_SYNC_FIELD_NUMBER: builtins.int
     INACTIVITY_TIMEOUT_FIELD_NUMBER: builtins.int
     LAST_USE_TIME_FIELD_NUMBER: builtins.int
+    REPLICAS_FIELD_NUMBER: builtins.int
+    READY_REPLICAS_FIELD_NUMBER: builtins.int
+    WORKERS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """`deployments/{deployment}`."""
     base_model: builtins.str
@@ -128,14 +167,18 @@ class Deployment(google.protobuf.message.Message):
     etag: builtins.str
     """Changes whenever the record does."""
     worker_pid: builtins.int
-    """Process id of the worker; 0 without one."""
+    """Process id of the first worker; 0 without one."""
     transition: global___HotloadTransition.ValueType
     """Of hotloads that name none."""
     requires_sync: builtins.bool
     """Whether it was attached to another trainer and still serves what the former one made."""
+    replicas: builtins.int
+    """Workers it is to have; of a stopped one: once it is used again."""
+    ready_replicas: builtins.int
+    """Workers that answer requests."""
     @property
     def error(self) -> google.rpc.status_pb2.Status:
-        """Why it failed, or why the last hotload did."""
+        """Why it or one of its workers failed, or why the last hotload did."""
 
     @property
     def model(self) -> firetitan.v1.trainer_pb2.ModelInfo:
@@ -157,6 +200,10 @@ class Deployment(google.protobuf.message.Message):
     def last_use_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When somebody last used it."""
 
+    @property
+    def workers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Replica]:
+        """Each worker; one that was given up is missing here, and `error` says why."""
+
     def __init__(
         self,
         *,
@@ -176,8 +223,11 @@ class Deployment(google.protobuf.message.Message):
         requires_sync: builtins.bool = ...,
         inactivity_timeout: google.protobuf.duration_pb2.Duration | None = ...,
         last_use_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        replicas: builtins.int = ...,
+        ready_replicas: builtins.int = ...,
+        workers: collections.abc.Iterable[global___Replica] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["create_time", b"create_time", "error", b"error", "inactivity_timeout", b"inactivity_timeout", "last_use_time", b"last_use_time", "model", b"model", "shape", b"shape"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["active_snapshot", b"active_snapshot", "base_model", b"base_model", "create_time", b"create_time", "error", b"error", "etag", b"etag", "inactivity_timeout", b"inactivity_timeout", "last_use_time", b"last_use_time", "max_context_length", b"max_context_length", "model", b"model", "name", b"name", "requires_sync", b"requires_sync", "shape", b"shape", "state", b"state", "trainer", b"trainer", "transition", b"transition", "worker_pid", b"worker_pid"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["active_snapshot", b"active_snapshot", "base_model", b"base_model", "create_time", b"create_time", "error", b"error", "etag", b"etag", "inactivity_timeout", b"inactivity_timeout", "last_use_time", b"last_use_time", "max_context_length", b"max_context_length", "model", b"model", "name", b"name", "ready_replicas", b"ready_replicas", "replicas", b"replicas", "requires_sync", b"requires_sync", "shape", b"shape", "state", b"state", "trainer", b"trainer", "transition", b"transition", "worker_pid", b"worker_pid", "workers", b"workers"]) -> None: ...
 
 global___Deployment = Deployment

@@ -27,7 +27,7 @@ from firetitan.v1 import operation_pb2 as firetitan_dot_v1_dot_operation__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%firetitan/v1/deployment_service.proto\x12\x0c\x66iretitan.v1\x1a\x1d\x66iretitan/v1/deployment.proto\x1a\x1c\x66iretitan/v1/operation.proto\x1a\x1egoogle/protobuf/duration.proto\"\x9a\x02\n\x17\x43reateDeploymentRequest\x12\x15\n\rdeployment_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x1a\n\x12max_context_length\x18\x03 \x01(\x05\x12\x0f\n\x07trainer\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x33\n\ntransition\x18\x07 \x01(\x0e\x32\x1f.firetitan.v1.HotloadTransition\x12\x18\n\x10\x64\x65ployment_shape\x18\x14 \x01(\t\x12\x35\n\x12inactivity_timeout\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\"W\n\x18\x43reateDeploymentResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"$\n\x14GetDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"E\n\x15GetDeploymentResponse\x12,\n\ndeployment\x18\x01 \x01(\x0b\x32\x18.firetitan.v1.Deployment\"?\n\x16ListDeploymentsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"a\n\x17ListDeploymentsResponse\x12-\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x18.firetitan.v1.Deployment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x17\x44\x65leteDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteDeploymentResponse\"8\n\x16ScaleDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\x05\"G\n\x17ScaleDeploymentResponse\x12,\n\ndeployment\x18\x01 \x01(\x0b\x32\x18.firetitan.v1.Deployment\"\xb0\x01\n\x16HotloadSnapshotRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x33\n\ntransition\x18\x05 \x01(\x0e\x32\x1f.firetitan.v1.HotloadTransition\x12\x19\n\x11keep_prompt_cache\x18\x06 \x01(\x08\"E\n\x17HotloadSnapshotResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"[\n\x12PinSnapshotRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12\x0e\n\x06holder\x18\x03 \x01(\t\x12\x0f\n\x07release\x18\x04 \x01(\x08\"\x15\n\x13PinSnapshotResponse2\xa7\x05\n\x11\x44\x65ploymentService\x12\x61\n\x10\x43reateDeployment\x12%.firetitan.v1.CreateDeploymentRequest\x1a&.firetitan.v1.CreateDeploymentResponse\x12X\n\rGetDeployment\x12\".firetitan.v1.GetDeploymentRequest\x1a#.firetitan.v1.GetDeploymentResponse\x12^\n\x0fListDeployments\x12$.firetitan.v1.ListDeploymentsRequest\x1a%.firetitan.v1.ListDeploymentsResponse\x12\x61\n\x10\x44\x65leteDeployment\x12%.firetitan.v1.DeleteDeploymentRequest\x1a&.firetitan.v1.DeleteDeploymentResponse\x12^\n\x0fScaleDeployment\x12$.firetitan.v1.ScaleDeploymentRequest\x1a%.firetitan.v1.ScaleDeploymentResponse\x12^\n\x0fHotloadSnapshot\x12$.firetitan.v1.HotloadSnapshotRequest\x1a%.firetitan.v1.HotloadSnapshotResponse\x12R\n\x0bPinSnapshot\x12 .firetitan.v1.PinSnapshotRequest\x1a!.firetitan.v1.PinSnapshotResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%firetitan/v1/deployment_service.proto\x12\x0c\x66iretitan.v1\x1a\x1d\x66iretitan/v1/deployment.proto\x1a\x1c\x66iretitan/v1/operation.proto\x1a\x1egoogle/protobuf/duration.proto\"\xac\x02\n\x17\x43reateDeploymentRequest\x12\x15\n\rdeployment_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x1a\n\x12max_context_length\x18\x03 \x01(\x05\x12\x0f\n\x07trainer\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x33\n\ntransition\x18\x07 \x01(\x0e\x32\x1f.firetitan.v1.HotloadTransition\x12\x18\n\x10\x64\x65ployment_shape\x18\x14 \x01(\t\x12\x35\n\x12inactivity_timeout\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08replicas\x18\t \x01(\x05\"W\n\x18\x43reateDeploymentResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"$\n\x14GetDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"E\n\x15GetDeploymentResponse\x12,\n\ndeployment\x18\x01 \x01(\x0b\x32\x18.firetitan.v1.Deployment\"?\n\x16ListDeploymentsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"a\n\x17ListDeploymentsResponse\x12-\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x18.firetitan.v1.Deployment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x17\x44\x65leteDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteDeploymentResponse\"8\n\x16ScaleDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\x05\"G\n\x17ScaleDeploymentResponse\x12,\n\ndeployment\x18\x01 \x01(\x0b\x32\x18.firetitan.v1.Deployment\"\xb0\x01\n\x16HotloadSnapshotRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x33\n\ntransition\x18\x05 \x01(\x0e\x32\x1f.firetitan.v1.HotloadTransition\x12\x19\n\x11keep_prompt_cache\x18\x06 \x01(\x08\"E\n\x17HotloadSnapshotResponse\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x17.firetitan.v1.Operation\"[\n\x12PinSnapshotRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12\x0e\n\x06holder\x18\x03 \x01(\t\x12\x0f\n\x07release\x18\x04 \x01(\x08\"\x15\n\x13PinSnapshotResponse2\xa7\x05\n\x11\x44\x65ploymentService\x12\x61\n\x10\x43reateDeployment\x12%.firetitan.v1.CreateDeploymentRequest\x1a&.firetitan.v1.CreateDeploymentResponse\x12X\n\rGetDeployment\x12\".firetitan.v1.GetDeploymentRequest\x1a#.firetitan.v1.GetDeploymentResponse\x12^\n\x0fListDeployments\x12$.firetitan.v1.ListDeploymentsRequest\x1a%.firetitan.v1.ListDeploymentsResponse\x12\x61\n\x10\x44\x65leteDeployment\x12%.firetitan.v1.DeleteDeploymentRequest\x1a&.firetitan.v1.DeleteDeploymentResponse\x12^\n\x0fScaleDeployment\x12$.firetitan.v1.ScaleDeploymentRequest\x1a%.firetitan.v1.ScaleDeploymentResponse\x12^\n\x0fHotloadSnapshot\x12$.firetitan.v1.HotloadSnapshotRequest\x1a%.firetitan.v1.HotloadSnapshotResponse\x12R\n\x0bPinSnapshot\x12 .firetitan.v1.PinSnapshotRequest\x1a!.firetitan.v1.PinSnapshotResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,33 +35,33 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'firetitan.v1.deployment_ser
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CREATEDEPLOYMENTREQUEST']._serialized_start=149
-  _globals['_CREATEDEPLOYMENTREQUEST']._serialized_end=431
-  _globals['_CREATEDEPLOYMENTRESPONSE']._serialized_start=433
-  _globals['_CREATEDEPLOYMENTRESPONSE']._serialized_end=520
-  _globals['_GETDEPLOYMENTREQUEST']._serialized_start=522
-  _globals['_GETDEPLOYMENTREQUEST']._serialized_end=558
-  _globals['_GETDEPLOYMENTRESPONSE']._serialized_start=560
-  _globals['_GETDEPLOYMENTRESPONSE']._serialized_end=629
-  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=631
-  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=694
-  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=696
-  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=793
-  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_start=795
-  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_end=834
-  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_start=836
-  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_end=862
-  _globals['_SCALEDEPLOYMENTREQUEST']._serialized_start=864
-  _globals['_SCALEDEPLOYMENTREQUEST']._serialized_end=920
-  _globals['_SCALEDEPLOYMENTRESPONSE']._serialized_start=922
-  _globals['_SCALEDEPLOYMENTRESPONSE']._serialized_end=993
-  _globals['_HOTLOADSNAPSHOTREQUEST']._serialized_start=996
-  _globals['_HOTLOADSNAPSHOTREQUEST']._serialized_end=1172
-  _globals['_HOTLOADSNAPSHOTRESPONSE']._serialized_start=1174
-  _globals['_HOTLOADSNAPSHOTRESPONSE']._serialized_end=1243
-  _globals['_PINSNAPSHOTREQUEST']._serialized_start=1245
-  _globals['_PINSNAPSHOTREQUEST']._serialized_end=1336
-  _globals['_PINSNAPSHOTRESPONSE']._serialized_start=1338
-  _globals['_PINSNAPSHOTRESPONSE']._serialized_end=1359
-  _globals['_DEPLOYMENTSERVICE']._serialized_start=1362
-  _globals['_DEPLOYMENTSERVICE']._serialized_end=2041
+  _globals['_CREATEDEPLOYMENTREQUEST']._serialized_end=449
+  _globals['_CREATEDEPLOYMENTRESPONSE']._serialized_start=451
+  _globals['_CREATEDEPLOYMENTRESPONSE']._serialized_end=538
+  _globals['_GETDEPLOYMENTREQUEST']._serialized_start=540
+  _globals['_GETDEPLOYMENTREQUEST']._serialized_end=576
+  _globals['_GETDEPLOYMENTRESPONSE']._serialized_start=578
+  _globals['_GETDEPLOYMENTRESPONSE']._serialized_end=647
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=649
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=712
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=714
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=811
+  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_start=813
+  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_end=852
+  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_start=854
+  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_end=880
+  _globals['_SCALEDEPLOYMENTREQUEST']._serialized_start=882
+  _globals['_SCALEDEPLOYMENTREQUEST']._serialized_end=938
+  _globals['_SCALEDEPLOYMENTRESPONSE']._serialized_start=940
+  _globals['_SCALEDEPLOYMENTRESPONSE']._serialized_end=1011
+  _globals['_HOTLOADSNAPSHOTREQUEST']._serialized_start=1014
+  _globals['_HOTLOADSNAPSHOTREQUEST']._serialized_end=1190
+  _globals['_HOTLOADSNAPSHOTRESPONSE']._serialized_start=1192
+  _globals['_HOTLOADSNAPSHOTRESPONSE']._serialized_end=1261
+  _globals['_PINSNAPSHOTREQUEST']._serialized_start=1263
+  _globals['_PINSNAPSHOTREQUEST']._serialized_end=1354
+  _globals['_PINSNAPSHOTRESPONSE']._serialized_start=1356
+  _globals['_PINSNAPSHOTRESPONSE']._serialized_end=1377
+  _globals['_DEPLOYMENTSERVICE']._serialized_start=1380
+  _globals['_DEPLOYMENTSERVICE']._serialized_end=2059
 # @@protoc_insertion_point(module_scope)

@@ -30,6 +30,7 @@ class CreateDeploymentRequest(google.protobuf.message.Message):
     TRANSITION_FIELD_NUMBER: builtins.int
     DEPLOYMENT_SHAPE_FIELD_NUMBER: builtins.int
     INACTIVITY_TIMEOUT_FIELD_NUMBER: builtins.int
+    REPLICAS_FIELD_NUMBER: builtins.int
     deployment_id: builtins.str
     """Last segment of the name; empty: the daemon chooses."""
     base_model: builtins.str
@@ -48,6 +49,8 @@ class CreateDeploymentRequest(google.protobuf.message.Message):
     """Name of a deployment shape; refused where it cannot serve what is asked for. Empty: one is
     derived from the model and the host.
     """
+    replicas: builtins.int
+    """Workers it is to have at least; 0: 1 for a new deployment, as many as it has for one that exists."""
     @property
     def inactivity_timeout(self) -> google.protobuf.duration_pb2.Duration:
         """How long nobody may use it before its worker is stopped; 0: as long as they like; absent: the
@@ -66,9 +69,10 @@ class CreateDeploymentRequest(google.protobuf.message.Message):
         transition: firetitan.v1.deployment_pb2.HotloadTransition.ValueType = ...,
         deployment_shape: builtins.str = ...,
         inactivity_timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        replicas: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["inactivity_timeout", b"inactivity_timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "deployment_id", b"deployment_id", "deployment_shape", b"deployment_shape", "dtype", b"dtype", "inactivity_timeout", b"inactivity_timeout", "max_context_length", b"max_context_length", "request_id", b"request_id", "trainer", b"trainer", "transition", b"transition"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "deployment_id", b"deployment_id", "deployment_shape", b"deployment_shape", "dtype", b"dtype", "inactivity_timeout", b"inactivity_timeout", "max_context_length", b"max_context_length", "replicas", b"replicas", "request_id", b"request_id", "trainer", b"trainer", "transition", b"transition"]) -> None: ...
 
 global___CreateDeploymentRequest = CreateDeploymentRequest
 
@@ -84,7 +88,7 @@ class CreateDeploymentResponse(google.protobuf.message.Message):
     """Whether this request made it; false where it existed before."""
     @property
     def operation(self) -> firetitan.v1.operation_pb2.Operation:
-        """Ends with the deployment once its model is loaded."""
+        """Ends with the deployment once a worker serves; the others join it."""
 
     def __init__(
         self,
@@ -223,7 +227,7 @@ class ScaleDeploymentRequest(google.protobuf.message.Message):
     name: builtins.str
     """`deployments/{deployment}`."""
     replicas: builtins.int
-    """0 or 1 workers."""
+    """How many workers."""
     def __init__(
         self,
         *,

@@ -77,7 +77,7 @@ class DeploymentServiceServicer(object):
     """
 
     def CreateDeployment(self, request, context):
-        """Starts a sampler worker. A deployment that exists with the same base model is returned as it
+        """Starts its sampler workers. A deployment that exists with the same base model is returned as it
         is; with another one the answer is ALREADY_EXISTS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -99,21 +99,23 @@ class DeploymentServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteDeployment(self, request, context):
-        """Stops the worker and forgets the deployment. One that is gone already is fine.
+        """Stops the workers and forgets the deployment. One that is gone already is fine.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ScaleDeployment(self, request, context):
-        """Stops the worker, or starts it again; the record stays.
+        """Changes how many workers there are. One that is taken away ends what it has begun, one that is
+        added answers once it serves what the others serve. With 0 all are stopped, the record stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def HotloadSnapshot(self, request, context):
-        """Loads a snapshot and serves it; the daemon finds the way from what is loaded.
+        """Loads a snapshot and serves it, in all workers or in none; the daemon finds the way from what is
+        loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -25,7 +25,7 @@ class DeploymentServiceStub:
         firetitan.v1.deployment_service_pb2.CreateDeploymentRequest,
         firetitan.v1.deployment_service_pb2.CreateDeploymentResponse,
     ]
-    """Starts a sampler worker. A deployment that exists with the same base model is returned as it
+    """Starts its sampler workers. A deployment that exists with the same base model is returned as it
     is; with another one the answer is ALREADY_EXISTS.
     """
 
@@ -45,19 +45,23 @@ class DeploymentServiceStub:
         firetitan.v1.deployment_service_pb2.DeleteDeploymentRequest,
         firetitan.v1.deployment_service_pb2.DeleteDeploymentResponse,
     ]
-    """Stops the worker and forgets the deployment. One that is gone already is fine."""
+    """Stops the workers and forgets the deployment. One that is gone already is fine."""
 
     ScaleDeployment: grpc.UnaryUnaryMultiCallable[
         firetitan.v1.deployment_service_pb2.ScaleDeploymentRequest,
         firetitan.v1.deployment_service_pb2.ScaleDeploymentResponse,
     ]
-    """Stops the worker, or starts it again; the record stays."""
+    """Changes how many workers there are. One that is taken away ends what it has begun, one that is
+    added answers once it serves what the others serve. With 0 all are stopped, the record stays.
+    """
 
     HotloadSnapshot: grpc.UnaryUnaryMultiCallable[
         firetitan.v1.deployment_service_pb2.HotloadSnapshotRequest,
         firetitan.v1.deployment_service_pb2.HotloadSnapshotResponse,
     ]
-    """Loads a snapshot and serves it; the daemon finds the way from what is loaded."""
+    """Loads a snapshot and serves it, in all workers or in none; the daemon finds the way from what is
+    loaded.
+    """
 
     PinSnapshot: grpc.UnaryUnaryMultiCallable[
         firetitan.v1.deployment_service_pb2.PinSnapshotRequest,
@@ -72,7 +76,7 @@ class DeploymentServiceAsyncStub:
         firetitan.v1.deployment_service_pb2.CreateDeploymentRequest,
         firetitan.v1.deployment_service_pb2.CreateDeploymentResponse,
     ]
-    """Starts a sampler worker. A deployment that exists with the same base model is returned as it
+    """Starts its sampler workers. A deployment that exists with the same base model is returned as it
     is; with another one the answer is ALREADY_EXISTS.
     """
 
@@ -92,19 +96,23 @@ class DeploymentServiceAsyncStub:
         firetitan.v1.deployment_service_pb2.DeleteDeploymentRequest,
         firetitan.v1.deployment_service_pb2.DeleteDeploymentResponse,
     ]
-    """Stops the worker and forgets the deployment. One that is gone already is fine."""
+    """Stops the workers and forgets the deployment. One that is gone already is fine."""
 
     ScaleDeployment: grpc.aio.UnaryUnaryMultiCallable[
         firetitan.v1.deployment_service_pb2.ScaleDeploymentRequest,
         firetitan.v1.deployment_service_pb2.ScaleDeploymentResponse,
     ]
-    """Stops the worker, or starts it again; the record stays."""
+    """Changes how many workers there are. One that is taken away ends what it has begun, one that is
+    added answers once it serves what the others serve. With 0 all are stopped, the record stays.
+    """
 
     HotloadSnapshot: grpc.aio.UnaryUnaryMultiCallable[
         firetitan.v1.deployment_service_pb2.HotloadSnapshotRequest,
         firetitan.v1.deployment_service_pb2.HotloadSnapshotResponse,
     ]
-    """Loads a snapshot and serves it; the daemon finds the way from what is loaded."""
+    """Loads a snapshot and serves it, in all workers or in none; the daemon finds the way from what is
+    loaded.
+    """
 
     PinSnapshot: grpc.aio.UnaryUnaryMultiCallable[
         firetitan.v1.deployment_service_pb2.PinSnapshotRequest,
@@ -121,7 +129,7 @@ class DeploymentServiceServicer(metaclass=abc.ABCMeta):
         request: firetitan.v1.deployment_service_pb2.CreateDeploymentRequest,
         context: _ServicerContext,
     ) -> typing.Union[firetitan.v1.deployment_service_pb2.CreateDeploymentResponse, collections.abc.Awaitable[firetitan.v1.deployment_service_pb2.CreateDeploymentResponse]]:
-        """Starts a sampler worker. A deployment that exists with the same base model is returned as it
+        """Starts its sampler workers. A deployment that exists with the same base model is returned as it
         is; with another one the answer is ALREADY_EXISTS.
         """
 
@@ -147,7 +155,7 @@ class DeploymentServiceServicer(metaclass=abc.ABCMeta):
         request: firetitan.v1.deployment_service_pb2.DeleteDeploymentRequest,
         context: _ServicerContext,
     ) -> typing.Union[firetitan.v1.deployment_service_pb2.DeleteDeploymentResponse, collections.abc.Awaitable[firetitan.v1.deployment_service_pb2.DeleteDeploymentResponse]]:
-        """Stops the worker and forgets the deployment. One that is gone already is fine."""
+        """Stops the workers and forgets the deployment. One that is gone already is fine."""
 
     @abc.abstractmethod
     def ScaleDeployment(
@@ -155,7 +163,9 @@ class DeploymentServiceServicer(metaclass=abc.ABCMeta):
         request: firetitan.v1.deployment_service_pb2.ScaleDeploymentRequest,
         context: _ServicerContext,
     ) -> typing.Union[firetitan.v1.deployment_service_pb2.ScaleDeploymentResponse, collections.abc.Awaitable[firetitan.v1.deployment_service_pb2.ScaleDeploymentResponse]]:
-        """Stops the worker, or starts it again; the record stays."""
+        """Changes how many workers there are. One that is taken away ends what it has begun, one that is
+        added answers once it serves what the others serve. With 0 all are stopped, the record stays.
+        """
 
     @abc.abstractmethod
     def HotloadSnapshot(
@@ -163,7 +173,9 @@ class DeploymentServiceServicer(metaclass=abc.ABCMeta):
         request: firetitan.v1.deployment_service_pb2.HotloadSnapshotRequest,
         context: _ServicerContext,
     ) -> typing.Union[firetitan.v1.deployment_service_pb2.HotloadSnapshotResponse, collections.abc.Awaitable[firetitan.v1.deployment_service_pb2.HotloadSnapshotResponse]]:
-        """Loads a snapshot and serves it; the daemon finds the way from what is loaded."""
+        """Loads a snapshot and serves it, in all workers or in none; the daemon finds the way from what is
+        loaded.
+        """
 
     @abc.abstractmethod
     def PinSnapshot(

@@ -37,6 +37,7 @@ class Limits(google.protobuf.message.Message):
     MAX_QUEUED_BYTES_FIELD_NUMBER: builtins.int
     MAX_STREAMS_FIELD_NUMBER: builtins.int
     MAX_CONNECTIONS_FIELD_NUMBER: builtins.int
+    MAX_REPLICAS_FIELD_NUMBER: builtins.int
     max_message_bytes: builtins.int
     """Bytes of one message."""
     max_session_operations: builtins.int
@@ -49,6 +50,8 @@ class Limits(google.protobuf.message.Message):
     """Streams that are open at a time, of all clients."""
     max_connections: builtins.int
     """Connections that are open at a time: what the system allows of open files, less a reserve."""
+    max_replicas: builtins.int
+    """Samplers of one deployment."""
     def __init__(
         self,
         *,
@@ -58,8 +61,9 @@ class Limits(google.protobuf.message.Message):
         max_queued_bytes: builtins.int = ...,
         max_streams: builtins.int = ...,
         max_connections: builtins.int = ...,
+        max_replicas: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_connections", b"max_connections", "max_message_bytes", b"max_message_bytes", "max_operations", b"max_operations", "max_queued_bytes", b"max_queued_bytes", "max_session_operations", b"max_session_operations", "max_streams", b"max_streams"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_connections", b"max_connections", "max_message_bytes", b"max_message_bytes", "max_operations", b"max_operations", "max_queued_bytes", b"max_queued_bytes", "max_replicas", b"max_replicas", "max_session_operations", b"max_session_operations", "max_streams", b"max_streams"]) -> None: ...
 
 global___Limits = Limits
 

@@ -94,7 +94,7 @@ def test_aliases_and_blank_ids() -> None:
         ({"max_lora_rank": 0}, ValueError, "max_lora_rank: is 0"),
         ({"max_lora_rank": 8, "forward_only": True}, ValueError, "forward_only"),
         ({"max_lora_rank": 8, "lora_rank": 4}, ValueError, "cannot be combined"),
-        ({"replica_count": 2}, NotImplementedError, "replica_count=2"),
+        ({"replica_count": -2}, ValueError, "replica_count: is -2"),
         ({"trainer_replica_count": 2}, NotImplementedError, "trainer_replica_count=2"),
         ({"hot_load_transition_type": "later"}, ValueError, "SYNC or ASYNC"),
     ],

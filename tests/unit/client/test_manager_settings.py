@@ -96,7 +96,6 @@ def test_what_no_daemon_does_is_refused(client: FireworksClient) -> None:
         ({"max_replica_count": 0}, ValueError),
         ({"min_replica_count": 2}, ValueError),
         ({"hot_load_transition_type": "fast"}, ValueError),
-        ({"max_replica_count": 2}, NotImplementedError),
     ],
 )
 def test_a_deployments_bad_settings(
@@ -137,7 +136,12 @@ def test_a_deployment_of_a_profile(client: FireworksClient) -> None:
         ({}, "maxReplicaCount", ValueError),
         ({"maxReplicaCount": 1}, "", ValueError),
         ({"maxReplicaCount": True}, "maxReplicaCount", ValueError),
-        ({"max_replica_count": 2}, "max_replica_count", NotImplementedError),
+        ({"max_replica_count": -1}, "max_replica_count", ValueError),
+        (
+            {"minReplicaCount": 3, "maxReplicaCount": 2},
+            "minReplicaCount,maxReplicaCount",
+            ValueError,
+        ),
         ({"description": "d"}, "description", NotImplementedError),
     ],
 )

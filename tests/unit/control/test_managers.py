@@ -21,11 +21,13 @@ from firetitan_daemon.control.leases import LeaseManager
 from firetitan_daemon.control.models import ModelRegistry
 from firetitan_daemon.control.operations import OperationRegistry
 from firetitan_daemon.control.removal import SavedRemover
+from firetitan_daemon.control.replica_set import ReplicaSet
 from firetitan_daemon.control.retention import Retention
 from firetitan_daemon.control.services import Services
 from firetitan_daemon.control.session_settings import Wanted
 from firetitan_daemon.control.sessions import SessionManager
 from firetitan_daemon.control.supervisor import Supervisor
+from firetitan_daemon.control.switching import Switch
 from firetitan_daemon.control.trainer_requests import TrainerRequest
 from firetitan_daemon.control.trainers import TrainerManager
 from firetitan_daemon.control.weight_sync import WeightSyncer
@@ -226,10 +228,10 @@ async def test_hotloads_apply_in_the_order_they_were_accepted(
     await managers.snapshots("a-01234567", "b-01234567")
     applied: list[str] = []
 
-    async def apply(deployment: Deployment, worker: Worker, snapshot_id: str, *_: object) -> None:
-        applied.append(snapshot_id)
+    async def switch(deployment: Deployment, replicas: ReplicaSet, switch: Switch) -> None:
+        applied.append(switch.snapshot_id)
 
-    monkeypatch.setattr(managers.syncer, "_apply", apply)
+    monkeypatch.setattr(managers.syncer._switcher, "switch", switch)
     await managers.deployments.update("d", state=ResourceState.RECOVERING)
     first = await managers.hotload("a-01234567")
     await asyncio.sleep(0.05)
@@ -286,7 +288,7 @@ async def test_a_dead_worker_does_not_bring_a_deleted_deployment_back(
         await forget(worker_id)
 
     monkeypatch.setattr(managers.pool, "forget", slow_forget)
-    worker = managers.pool.live(deployment.worker_id)
+    worker = managers.pool.live(deployment.worker_ids[0])
     assert worker is not None
     worker._process.kill()
     await forgetting.wait()
@@ -309,7 +311,7 @@ async def test_a_dead_worker_does_not_start_a_deployment_that_was_stopped(
         await forget(worker_id)
 
     monkeypatch.setattr(managers.pool, "forget", slow_forget)
-    worker = managers.pool.live(deployment.worker_id)
+    worker = managers.pool.live(deployment.worker_ids[0])
     assert worker is not None
     worker._process.kill()
     await forgetting.wait()

@@ -152,6 +152,26 @@ async def test_an_older_file_is_copied_then_brought_up(tmp_path: Path) -> None:
     copy.close()
 
 
+async def test_a_deployments_worker_becomes_the_first_of_its_samplers(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    db = sqlite3.connect(path, isolation_level=None)
+    schema.migrate(db, path, schema.MIGRATIONS[:5])
+    for key, worker in (("served", '"sampler-1"'), ("stopped", "null")):
+        body = (
+            f'{{"id":"{key}","base_model":"m \N{SNOWMAN}","max_context_length":8,"dtype":"auto",'
+            f'"state":"active","create_time":1.5,"active_snapshot":"s","worker_id":{worker}}}'
+        )
+        db.execute("INSERT INTO deployments VALUES (?, ?)", (key, body))
+    db.close()
+    store = SqliteStore(path)
+    served, stopped = (await store.load()).deployments
+    await store.close()
+    assert (served.worker_ids, served.replicas) == (("sampler-1",), 1)
+    assert (served.base_model, served.active_snapshot) == ("m \N{SNOWMAN}", "s")
+    assert (stopped.worker_ids, stopped.replicas) == ((), 1)
+    assert (tmp_path / "state.db.v5.bak").exists()
+
+
 def fill(store: SqliteStore) -> None:
     """As full as a disk without one more page."""
     (pages,) = store._thread.submit(

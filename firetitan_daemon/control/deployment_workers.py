@@ -1,0 +1,377 @@
+"""A deployment's samplers over their life: started, replaced, added, let go.
+
+Knows: deployment records, the pool. Must not know: RPCs, what a deployment is asked to be, how
+weights are put together. A sampler is brought to what is served before requests go to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from firetitan_daemon.control.provisioning import check_etag, log_shape, new_etag, settled
+from firetitan_daemon.control.replica_set import ReplicaSet
+from firetitan_daemon.control.services import (
+    Services,
+    error_record,
+    internal_error,
+    logger,
+    when_there_is_space,
+)
+from firetitan_daemon.control.workers import WorkerPool
+from firetitan_daemon.core import names
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.failpoints import failpoint
+from firetitan_daemon.core.ports import Change, Worker
+from firetitan_daemon.core.records import (
+    Deployment,
+    ErrorRecord,
+    ModelInfo,
+    Operation,
+    ResourceState,
+    WorkerKind,
+    WorkerSpec,
+)
+
+METHOD = "CreateDeployment"
+_RESTARTS = 3
+_RESTART_WINDOW_S = 60.0
+
+Restore = Callable[[Deployment, Worker], Awaitable[None]]
+"""Makes a fresh worker serve what its deployment serves."""
+Revision = Callable[[Deployment], Mapping[str, Any]]
+"""Fields to change, from the record as it stands."""
+
+
+@dataclass(frozen=True)
+class ReplicaInfo:
+    """A sampler for people."""
+
+    worker_id: str
+    state: ResourceState
+    pid: int
+    running: int
+    unresponsive: bool
+
+
+class DeploymentWorkers:
+    """The samplers of every deployment.
+
+    Owns the records, and one lock a deployment for whatever changes its weights. `_lock` is held
+    while samplers are added or taken away.
+    """
+
+    def __init__(self, services: Services, pool: WorkerPool) -> None:
+        self._services = services
+        self._pool = pool
+        self._deployments: dict[str, Deployment] = {}
+        self._sets: dict[str, ReplicaSet] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        """What is done to a sampler, by the worker's id: it is provisioned or let go."""
+        self._lock = asyncio.Lock()
+        self._rows = asyncio.Lock()
+        self._deaths: dict[str, list[float]] = {}
+        """When a sampler and those it replaced ended of late, monotonic seconds, by worker id."""
+        self._restore_weights: Restore | None = None
+
+    def connect(self, restore_weights: Restore) -> None:
+        """Say how a fresh worker is made to serve what is served."""
+        self._restore_weights = restore_weights
+
+    def get(self, name: str) -> Deployment:
+        """One deployment, by name or id.
+
+        Raises:
+            FiretitanError: NAME_INVALID, DEPLOYMENT_NOT_FOUND.
+        """
+        deployment_id = names.parse_deployment(name)
+        deployment = self._deployments.get(deployment_id)
+        if deployment is None:
+            raise FiretitanError(
+                Reason.DEPLOYMENT_NOT_FOUND,
+                f"deployments/{deployment_id} does not exist; create it first",
+                deployment=f"deployments/{deployment_id}",
+            )
+        return deployment
+
+    def weights_lock(self, deployment_id: str) -> asyncio.Lock:
+        """Held while a deployment's weights change."""
+        return self._locks.setdefault(deployment_id, asyncio.Lock())
+
+    def replica_set(self, deployment_id: str) -> ReplicaSet:
+        """The samplers of a deployment that answer requests."""
+        if deployment_id not in self._sets:
+            name = names.deployment_name(deployment_id)
+            self._sets[deployment_id] = ReplicaSet(name, self._pool.answers)
+        return self._sets[deployment_id]
+
+    def replicas(self, deployment: Deployment) -> list[ReplicaInfo]:
+        """Each of a deployment's samplers."""
+        replicas = self.replica_set(deployment.id)
+        creating = deployment.state is ResourceState.CREATING
+        waiting = ResourceState.CREATING if creating else ResourceState.RECOVERING
+        infos = []
+        for worker_id in deployment.worker_ids:
+            found = replicas.find(worker_id)
+            infos.append(
+                ReplicaInfo(
+                    worker_id,
+                    ResourceState.ACTIVE if found is not None else waiting,
+                    self._pool.pid(worker_id),
+                    found.running if found is not None else 0,
+                    not self._pool.answers(worker_id),
+                )
+            )
+        return infos
+
+    async def update(
+        self,
+        deployment_id: str,
+        *,
+        operation: Operation | None = None,
+        workers: Sequence[WorkerSpec] = (),
+        if_etag: str = "",
+        revise: Revision | None = None,
+        **changes: Any,
+    ) -> Deployment:
+        """Change a deployment's fields under a new etag.
+
+        Operations that wait for its creation end with it where it then stands ACTIVE or FAILED.
+
+        Args:
+            deployment_id: Which.
+            operation: Written with it, e.g. ended or accepted by it.
+            workers: Specifications to write with it.
+            if_etag: The etag it must still have; empty: any.
+            revise: What else to change, given the record that nobody changes meanwhile.
+            changes: Fields of the record.
+
+        Raises:
+            FiretitanError: DEPLOYMENT_NOT_FOUND where it was deleted meanwhile, ETAG_MISMATCH.
+        """
+        async with self._rows:
+            former = self.get(deployment_id)
+            check_etag(former.name, former.etag, if_etag)
+            revised = revise(former) if revise is not None else {}
+            deployment = replace(former, **{**changes, **revised, "etag": new_etag()})
+            operations = [operation] if operation is not None else []
+            if deployment.state in (ResourceState.ACTIVE, ResourceState.FAILED):
+                now = self._services.clock.now()
+                failed = deployment.state is ResourceState.FAILED
+                operations += [
+                    settled(one, now, deployment.error if failed else None)
+                    for one in self._services.operations.open_of(deployment.name, METHOD)
+                    if operation is None or one.id != operation.id
+                ]
+            await self._services.operations.write(
+                Change(
+                    deployments=[deployment], workers=workers, operations=operations, durable=True
+                )
+            )
+            self._deployments[deployment.id] = deployment
+            return deployment
+
+    def _new_specs(self, deployment: Deployment, count: int) -> list[WorkerSpec]:
+        return [
+            self._pool.new_spec(
+                WorkerKind.SAMPLER,
+                deployment.name,
+                deployment.base_model,
+                deployment.dtype,
+                deployment.max_context_length,
+                deployment.shape,
+            )
+            for _ in range(count)
+        ]
+
+    async def _grow(self, deployment: Deployment, replicas: int, **changes: Any) -> None:
+        """Add samplers until a deployment has so many; under `_lock`."""
+        specs = self._new_specs(deployment, replicas - len(deployment.worker_ids))
+        added = tuple(spec.worker_id for spec in specs)
+
+        def grown(former: Deployment) -> Mapping[str, Any]:
+            return {"replicas": replicas, "worker_ids": (*former.worker_ids, *added)}
+
+        await self.update(deployment.id, workers=specs, revise=grown, **changes)
+        for worker_id in added:
+            self._provide(deployment.id, worker_id)
+
+    async def _shrink(self, deployment: Deployment, replicas: int) -> None:
+        """Take samplers away, those first that do not serve yet; under `_lock`."""
+        serving = self.replica_set(deployment.id)
+        latest = sorted(
+            reversed(deployment.worker_ids), key=lambda one: serving.find(one) is not None
+        )
+        removed = latest[: len(deployment.worker_ids) - replicas]
+
+        def shrunk(former: Deployment) -> Mapping[str, Any]:
+            left = tuple(one for one in former.worker_ids if one not in removed)
+            return {"replicas": replicas, "worker_ids": left}
+
+        # Those that no record names any more are ended by the next daemon, if not by this one.
+        await self.update(deployment.id, revise=shrunk)
+        failpoint("scale.removed")
+        for worker_id in removed:
+            await self._cancel(worker_id)
+            self._begin(worker_id, self._let_go(deployment.id, worker_id))
+
+    async def _let_go(self, deployment_id: str, worker_id: str) -> None:
+        """End a sampler that was taken away, once it has answered what it has begun."""
+        replica = self.replica_set(deployment_id).remove(worker_id)
+        try:
+            if replica is not None:
+                await replica.idle()
+            async with self.weights_lock(deployment_id):
+                await self._pool.stop(worker_id)
+        except Exception as error:  # a supervisor: the next daemon ends it
+            internal_error(f"letting go of {worker_id}", error)
+
+    def _provide(self, deployment_id: str, worker_id: str) -> None:
+        self._begin(worker_id, self._provision(deployment_id, worker_id))
+
+    def _begin(self, worker_id: str, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks[worker_id] = task
+
+        def ended(_: asyncio.Task[None]) -> None:
+            if self._tasks.get(worker_id) is task:
+                del self._tasks[worker_id]
+
+        task.add_done_callback(ended)
+
+    async def _provision(self, deployment_id: str, worker_id: str) -> None:
+        deployment = self._deployments[deployment_id]
+        try:
+            spec = self._pool.spec(worker_id)
+            assert spec is not None, "a deployment's row and its workers' are written together"
+            worker, model = await self._pool.start(spec)
+            async with self.weights_lock(deployment_id):
+                if self._restore_weights is not None:
+                    await self._restore_weights(self._deployments[deployment_id], worker)
+                joined = functools.partial(
+                    self.update, deployment_id, revise=functools.partial(_joined, model)
+                )
+                await when_there_is_space(deployment.name, joined)
+                self.replica_set(deployment_id).add(worker)
+                self._watch(deployment_id, worker)
+        except FiretitanError as error:
+            await self._pool.stop(worker_id)
+            created = deployment.state is not ResourceState.CREATING
+            if created and error.reason is Reason.WORKER_UNAVAILABLE:
+                async with self._lock:
+                    await self._restart(deployment_id, worker_id, error.message)
+            else:
+                await self._give_up(deployment_id, worker_id, error_record(error))
+        except Exception as error:  # a supervisor: the deployment fails, the daemon goes on
+            await self._pool.stop(worker_id)
+            record = error_record(internal_error(deployment.name, error))
+            await self._give_up(deployment_id, worker_id, record)
+        else:
+            log_shape(deployment.name, deployment.shape, model)
+
+    async def _give_up(self, deployment_id: str, worker_id: str, error: ErrorRecord) -> None:
+        """Do without a sampler; the deployment fails where it was the last."""
+        self._deaths.pop(worker_id, None)
+
+        def without(former: Deployment) -> Mapping[str, Any]:
+            left = tuple(one for one in former.worker_ids if one != worker_id)
+            if left == former.worker_ids:
+                return {}  # taken away or stopped meanwhile
+            if left:
+                return {"worker_ids": left, "error": error}
+            return {"worker_ids": left, "error": error, "state": ResourceState.FAILED}
+
+        failed = functools.partial(self.update, deployment_id, revise=without)
+        await when_there_is_space(f"deployments/{deployment_id}", failed)
+
+    def _watch(self, deployment_id: str, worker: Worker) -> None:
+        worker_id = worker.spec.worker_id
+
+        async def exited(cause: str) -> None:
+            self.replica_set(deployment_id).remove(worker_id)
+            async with self._lock:
+                await self._restart(deployment_id, worker_id, cause)
+
+        self._pool.watch(worker, exited)
+
+    async def _restart(self, deployment_id: str, worker_id: str, cause: str) -> None:
+        deployment = self._deployments.get(deployment_id)
+        if deployment is None or worker_id not in deployment.worker_ids:
+            return  # deleted, stopped or taken away meanwhile
+        now = self._services.clock.monotonic()
+        deaths = [t for t in self._deaths.get(worker_id, []) if now - t < _RESTART_WINDOW_S]
+        self._deaths[worker_id] = [*deaths, now]
+        await self._pool.forget(worker_id)
+        if len(deaths) >= _RESTARTS:
+            error = ErrorRecord(
+                str(Reason.WORKER_UNAVAILABLE),
+                f"{deployment.name}: its worker ended {len(deaths) + 1} times within "
+                f"{_RESTART_WINDOW_S:.0f} s, at last: {cause}; see its log, then create the "
+                "deployment again",
+                {"cause": cause},
+            )
+            await self._give_up(deployment_id, worker_id, error)
+            return
+        logger.warning("sampler restarts deployment=%s cause=%s", deployment_id, cause)
+        await self._renew(deployment, worker_id)
+
+    async def _renew(self, deployment: Deployment, worker_id: str) -> None:
+        """Put another sampler in the place of one that is gone; under `_lock`."""
+        (spec,) = self._new_specs(deployment, 1)
+        self._deaths[spec.worker_id] = self._deaths.pop(worker_id, [])
+
+        def renewed(former: Deployment) -> Mapping[str, Any]:
+            ids = tuple(spec.worker_id if one == worker_id else one for one in former.worker_ids)
+            serves = bool(self.replica_set(former.id).workers)
+            return {
+                "worker_ids": ids,
+                "state": former.state if serves else ResourceState.RECOVERING,
+            }
+
+        await self.update(deployment.id, workers=[spec], revise=renewed)
+        self._provide(deployment.id, spec.worker_id)
+
+    async def _reach(self, deployment_id: str, worker_id: str) -> None:
+        """At start: go on with a sampler of a former daemon, or start another."""
+        spec = self._pool.spec(worker_id)
+        worker = await self._pool.adopt(spec) if spec is not None else None
+        if worker is not None:
+            self._provide(deployment_id, worker_id)
+            return
+        async with self._lock:
+            await self._pool.forget(worker_id)
+            deployment = self._deployments.get(deployment_id)
+            if deployment is not None and worker_id in deployment.worker_ids:
+                await self._renew(deployment, worker_id)
+
+    async def _end_all(self, deployment: Deployment) -> None:
+        """End every sampler of a deployment, those that are let go too; under `_lock`."""
+        for spec in self._pool.specs():
+            if spec.target == deployment.name:
+                self.replica_set(deployment.id).remove(spec.worker_id)
+                await self._cancel(spec.worker_id)
+                await self._pool.stop(spec.worker_id)
+
+    async def _cancel(self, worker_id: str) -> None:
+        self._deaths.pop(worker_id, None)
+        task = self._tasks.get(worker_id)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def close(self) -> None:
+        """Stop provisioning; what is half done is finished at the next start."""
+        for worker_id in list(self._tasks):
+            await self._cancel(worker_id)
+
+
+def _joined(model: ModelInfo, former: Deployment) -> Mapping[str, Any]:
+    """A sampler serves: the deployment does, and what failed is put right once none is missing."""
+    changes: dict[str, Any] = {"state": ResourceState.ACTIVE, "model": model}
+    if len(former.worker_ids) >= former.replicas:
+        changes["error"] = None
+    return changes

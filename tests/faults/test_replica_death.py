@@ -1,0 +1,152 @@
+"""Samplers of one deployment, and its daemon, killed at work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from firetitan.v1 import deployment_pb2, deployment_service_pb2, operation_pb2
+from support.daemon import DaemonProcess
+from support.replicas import ACTIVE, begin, deployment, request, scale, snapshots, until_ready
+from support.stubs import LaneClient, Stubs
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[DaemonProcess]:
+    daemon = DaemonProcess(tmp_path / "home")
+    yield daemon
+    daemon.stop()
+
+
+def serve(daemon: DaemonProcess, replicas: int, failpoints: str = "") -> Stubs:
+    """A daemon with a deployment of the toy."""
+    daemon.start({"FIRETITAN_FAILPOINTS": failpoints})
+    stubs = Stubs(daemon.address)
+    assert not stubs.create_deployment(replicas=replicas).HasField("error")
+    until_ready(stubs, replicas)
+    return stubs
+
+
+def trained(stubs: Stubs, count: int) -> list[str]:
+    stubs.create_trainer()
+    return snapshots(stubs, LaneClient(stubs, stubs.session()), count)
+
+
+def of_each(stubs: Stubs, replicas: int, seed: int = 3) -> set[bytes]:
+    """What each sampler makes of one request, with the snapshot it names."""
+    seen, busy = set(), []
+    for _ in range(replicas):
+        answer = stubs.sampling.Sample(request(seed), timeout=60)
+        seen.add(answer.snapshot.encode() + b": " + answer.sequences[0].token_ids)
+        busy += begin(stubs, 1, max_tokens=8000, samples=16)
+    assert [one.running for one in deployment(stubs).workers] == [1] * replicas
+    for call in busy:
+        call.cancel()
+    return seen
+
+
+def test_the_others_serve_on_and_answer_for_the_dead_one(home: DaemonProcess) -> None:
+    stubs = serve(home, 2)
+    alone = [stubs.sampling.Sample(request(seed, 3000, 4)).sequences for seed in range(4)]
+    calls = begin(stubs, 4, max_tokens=3000, samples=4)
+    first, second = (one.pid for one in deployment(stubs).workers)
+    os.kill(first, signal.SIGKILL)
+    # Without a retry of ours: what the dead one had begun the other has answered.
+    assert [call.result().sequences for call in calls] == alone
+    state = deployment_pb2.Deployment.STATE_ACTIVE
+    seen = []
+    while len(pids := [one.pid for one in deployment(stubs).workers if one.state == ACTIVE]) < 2:
+        assert deployment(stubs).state == state
+        seen.append(stubs.sampling.Sample(request(0, 3000, 4)).sequences)
+    assert all(one == alone[0] for one in seen)
+    assert first not in pids and second in pids
+    stubs.channel.close()
+
+
+@pytest.mark.parametrize("place", ["sampler.prepared", "sampler.applying", "sampler.applied"])
+def test_a_hotload_reaches_all_though_one_dies_on_the_way(home: DaemonProcess, place: str) -> None:
+    # In the second hotload; each has passed the place in the first.
+    stubs = serve(home, 2, f"{place}=1*off->kill_once")
+    first, second = trained(stubs, 2)
+    for snapshot in (first, second):
+        operation = stubs.hotload("deployments/d", snapshot)
+        assert not operation.HasField("error"), operation.error
+    assert (home.home / f"failpoint-{place}").exists()
+    until_ready(stubs, 2)
+    (answer,) = of_each(stubs, 2)
+    assert answer.startswith(second.encode())
+    stubs.channel.close()
+
+
+def hotload(stubs: Stubs, snapshot: str) -> operation_pb2.Operation:
+    message = deployment_service_pb2.HotloadSnapshotRequest(
+        deployment="deployments/d", snapshot=snapshot, request_id="killed"
+    )
+    return stubs.retry(stubs.deployments.HotloadSnapshot, message).operation
+
+
+@pytest.mark.parametrize("place", ["hotload.prepared", "hotload.switched", "hotload.applied"])
+def test_the_next_daemon_finishes_a_hotload_in_all_of_them(home: DaemonProcess, place: str) -> None:
+    stubs = serve(home, 2)
+    first, second = trained(stubs, 2)
+    stubs.hotload("deployments/d", first)
+    home.kill()
+    home.start({"FIRETITAN_FAILPOINTS": f"{place}=kill"})
+    pids = until_ready(stubs, 2)
+    hotload(stubs, second)
+    home.wait_exit()
+    home.start({"FIRETITAN_FAILPOINTS": ""})
+    assert not stubs.wait(hotload(stubs, second).name).HasField("error")
+    assert until_ready(stubs, 2) == pids
+    (answer,) = of_each(stubs, 2)
+    assert answer.startswith(second.encode())
+    stubs.channel.close()
+
+
+def test_all_of_them_are_taken_over_and_those_taken_away_are_not(home: DaemonProcess) -> None:
+    stubs = serve(home, 3)
+    pids = until_ready(stubs, 3)
+    home.kill()
+    home.start({"FIRETITAN_FAILPOINTS": "scale.removed=kill"})
+    assert until_ready(stubs, 3) == pids == sorted(pids, key=pids.index)
+    os.kill(pids[1], signal.SIGKILL)
+    until_ready(stubs, 3, other_than=pids[1])
+    message = deployment_service_pb2.ScaleDeploymentRequest(name="deployments/d", replicas=1)
+    stubs.deployments.ScaleDeployment.future(message)
+    home.wait_exit()
+    home.start({"FIRETITAN_FAILPOINTS": ""})
+    (left,) = until_ready(stubs, 1)
+    deadline = time.monotonic() + 30
+    while home.worker_pids("sampler") != [left]:
+        assert time.monotonic() < deadline, home.worker_pids("sampler")
+        time.sleep(0.05)
+    stubs.channel.close()
+
+
+def test_one_that_is_given_up_is_missing_by_name_until_it_is_asked_for(
+    home: DaemonProcess,
+) -> None:
+    stubs = serve(home, 2)
+    kept, pid = (one.pid for one in deployment(stubs).workers)
+    for _ in range(3):
+        os.kill(pid, signal.SIGKILL)
+        (pid,) = set(until_ready(stubs, 2, other_than=pid)) - {kept}
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while len(deployment(stubs).workers) != 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    found = deployment(stubs)
+    assert (found.state, found.replicas, found.ready_replicas) == (ACTIVE, 2, 1)
+    assert "4 times within 60 s" in found.error.message
+    assert stubs.sampling.Sample(request()).sequences
+    scale(stubs, 2)
+    assert kept in until_ready(stubs, 2)
+    assert not deployment(stubs).HasField("error")
+    stubs.channel.close()
