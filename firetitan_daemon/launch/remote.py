@@ -1,8 +1,10 @@
 """A worker behind its socket, as the daemon's rules see it (`core.ports.Worker`).
 
-Knows: the worker protocol, its process's end. Must not know: how the process was started. A call
-has no deadline: it ends with an answer, or with the process. A lost connection is tried again for
-as long as the process lives, which is safe: the worker's journal runs each command once.
+Knows: the worker protocol, its process's end. Must not know: how the process was started. Asking
+who it is and asking it to end have deadlines. Every other call is a part of an operation, or of a
+request whose sender sets one: it ends with an answer, or with the process. A lost connection is
+tried again for as long as the process lives, which is safe: the worker's journal runs each command
+once.
 """
 
 from __future__ import annotations
