@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ from firetitan_daemon.core.records import (
     SpoolRef,
     Trainer,
 )
-from firetitan_daemon.store import schema
+from firetitan_daemon.store import schema, sqlite
 from firetitan_daemon.store.sqlite import SqliteStore
 
 S = "trainers/t/sessions/s"
@@ -291,4 +292,32 @@ async def test_a_lane_row_keeps_what_was_acknowledged_over_a_restart(tmp_path: P
     await store.close()
     store = SqliteStore(tmp_path / "state.db")
     assert (await store.load()).lanes == [Lane(S, "c", 2, acked_through=1)]
+    await store.close()
+
+
+async def test_looking_for_old_results_reads_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SqliteStore(tmp_path / "state.db")
+    ended = [
+        replace(
+            operation(number),
+            state=OperationState.DONE,
+            finish_time=float(number),
+            result=SpoolRef(f"/spool/{number}", 1, "d"),
+        )
+        for number in range(1, 101)
+    ]
+    await store.write(Change(operations=ended))
+    read = 0
+    decode = sqlite.decode
+
+    def counted(kind: type[Any], text: str) -> Any:
+        nonlocal read
+        read += 1
+        return decode(kind, text)
+
+    monkeypatch.setattr(sqlite, "decode", counted)
+    assert [one.id for one in await store.untaken_results(3.0)] == ["op1", "op2"]
+    assert read == 2
     await store.close()
