@@ -336,6 +336,13 @@ class FireworksClient(ControlClient):
         """Not supported: there are no serverless sessions."""
         raise Unsupported("serverless training sessions are not supported; use a trainer")
 
+    def delete_training_session(self, *_: Any, **__: Any) -> None:
+        """Not supported: there are no serverless sessions."""
+        raise Unsupported(
+            "serverless training sessions are not supported; unload_model() ends an adapter's "
+            "session, TrainerJobManager.delete(job_id) a trainer"
+        )
+
     def list_training_session_checkpoints(self, *_: Any, **__: Any) -> list[dict[str, Any]]:
         """Not supported: there are no serverless sessions."""
         raise Unsupported(

@@ -104,17 +104,21 @@ class Lease:
         """Leave what is used, in order, each with what is to be done with it.
 
         Args:
-            uses: Names of resources and their clean-ups.
+            uses: Names of resources and their clean-ups; their parts, the sessions of a trainer,
+                are left too.
             everything: Leave the rest too, and renew no more.
 
         Raises:
             FiretitanError: The daemon could not be asked.
         """
-        for name in uses:
+        above = tuple(f"{name}/" for name in uses)
+        parts = [name for name in self._uses if name.startswith(above)]
+        for name in (*parts, *uses):
             self._uses.pop(name, None)
         if everything:
             self._end()
-        answer = await _release(self._transport, self.client_id, uses, everything=everything)
+        left = {**dict.fromkeys(parts, KEEP), **uses}
+        answer = await _release(self._transport, self.client_id, left, everything=everything)
         return [
             CleanupOutcome(
                 one.name,

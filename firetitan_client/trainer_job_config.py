@@ -64,12 +64,15 @@ class TrainerJobConfig:
     accelerator_type: str | None = None
     accelerator_count: int | None = None
     training_shape_ref: str | None = None
-    """This machine is the shape, whatever its name."""
+    """Name of a training shape; None: derived from model and host."""
     forward_only: bool = False
     """Run the frozen model and train nothing; lora_rank must be 0."""
     auto_select_training_shape: bool = False
     inactivity_timeout: InactivityTimeout | None = None
+    """How long it may be unused before its worker is stopped; the next use starts it where it was.
+    None: as the daemon is set; at most 3 hours."""
     disable_inactivity_cleanup: bool = False
+    """Never stop it for being unused."""
     skip_validations: bool = False
     purpose: str | None = None
     preemptible: bool = False

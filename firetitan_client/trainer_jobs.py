@@ -17,6 +17,7 @@ from firetitan.v1 import (
 )
 
 from firetitan_client import address as addresses
+from firetitan_client import inactivity
 from firetitan_client.control_client import (
     deployment_id_of,
     job_id_of,
@@ -200,6 +201,9 @@ class TrainerJobManager(FireworksClient):
                 max_context_length=config.max_context_length or 0,
                 forward_only=config.forward_only,
                 training_shape=config.training_shape_ref or "",
+                inactivity_timeout=inactivity.to_proto(
+                    config.inactivity_timeout, config.disable_inactivity_cleanup
+                ),
             )
         )
         if deployment is not None:

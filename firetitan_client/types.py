@@ -81,7 +81,7 @@ class FiretitanSamplingParams(SamplingParams):
     include_routing_matrix: bool = False
     """Also return `routing_matrices`: which experts each token went to; None for dense models."""
     top_sampling_logprobs: int = 0
-    """Not supported."""
+    """Also so many of the likeliest tokens of each new position, where nothing truncates."""
     sampling_mask: Any = None
     """Not supported."""
     r3_ttl_seconds: int | None = None

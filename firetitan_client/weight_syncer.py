@@ -44,12 +44,12 @@ class WeightSyncer:
     """"base": the daemon decides, which is a base where there is none yet. "delta" is passed on."""
     compression_format: str = DEFAULT_DELTA_COMPRESSION
     """Checked, without effect: the daemon has a format of its own."""
-    warmup_after_hotload: bool = True
-    warmup_max_retries: int = 10
     reset_prompt_cache: bool = True
-    """Without effect: what was computed with other weights is never used again."""
+    """Forget every computed prompt at a hotload; what other weights computed is never used."""
     lora_rank: int = 0
     """For information: the daemon knows the session's."""
+    warmup_after_hotload: bool = True
+    warmup_max_retries: int = 10
     base_saved: bool = field(default=False, init=False)
     """Whether this syncer has saved; the next of a full-parameter session may be a delta."""
     base_identity: str | None = field(default=None, init=False)

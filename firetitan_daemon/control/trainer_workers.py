@@ -84,6 +84,7 @@ class TrainerWorkers:
             return
         failpoint("create.loaded")
         active = replace(trainer, state=ResourceState.ACTIVE, model=model, error=None)
+        self._services.activity.touch(active.name)  # loading was no idle time
         await self._write(active)
         log_shape(active.name, active.shape, model)
         self._watch(trainer_id, worker)
@@ -201,6 +202,7 @@ class TrainerWorkers:
         exact = model is None or model.device == "cpu"
         await self._sessions.resume(trainer_id, worker, exact=exact)
         active = replace(self._trainers[trainer_id], state=ResourceState.ACTIVE, error=None)
+        self._services.activity.touch(active.name)  # loading was no idle time
         await self._write(active)
         self._watch(trainer_id, worker)
 

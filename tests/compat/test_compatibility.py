@@ -39,7 +39,8 @@ FOR_US = {
     "APIFuture": "finish finish_cancelled operation running set_exception set_result "
     "set_running_or_notify_cancel",
     "FiretitanSamplingClient": "hold_snapshot",
-    "FireworksClient": "list_training_session_checkpoints promote_session_checkpoint",
+    "FireworksClient": "list_training_session_checkpoints promote_session_checkpoint "
+    "delete_training_session",
     "AdaptiveConcurrencyController": "ema_prefill_queue in_flight note_retry_exhausted",
     "TrainerJobConfig": "refuse_unsupported",
     "DeploymentConfig": "refuse_unsupported",
@@ -138,6 +139,16 @@ def test_fields_have_the_documented_defaults(kind: str) -> None:
     else:
         ours = {name: repr(getattr(found, name).value) for name in documented}
     assert {name: ours.get(name) for name in documented} == documented
+
+
+def test_fields_that_may_be_given_by_place_have_the_documented_places() -> None:
+    for kind, text in surface.CLASSES.items():
+        found = getattr(firetitan_client, kind)
+        if not dataclasses.is_dataclass(found) or kind == "FiretitanProvisioningConfig":
+            continue  # settings of a service are given by name
+        ours = [one.name for one in dataclasses.fields(found) if one.init and not one.kw_only]
+        documented = [name for name in surface.names(text) if name in ours]
+        assert ours == documented, kind
 
 
 @pytest.mark.parametrize("kind", surface.CLASSES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,13 @@ from firetitan.v1 import training_service_pb2
 from support.daemon import DaemonProcess
 from support.data import ragged_data
 
-from firetitan_client import AdamParams, FiretitanServiceClient, SamplingParams
+from firetitan_client import (
+    AdamParams,
+    FiretitanServiceClient,
+    SamplingParams,
+    TrainerJobConfig,
+    TrainerJobManager,
+)
 from firetitan_client.stubs import Stubs
 from firetitan_client.transport import connect
 
@@ -85,6 +93,45 @@ def test_what_is_idle_is_stopped_and_goes_on_where_it_was(daemon: DaemonProcess)
             one["logprobs"].tolist() for one in before
         ]
         assert policy.optim_step(AdamParams(learning_rate=1e-2)).result().metrics["step"] == 2.0
+
+
+def test_a_trainer_made_by_hand_rests(daemon: DaemonProcess) -> None:
+    manager = TrainerJobManager(address=daemon.address)
+    for job, forever in (("t-rests", False), ("t-wakes", True)):
+        manager.create_and_wait(
+            TrainerJobConfig(
+                TOY,
+                requested_job_id=job,
+                inactivity_timeout="2s",
+                disable_inactivity_cleanup=forever,
+            )
+        )
+    until(lambda: manager.get("t-rests")["state"] == "JOB_STATE_PAUSED")
+    assert manager.get("t-wakes")["state"] == "JOB_STATE_RUNNING"
+    assert manager.resume_and_wait("t-rests").job_id == "t-rests"
+    for job in ("t-rests", "t-wakes"):
+        manager.delete(job)
+
+
+def test_loading_is_no_idle_time(tmp_path: Path) -> None:
+    """A worker that takes long to load is not stopped the moment it is ready."""
+    process = DaemonProcess(
+        tmp_path / "home", {"FIRETITAN_FAILPOINTS": "create.loaded=delay(4000)"}
+    )
+    process.start()
+    try:
+        manager = TrainerJobManager(address=process.address)
+        config = TrainerJobConfig(TOY, requested_job_id="t-slow", inactivity_timeout="3s")
+        manager.create_and_wait(config)
+        until(lambda: manager.get("t-slow")["state"] == "JOB_STATE_PAUSED")
+        ready, stopped = (
+            datetime.datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f")
+            for line in process.log.splitlines()
+            if "shape of trainers/t-slow" in line or "idle, its worker" in line
+        )
+        assert (stopped - ready).total_seconds() > 2.9
+    finally:
+        process.stop()
 
 
 def test_what_is_to_stay_stays(daemon: DaemonProcess) -> None:

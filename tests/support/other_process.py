@@ -5,6 +5,7 @@ Run as a program it reads words from standard input and answers each with one li
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -64,12 +65,26 @@ class OtherProcess:
         self._process.stdout.close()
 
 
+class Words:
+    """Enough of a tokenizer."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Token ids as words."""
+        return " ".join(map(str, ids))
+
+
 def _main() -> None:
     sys.argv[0] = NAME
     service: Any = None
     policy: Any = None
     sampler: Any = None
-    from firetitan_client import AdamParams, FiretitanServiceClient, SamplingParams
+    teacher: Any = None
+    from firetitan_client import (
+        AdamParams,
+        DeploymentConfig,
+        FiretitanServiceClient,
+        SamplingParams,
+    )
     from support.data import ragged_data
 
     for line in sys.stdin:
@@ -79,7 +94,7 @@ def _main() -> None:
         try:
             if word == "open":
                 service = FiretitanServiceClient.from_firetitan_config(address=sys.argv[1], **told)
-                policy = sampler = None
+                policy = sampler = teacher = None
             elif word == "train":
                 policy = policy or service.create_training_client()
                 for datum in ragged_data(seed=1, count=2, vocab_size=64):
@@ -89,6 +104,16 @@ def _main() -> None:
                 sampler = sampler or service.create_sampling_client()
                 answer = sampler.sample([1, 2, 3], 1, SamplingParams(max_tokens=4, seed=1)).result()
                 answer = answer.sequences[0].tokens
+            elif word == "reference":
+                reference = service.create_reference_client()
+                data = ragged_data(seed=1, count=2, vocab_size=64)
+                answer = reference.forward(data, "cross_entropy").result().metrics["loss:sum"]
+            elif word == "teach":
+                teacher = teacher or service.create_inference_deployment_sampler(
+                    DeploymentConfig(told["deployment"], told["base_model"]), tokenizer=Words()
+                )
+                completion = teacher.sample_with_prompt_tokens([1, 2, 3], max_tokens=4, seed=1)
+                answer = asyncio.run(completion)[0].full_tokens
             elif word == "pin":
                 sampler = service.create_sampling_client(told["snapshot"], pinned=True)
             elif word == "facts":
