@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,41 @@ def test_every_row_names_a_test_that_runs() -> None:
         if marks is None or any("xfail" in mark or "mark.skip(" in mark for mark in marks):
             wrong.append((key, test))
     assert wrong == []
+
+
+def source_of(test: str) -> str:
+    """A test as it is written, with its marks and what it uses of its module."""
+    file, _, name = test.partition("::")
+    text = (TESTS / file).read_text()
+    tree = ast.parse(text)
+    defined: dict[str, str] = {}
+    for node in tree.body:
+        source = ast.get_source_segment(text, node) or ""
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            defined[node.name] = "\n".join([*map(ast.unparse, node.decorator_list), source])
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            if isinstance(target, ast.Name):
+                defined[target.id] = source
+    found, left = "", [name]
+    while left:
+        part = defined.pop(left.pop(), "")
+        found += f"{part}\n"
+        left += [word for word in set(re.findall(r"\w+", part)) if word in defined]
+    if "documented_page" in text:  # its tests run blocks of that page
+        found += (TESTS / "support" / "documented_page.py").read_text()
+    return found
+
+
+def test_a_rows_test_has_to_do_with_every_name_of_the_row() -> None:
+    """Textually: enough to notice a name that was added to a row whose test never heard of it."""
+    unnamed = []
+    for row in ROWS:
+        source = source_of(row.test)
+        for name in row.names:
+            twin = name.endswith("_async")  # test_what_each_twin_gives goes through all of them
+            if not twin and name not in surface.CODES and not re.search(rf"\b{name}\b", source):
+                unnamed.append(f"{row.key}: {name} in {row.test}")
+    assert unnamed == []
 
 
 def test_what_a_daemon_has_a_part_in_is_tested_with_one() -> None:

@@ -53,9 +53,10 @@ def test_what_was_resolved(make_service: MakeService) -> None:
     service.create_training_client()
     for name in (*known, "deployment_shape"):
         assert getattr(service, name) == getattr(service, f"managed_{name}")
+    assert service.managed_trainer_job_id == service.managed_deployment_id[:8] == "resolved"
     assert service.trainer_job_id == service.reference_client_job_id == "resolved"
     assert service.deployment_id == "resolved-serving"
-    assert service.max_context_length > 0
+    assert service.managed_max_context_length == service.max_context_length == 8192
     assert service.deployment_shape == "accounts/local/deploymentShapes/local"
     assert service.training_profile.trainer_mode == "LORA_TRAINER"
     assert service.reference_trainer_job_id is None
@@ -96,6 +97,11 @@ def test_models_and_shapes(toy_daemon: DaemonProcess, tiny_llama: Path) -> None:
     profile = client.resolve_training_profile("a-shape", base_model=str(tiny_llama))
     assert profile.max_supported_context_length == 256
     assert profile.training_shape == "a-shape"
+    assert profile.training_shape_version == "a-shape/versions/1"
+    assert profile.deployment_shape_version == f"{profile.deployment_shape}/versions/1"
+    assert (profile.trainer_image_tag, profile.deployment_image_tag) == ("", "")
+    assert profile.base_model_weight_precision == "auto"
+    assert profile.trainer_mode == ""
     assert profile.supports_lora
     assert (profile.accelerator_type, profile.accelerator_count) == ("", 0)
     assert (profile.node_count, profile.pipeline_parallelism) == (1, 1)
@@ -134,12 +140,16 @@ def test_job_configs(toy_daemon: DaemonProcess) -> None:
     config.validate()
     endpoint = manager.create_and_wait(config)
     assert (endpoint.job_id, endpoint.max_context_length) == ("configured", 24)
+    assert manager.get("configured")["trainingConfig"]["loraRank"] == 2
     shaped = TrainerJobConfig(TOY, requested_job_id="shaped", training_shape_ref="s")
     assert manager.create_and_wait(shaped).job_id == "shaped"
     for wrong in (
         TrainerJobConfig(TOY, gradient_accumulation_steps=4),
         TrainerJobConfig(TOY, display_name="x" * 64),
         TrainerJobConfig(TOY, training_shape_ref="s", accelerator_count=8),
+        TrainerJobConfig(TOY, training_shape_ref="s", auto_select_training_shape=True),
+        TrainerJobConfig(TOY, lora_rank="8"),  # type: ignore[arg-type]
+        TrainerJobConfig(TOY, max_context_length=-1),
     ):
         with pytest.raises(ValueError):
             manager.create(wrong)
@@ -163,12 +173,16 @@ def test_deployment_configs(toy_daemon: DaemonProcess) -> None:
         preemptible=True,
         skip_shape_validation=True,
         disable_speculative_decoding=True,
+        accelerator_type="NVIDIA_B200",
+        hot_load_bucket_type=None,
+        enable_hot_load=False,
     )
     config.validate()
     info = manager.create_or_get(config)
     DeploymentConfig("x", TOY, accept_shapeless_risk=True).validate()
     assert (info.deployment_id, info.base_model) == ("configured-serving", TOY)
     assert info.name.endswith("/deployments/configured-serving")
+    assert info.deployment_shape_version == profile.deployment_shape_version
     assert manager.wait_for_ready("configured-serving").state == "READY"
     assert info.hot_load_bucket_url is None and info.hot_load_transition_type is None
     with pytest.raises(ValueError, match="deployment_shape: is 'a', the training profile's is 'b'"):

@@ -50,6 +50,7 @@ def test_controllers_see_every_request(daemon: DaemonProcess) -> None:
         assert [asyncio.run(rollouts()) for _ in range(2)] == [12, 12]
         measured = samplers[0].drain_metrics()
     summary = adaptive.step_completed()
+    assert {(one.http_status_code, one.transport_error) for one in measured} == {(200, False)}
     queued = [one.prefill_queue_duration for one in measured]
     assert len(queued) == 12 and all(one is not None and one >= 0 for one in queued)
     assert summary["requests"] == 12
@@ -57,3 +58,4 @@ def test_controllers_see_every_request(daemon: DaemonProcess) -> None:
     assert summary["avg_pq"] == pytest.approx(sum(one or 0 for one in queued) / 12)
     assert summary["window_after"] > 2
     assert adaptive.in_flight == 0
+    assert (adaptive.window_size, fixed.window_size) == (summary["window_after"], 1)

@@ -288,7 +288,19 @@ def test_a_syncer_follows_the_daemons_chain(
     daemon: DaemonProcess, deployments: DeploymentManager, policy: FiretitanTrainingClient
 ) -> None:
     deployments.create_or_get(DeploymentConfig("serve", TOY, hot_load_trainer_job="full"))
-    syncer = WeightSyncer(policy, deployments, "serve", TOY)
+    syncer = WeightSyncer(
+        policy_client=policy,
+        deploy_mgr=deployments,
+        deployment_id="serve",
+        base_model=TOY,
+        hotload_timeout=300,
+        first_checkpoint_type="base",
+        compression_format="arc_v2",
+        reset_prompt_cache=False,
+        lora_rank=0,
+        warmup_after_hotload=True,
+        warmup_max_retries=3,
+    )
     syncer.wait_for_hotload_ready(30)
     assert syncer.check_deployment_state() is None
     names = []
@@ -303,11 +315,13 @@ def test_a_syncer_follows_the_daemons_chain(
     }
     # A second syncer knows nothing of the first and goes on with its chain.
     second = WeightSyncer(policy, DeploymentManager(base_url=daemon.address), "serve", TOY)
+    second.warmup_after_hotload = False
     assert second.check_deployment_state() == names[-1]
     names.append(second.save_only("only"))
     assert second.check_deployment_state() == names[2]
     assert second.hotload(str(names[-1]))
     assert second.base_saved and second.base_identity == names[-1]
+    assert "warmup_time_s" not in second.last_timing
     second.reset_delta_chain()
     assert (second.base_saved, second.base_identity) == (False, None)
     names.append(second.save_and_hotload("fresh"))

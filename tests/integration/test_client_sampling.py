@@ -249,6 +249,8 @@ async def test_deployment_sampler(
         assert one.full_tokens[:3] == [1, 2, 3]
         assert one.prompt_len == 3
         assert one.completion_len == len(one.full_tokens) - 3 == len(one.sampling_logprobs or [])
+        # At temperature 1 nothing lies between the two.
+        assert one.inference_logprobs == pytest.approx(one.sampling_logprobs)
         assert one.text == " ".join(str(token) for token in one.full_tokens[3:])
         assert one.snapshot == saved.path
         assert one.finish_reason in ("stop", "length")

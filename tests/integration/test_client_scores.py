@@ -293,4 +293,7 @@ def test_the_controller_hears_of_real_queues_in_every_loop(address: str) -> None
         assert one.server_processing_time is not None and one.server_ttft is not None
         assert 0 < one.server_ttft <= one.server_processing_time
         assert one.http_status_code == 200 and one.deployment == "d"
+        assert one.generation_queue_duration is not None and one.generation_queue_duration >= 0
+        assert one.generation_duration is not None and one.generation_duration > 0
+        assert one.cached_prompt_tokens is not None
     assert max(one.num_concurrent_requests or 0 for one in metrics) > 1

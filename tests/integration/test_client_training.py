@@ -148,6 +148,7 @@ async def test_creating_inside_a_loop_returns_at_once(daemon: DaemonProcess) -> 
     assert await policy is policy
     assert policy.session_name.startswith("trainers/")
     assert policy.future().result(timeout=5) is policy
+    assert await policy.result_async(timeout=5) is await policy.coroutine() is policy
     await asyncio.to_thread(service.close)
 
 

@@ -10,6 +10,7 @@ from firetitan_client.training_spec import (
     ConstantSchedule,
     CosineSchedule,
     LinearSchedule,
+    LRSchedulerSpec,
     WSDSchedule,
     compute_lr,
     default_constant_schedule,
@@ -105,7 +106,7 @@ def test_settings_go_round() -> None:
     spec = WSDSchedule(warmup_ratio=0.1, decay_type="sqrt")
     assert parse_lr_scheduler_spec(spec.model_dump()) == spec
     assert parse_lr_scheduler_spec(spec) is spec
-    assert spec.type == "wsd"
+    assert spec.type == "wsd" and isinstance(spec, LRSchedulerSpec)
 
 
 def test_older_fields_count_where_nothing_else_is_asked_for() -> None:
