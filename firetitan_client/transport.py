@@ -32,6 +32,8 @@ logger = logging.getLogger("firetitan")
 
 SLICE_S = 30.0
 """Deadline of one try of an ordinary RPC; long waits are made of such slices."""
+_ASK_S = 10.0
+"""Deadline of the question whether the daemon is there, in the midst of a call without one."""
 PATIENCE_S = float(os.environ.get("FIRETITAN_PATIENCE_S", "300"))
 """How long a daemon that was there may stay away before calls fail."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 0.25
@@ -192,11 +194,15 @@ class Transport:
             request_serializer=None if isinstance(request, bytes) else _serialize,
             response_deserializer=response.FromString,
         )
-        patience = Patience(self, PATIENCE_S if patience_s is None else patience_s, final)
+        patience_s = PATIENCE_S if patience_s is None else patience_s
+        patience = Patience(self, patience_s, final)
         late = 0
         while True:
             try:
-                answer = await bridge(rpc.future(request, timeout=timeout_s))
+                if timeout_s is None:
+                    answer = await self._last(rpc.future(request), patience_s)
+                else:
+                    answer = await bridge(rpc.future(request, timeout=timeout_s))
             except grpc.RpcError as error:
                 late += error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
                 if late_tries is not None and late >= late_tries:
@@ -205,6 +211,33 @@ class Transport:
             else:
                 self.served, self.told_away = True, False
                 return answer
+
+    async def _last(self, call: Any, patience_s: float) -> Any:
+        """What a call without a deadline brings, however long that takes.
+
+        A daemon that hangs breaks no connection, so it is asked in between whether it is there.
+
+        Raises:
+            grpc.RpcError: The call's; DEADLINE_EXCEEDED where nobody was there for too long.
+        """
+        ask: Any = self.channel.unary_unary("/grpc.health.v1.Health/Check")
+        work = asyncio.ensure_future(bridge(call))
+        heard = loop().time()
+        try:
+            while not (await asyncio.wait((work,), timeout=SLICE_S))[0]:
+                try:
+                    await bridge(ask.future(b"", timeout=_ASK_S))
+                except grpc.RpcError as error:
+                    if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                        continue  # gone, or another now: that ends the call itself
+                    if loop().time() - heard > patience_s:
+                        raise
+                    logger.warning("the daemon at %s does not answer", self.address)
+                else:
+                    heard = loop().time()
+            return await work
+        finally:
+            work.cancel()
 
     async def start_missing_daemon(self, error: FiretitanError) -> None:
         """Start a daemon where none has answered and that is wanted; else raise.

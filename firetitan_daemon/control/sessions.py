@@ -9,6 +9,7 @@ import asyncio
 import functools
 import random
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -49,6 +50,8 @@ class SessionManager:
         self._pipelines: dict[str, CommandPipeline] = {}
         self._opening: dict[str, asyncio.Lock] = {}
         """One a trainer: a worker that hangs holds up no other trainer's sessions."""
+        self._closings: Counter[str] = Counter()
+        """How often the sessions of each trainer were closed for good."""
         self._made: dict[str, str] = {}
         self._refusal: FiretitanError | None = None
         self._used: Callable[[str], None] = lambda trainer_id: None
@@ -96,7 +99,8 @@ class SessionManager:
         check_trainer(trainer, wanted)
         check_text(request_id, "request_id")
         # A caller that goes away must not leave a session that only the worker knows of.
-        opening = asyncio.create_task(self._create(trainer, worker, wanted, request_id))
+        closings = self._closings[trainer.id]
+        opening = asyncio.create_task(self._create(trainer, worker, wanted, request_id, closings))
         try:
             async with asyncio.timeout(_ANSWER_S):
                 return await asyncio.shield(opening)
@@ -109,7 +113,7 @@ class SessionManager:
             ) from None
 
     async def _create(
-        self, trainer: Trainer, worker: Worker, wanted: Wanted, request_id: str
+        self, trainer: Trainer, worker: Worker, wanted: Wanted, request_id: str, closings: int
     ) -> tuple[Session, bool]:
         async with self._opening.setdefault(trainer.id, asyncio.Lock()):
             for pipeline in self._candidates(trainer, request_id):
@@ -124,6 +128,10 @@ class SessionManager:
             await self._services.operations.write(Change(sessions=[session], durable=True))
             try:
                 await worker.open_session(session)
+                if self._closings[trainer.id] != closings:
+                    raise FiretitanError(
+                        Reason.CLOSED, f"{trainer.name} was deleted while its session was opened"
+                    )
             except FiretitanError:
                 closed = replace(session, state=SessionState.CLOSED)
                 await self._services.operations.write(Change(sessions=[closed]))
@@ -292,7 +300,8 @@ class SessionManager:
             await asyncio.shield(asyncio.create_task(pipeline.unload()))
 
     async def close_trainer(self, trainer_id: str) -> None:
-        """Finish what a trainer's sessions accepted and close them."""
+        """Finish what a trainer's sessions accepted and close them; one being opened fails."""
+        self._closings[trainer_id] += 1
         for pipeline in self._of_trainer(trainer_id):
             await pipeline.close()
 

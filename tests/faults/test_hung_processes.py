@@ -7,8 +7,10 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from firetitan.v1 import (
@@ -20,7 +22,10 @@ from firetitan.v1 import (
 from support.daemon import DaemonProcess
 from support.history_client import training
 from support.sizes import figure
-from support.stubs import LaneClient, Stubs
+from support.stubs import LaneClient, Stubs, reason
+
+from firetitan_client import transport
+from firetitan_client.errors import FiretitanError
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -87,7 +92,43 @@ def test_a_trainer_that_hangs_holds_up_no_other(daemon: DaemonProcess) -> None:
             trainer_service_pb2.DeleteTrainerRequest(name="trainers/other"), timeout=20
         )
         assert not opening.done() and not deleting.done()
-    assert opening.result().session.name and deleting.result()
+    assert deleting.result()
+    # Either was first.
+    refused = opening.exception()
+    assert refused is None or reason(refused) in ("CLOSED", "WORKER_UNAVAILABLE")
+    assert daemon.worker_pids() == []
+    stubs.channel.close()
+
+
+def test_a_call_that_lasts_waits_for_its_work_and_not_for_a_daemon_that_hangs(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "SLICE_S", 0.2)
+    monkeypatch.setattr(transport, "_ASK_S", 1.0)
+    patience_s = 3.0
+    stubs = Stubs(daemon.address)
+    stubs.create_trainer()
+    assert daemon.process is not None
+
+    def delete() -> Future[Any]:
+        call = transport.connect(daemon.address).call(
+            "TrainerService/DeleteTrainer",
+            trainer_service_pb2.DeleteTrainerRequest(name="trainers/t"),
+            trainer_service_pb2.DeleteTrainerResponse,
+            timeout_s=None,
+            patience_s=patience_s,
+        )
+        return transport.run(call)
+
+    with stopped(worker(stubs, "trainer").pid):
+        deleting = delete()
+        time.sleep(2 * patience_s)
+        assert not deleting.done(), "its work takes long, and the daemon answers"
+        with stopped(daemon.process.pid), pytest.raises(FiretitanError) as caught:
+            deleting.result(60)
+        assert caught.value.reason == "DEADLINE_EXCEEDED"
+        deleting = delete()
+    deleting.result(60)
     assert daemon.worker_pids() == []
     stubs.channel.close()
 

@@ -73,7 +73,19 @@ def test_health_reflection_and_information(daemon: DaemonProcess) -> None:
     )
     info = stubs.system.GetSystemInfo(system_service_pb2.GetSystemInfoRequest())
     assert info.pid == daemon.process.pid and info.home == str(daemon.home)
-    assert info.limits.max_message_bytes == 64 * 1024 * 1024
+    told = {field.name: value for field, value in info.limits.ListFields()}
+    assert told.pop("max_connections") >= 64
+    assert (
+        told
+        | {
+            "max_message_bytes": 64 * 2**20,
+            "max_session_operations": 64,
+            "max_operations": 1024,
+            "max_queued_bytes": 256 * 2**20,
+            "max_streams": 128,
+        }
+        == told
+    )
     stubs.create_trainer()
     info = stubs.system.GetSystemInfo(system_service_pb2.GetSystemInfoRequest())
     assert [worker.pid for worker in info.workers] == daemon.worker_pids()

@@ -101,8 +101,8 @@ class Managers:
         assert found.done, found
         return found
 
-    async def trainer(self) -> tuple[Trainer, Worker]:
-        request = TrainerRequest("t", TOY, 0, 0, "auto", "make-t", "digest")
+    async def trainer(self, request_id: str = "make-t") -> tuple[Trainer, Worker]:
+        request = TrainerRequest("t", TOY, 0, 0, "auto", request_id, "digest")
         assert (await self.done(await self.trainers.create(request))).error is None
         return await self.trainers.ready("t")
 
@@ -173,6 +173,35 @@ async def test_session_of_a_caller_that_went_away_is_there_for_the_next(
         await call
     session, _ = await managers.sessions.create(trainer, worker, Wanted(), "again")
     assert [one.name for one in managers.sessions.all("")] == [session.name]
+
+
+async def test_a_session_that_opens_while_its_trainer_is_deleted_is_closed(
+    managers: Managers,
+) -> None:
+    trainer, worker = await managers.trainer()
+    opened, deleted = asyncio.Event(), asyncio.Event()
+
+    class Slow:
+        def __getattr__(self, name: str) -> object:
+            return getattr(worker, name)
+
+        async def open_session(self, session: Session) -> object:
+            answer = await worker.open_session(session)
+            opened.set()
+            await deleted.wait()
+            return answer
+
+    call = asyncio.create_task(managers.sessions.create(trainer, Slow(), Wanted(), "request"))
+    await opened.wait()
+    await managers.trainers.delete("trainers/t")
+    deleted.set()
+    with pytest.raises(FiretitanError) as caught:
+        await call
+    assert caught.value.reason is Reason.CLOSED
+    assert managers.sessions.all("") == []
+    again, worker = await managers.trainer("make-t-again")
+    session, created = await managers.sessions.create(again, worker, Wanted(), "another request")
+    assert created and [one.name for one in managers.sessions.all("")] == [session.name]
 
 
 async def test_opening_a_session_says_that_its_worker_does_not_answer(
