@@ -79,7 +79,9 @@ class FiretitanTrainingClient(WeightsCalls, TinkerTrainingCalls):
             data: `tinker.Datum`s; unknown loss inputs are ignored.
             loss_fn: Name of a built-in loss, e.g. "cross_entropy".
             loss_fn_config: Its settings. With `{"output": "embedding", "pooling": "mean"}` (or
-                "last") no loss is computed and embeddings come back.
+                "last") no loss is computed and embeddings come back. With `{"top_k": K}` of
+                "cross_entropy" also `top_k_indices` and `top_k_logprobs` [N, K]: the likeliest
+                tokens of each position.
 
         Returns:
             A future of `ForwardBackwardOutput`: `loss_fn_outputs[i]["logprobs"]` in the shape of

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,8 @@ from firetitan_daemon.engine.grad_norms import GradNormMetrics
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
+NamedArrays = dict[str, npt.NDArray[Any]]
+"""Float32 or int64, by name."""
 Array = npt.NDArray[np.float32] | npt.NDArray[np.int64] | npt.NDArray[np.int32]
 LossConfig = Mapping[str, float | str]
 
@@ -97,8 +99,9 @@ class Pooling(StrEnum):
 class ForwardOutput:
     """Per datum the arrays a loss returns, and metrics named `name:reduction`."""
 
-    outputs: list[dict[str, Float32Array]]
-    """`outputs[i]["logprobs"]`: float32, shape of datum i's target_tokens, every position; or
+    outputs: list[NamedArrays]
+    """`outputs[i]["logprobs"]`: float32, shape of datum i's target_tokens, every position; where
+    asked for `top_k_indices` int64 and `top_k_logprobs` [N, K] beside it; or
     `outputs[i]["embedding"]`: float32 [H]."""
     metrics: dict[str, float]
     """Holds `loss:sum` where there is a loss."""

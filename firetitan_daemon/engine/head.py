@@ -72,6 +72,25 @@ class Head:
         return result
 
     @torch.no_grad()
+    def top(self, hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest tokens of each position, likeliest first.
+
+        Args:
+            hidden: [T, H].
+            count: How many.
+
+        Returns:
+            Ids int64 and log-probabilities float32, both [T, count].
+        """
+        ids, logprobs = [], []
+        for start in range(0, len(hidden), CHUNK_ROWS):
+            scores = self._logits(hidden[start : start + CHUNK_ROWS]).log_softmax(1)
+            values, tokens = scores.topk(count, 1)
+            ids.append(tokens)
+            logprobs.append(values)
+        return torch.cat(ids), torch.cat(logprobs)
+
+    @torch.no_grad()
     def gradients(
         self, hidden: torch.Tensor, targets: torch.Tensor, gradient: RowGradient
     ) -> tuple[torch.Tensor, HeadGradients]:

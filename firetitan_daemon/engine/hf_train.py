@@ -70,6 +70,7 @@ from firetitan_daemon.engine.state import (
     state_writer,
 )
 from firetitan_daemon.engine.tensors import from_raw, stored_dtypes, to_raw
+from firetitan_daemon.engine.top_candidates import add_candidates, take_top_k
 from firetitan_daemon.engine.trainables import (
     FullTrainables,
     LoraTrainables,
@@ -139,25 +140,31 @@ class HfTrainEngine(HfEmbeddings):
         *,
         retain_graph: bool,
     ) -> ForwardOutput:
+        top_k, config = take_top_k(loss_fn, config, self._limits().target_size)
         loss, settings = choose_loss(loss_fn, config)
         batch = make_batch(data, loss, self._limits(), strict=False)
         tokens = batch.num_tokens
         keep = retain_graph and self._room_for_graph(tokens)
         head = session.trainables.head()
-        passes, logprobs, terms = [], [], []
+        passes, logprobs, terms, candidates = [], [], [], []
         with memory_errors(), SavedBytes(self._loaded.model) as saved:
             for part in run_passes(self._loaded, batch, graph=keep):
                 values = head.logprobs(
                     part.hidden.detach(), batch.targets[part.rows].to(part.hidden.device)
                 )
                 logprobs.append(values)
+                if top_k:
+                    candidates.append(head.top(part.hidden.detach(), top_k))
                 terms.append(loss_terms(batch, loss, settings, part, values))
                 check_terms(batch, part.rows, terms[-1])
                 if keep:
                     passes.append(part)
         graph = self._keep(KeptLogprobs(batch, passes), saved, tokens) if keep else None
         session.forward_passes += 1
-        return _output(batch, logprobs, terms, graph)
+        output = _output(batch, logprobs, terms, graph)
+        if candidates:
+            add_candidates(output.outputs, batch, candidates)
+        return output
 
     def backward(self, graph: str, output_grads: Sequence[Float32Array]) -> ForwardOutput:
         """Accumulate gradients from dC/dlogprobs or dC/dembedding and release the graph.

@@ -30,6 +30,7 @@ from firetitan_daemon.engine.api import (
     Float32Array,
     ForwardOutput,
     Int32Array,
+    Int64Array,
     ModelInfo,
     Normalization,
     Pooling,
@@ -139,6 +140,13 @@ def float_tensor_to_proto(array: Float32Array) -> tensor_pb2.Tensor:
     """A float32 array of any shape as a Tensor."""
     return tensor_pb2.Tensor(
         data_type=tensor_pb2.DATA_TYPE_FLOAT32, shape=array.shape, data=to_bytes(array, "<f4")
+    )
+
+
+def int_tensor_to_proto(array: Int64Array) -> tensor_pb2.Tensor:
+    """An int64 array of any shape as a Tensor."""
+    return tensor_pb2.Tensor(
+        data_type=tensor_pb2.DATA_TYPE_INT64, shape=array.shape, data=to_bytes(array, "<i8")
     )
 
 
@@ -257,7 +265,8 @@ def forward_result_to_proto(output: ForwardOutput, step: int) -> operation_pb2.F
     for arrays in output.outputs:
         tensors = result.outputs.add().tensors
         for name, array in arrays.items():
-            tensors[name].CopyFrom(float_tensor_to_proto(array))
+            to_proto = int_tensor_to_proto if array.dtype.kind == "i" else float_tensor_to_proto
+            tensors[name].CopyFrom(to_proto(array))
     return result
 
 

@@ -42,6 +42,38 @@ def policy(make_service: MakeService) -> FiretitanTrainingClient:
     return make_service(create_deployment=False).create_training_client()
 
 
+def test_the_likeliest_tokens_of_a_forward(llama: FiretitanTrainingClient) -> None:
+    """All of them are a distribution; some of them are its head, scored as targets are."""
+    data = ragged_data(seed=1, count=3)
+    everything = llama.forward(data, "cross_entropy", {"top_k": 272}).result()
+    plain = llama.forward(data, "cross_entropy").result()
+    assert everything.metrics == plain.metrics
+    some = llama.forward(data, "cross_entropy", {"top_k": 5}).result().loss_fn_outputs
+    for datum, whole, few, scored in zip(
+        data, everything.loss_fn_outputs, some, plain.loss_fn_outputs, strict=True
+    ):
+        length = datum.model_input.length
+        logprobs, ids = whole["top_k_logprobs"].to_numpy(), whole["top_k_indices"].to_numpy()
+        assert whole["top_k_indices"].dtype == "int64" and ids.shape == (length, 272)
+        assert (np.sort(ids, 1) == np.arange(272)).all() and (np.diff(logprobs, axis=1) <= 0).all()
+        np.testing.assert_allclose(np.exp(logprobs).sum(1), 1.0, rtol=1e-5)
+        assert few["top_k_indices"].to_numpy().tolist() == ids[:, :5].tolist()
+        assert few["top_k_logprobs"].to_numpy().tolist() == logprobs[:, :5].tolist()
+        targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
+        of_targets = logprobs[ids == targets[:, None]]
+        np.testing.assert_allclose(scored["logprobs"].to_numpy(), of_targets, rtol=1e-4, atol=1e-5)
+        assert sorted(scored) == ["logprobs"]
+    for wrong in (0, 1.5, 273, "five"):
+        with pytest.raises(ValueError, match="top_k"):
+            llama.forward(data, "cross_entropy", {"top_k": wrong}).result()
+    for call in (
+        lambda: llama.forward([rl_datum()], "ppo", {"top_k": 2}),
+        lambda: llama.forward_backward(data, "cross_entropy", {"top_k": 2}),
+    ):
+        with pytest.raises(ValueError, match="top_k"):
+            call().result()
+
+
 def test_weight_sync(make_service: MakeService) -> None:
     """The deployment serves the weights of that moment; nothing else is kept of them for long."""
     service = make_service(lora_rank=0)
