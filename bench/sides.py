@@ -96,7 +96,7 @@ def daemon(threads: int, **settings: str) -> Iterator[Path]:
     """
     home = OUT / "bench"
     shutil.rmtree(home, ignore_errors=True)
-    home.mkdir(parents=True)
+    home.mkdir(mode=0o700, parents=True)
     os.environ["FIRETITAN_HOME"] = str(home)
     os.environ.pop("FIRETITAN_ADDRESS", None)
     variables = {**os.environ, **settings}

@@ -31,7 +31,7 @@ OUT = ROOT / "out"
 def daemon(home: Path) -> Iterator[None]:
     """A `firetitand` with its state under `home`, ended with everything it started."""
     shutil.rmtree(home, ignore_errors=True)
-    home.mkdir(parents=True)
+    home.mkdir(mode=0o700, parents=True)
     os.environ["FIRETITAN_HOME"] = str(home)
     os.environ.pop("FIRETITAN_ADDRESS", None)
     command = [sys.executable, "-m", "firetitan_daemon"]

@@ -73,13 +73,14 @@ def read_manifest(folder: Path) -> bytes:
     return read_file(folder / MANIFEST, MAX_MANIFEST_BYTES)
 
 
-def publish_file(path: Path, data: bytes, *, fsync: bool = True) -> None:
+def publish_file(path: Path, data: bytes, *, fsync: bool = True, mode: int | None = None) -> None:
     """Write `data` so that `path` is either as before or complete.
 
     Args:
         path: Final name; its folder exists.
         data: Whole content.
         fsync: False where surviving a process death is enough and power loss is not promised.
+        mode: Of the file; None: what the umask leaves.
 
     Raises:
         OSError: Nothing was published; the temporary file is gone.
@@ -87,6 +88,8 @@ def publish_file(path: Path, data: bytes, *, fsync: bool = True) -> None:
     temporary = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
     try:
         with temporary.open("xb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             file.write(data)
             if fsync:
                 file.flush()
@@ -147,11 +150,11 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
 
     Args:
         folder: One that is there is left as it is.
-        mode: Of the folder; those above it have the usual one.
+        mode: Of the folder; in those above it nobody else can write.
     """
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
-    folder.mkdir(mode=mode, parents=True, exist_ok=True)
     for one in reversed(missing):
+        one.mkdir(mode=mode if one == folder else 0o755, exist_ok=True)
         # A folder of someone else's may let us make one in it and not read it.
         with contextlib.suppress(PermissionError):
             fsync_path(one.parent)

@@ -10,6 +10,8 @@ Knows: names of files and folders. Must not know: what is in them.
     workers/{id}/   what a worker was started for, its log
     run/            sockets; in the temporary directory where this path is too long for one
     daemon.json     address and process id of the running daemon
+    credentials/    what clients need over TCP, where that was asked for
+    ca.key          what signs their certificates
 """
 
 from __future__ import annotations
@@ -71,6 +73,16 @@ class Places:
         return self.home / "daemon.json"
 
     @property
+    def credentials(self) -> Path:
+        """Token and certificates of clients over TCP."""
+        return self.home / "credentials"
+
+    @property
+    def ca_key(self) -> Path:
+        """Signs those certificates."""
+        return self.home / "ca.key"
+
+    @property
     def run(self) -> Path:
         """Folder of the sockets."""
         wanted = self.home / "run"
@@ -104,21 +116,91 @@ class Places:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder that only this user can enter.
+    """Make a folder that only this user can enter, and see that it is one.
+
+    What others could write before may hold what others put there: that is for its owner to look at.
 
     Raises:
-        PlaceError: It cannot be made, is not a folder, or belongs to someone else.
+        PlaceError: It cannot be made or kept to its owner, is not a folder, belongs to someone
+            else, or others can write in it.
     """
     try:
         durable.make_folder(folder, 0o700)
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode):
             raise PlaceError(f"{folder} is not a folder (or a link to one); move it away")
-        if found.st_uid != os.getuid():
+        _check_owner(folder, found)
+        if found.st_mode & 0o022:
             raise PlaceError(
-                f"{folder} belongs to user {found.st_uid}, not to you ({os.getuid()}); move it away"
+                f"{folder} can be written by others (mode {stat.S_IMODE(found.st_mode):04o}); see "
+                f"that everything in it is yours, then: chmod 700 {folder}"
             )
-        if stat.S_IMODE(found.st_mode) & 0o077:
+        if found.st_mode & 0o777 != 0o700:
             folder.chmod(0o700)
+            _check_mode(folder, 0o700)
+    except FileExistsError as error:
+        raise PlaceError(f"{error.filename} is not a folder; move it away") from error
     except OSError as error:
         raise PlaceError(f"{folder} cannot be used: {error.strerror or error}") from error
+
+
+def remove_stale_socket(path: Path) -> None:
+    """Remove what a daemon that died left where the next one serves. The caller holds the lock.
+
+    Raises:
+        PlaceError: Something else is there.
+    """
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise PlaceError(f"{path} is there and is no socket; see what it is and move it away")
+    _check_owner(path, found)
+    path.unlink()
+
+
+def check_socket(path: Path) -> None:
+    """See that a socket in use is its owner's alone.
+
+    Raises:
+        PlaceError: It is not.
+    """
+    found = path.lstat()
+    if not stat.S_ISSOCK(found.st_mode):
+        raise PlaceError(f"{path} was taken away while the daemon started")
+    _check_owner(path, found)
+    _check_mode(path, 0o600)
+
+
+def check_private_file(path: Path) -> None:
+    """See that a secret is its owner's alone.
+
+    Raises:
+        PlaceError: It is not.
+    """
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise PlaceError(f"{path} is no file (or a link to one); move it away")
+    _check_owner(path, found)
+    if found.st_mode & 0o077:
+        raise PlaceError(
+            f"{path} can be read by others (mode {stat.S_IMODE(found.st_mode):04o}); delete it, a "
+            "new one is made, or: chmod 600"
+        )
+
+
+def _check_owner(path: Path, found: os.stat_result) -> None:
+    if found.st_uid != os.geteuid():
+        raise PlaceError(
+            f"{path} belongs to user {found.st_uid}, not to you ({os.geteuid()}); move it away"
+        )
+
+
+def _check_mode(path: Path, wanted: int) -> None:
+    mode = stat.S_IMODE(path.lstat().st_mode) & 0o777
+    if mode != wanted:
+        raise PlaceError(
+            f"{path} stays open to others (mode {mode:04o}): this file system keeps no modes; "
+            "choose a FIRETITAN_HOME on one that does"
+        )

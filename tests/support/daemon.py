@@ -62,7 +62,7 @@ class DaemonProcess:
 
     def launch(self, environment: dict[str, str] | None = None) -> subprocess.Popen[Any]:
         """Start it and do not wait for it."""
-        self.home.mkdir(parents=True, exist_ok=True)
+        self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         variables = {
             **os.environ,
             **self.environment,
