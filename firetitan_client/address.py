@@ -3,7 +3,8 @@
 Knows: FIRETITAN_HOME, `daemon.json`, the forms an address can take, the command that starts a
 daemon. Must not know: gRPC, what is asked of the daemon.
 
-Nothing here or elsewhere in the client ever dials out: a cloud URL means the local daemon.
+Nothing here or elsewhere in the client ever dials out by itself: a cloud URL means the local
+daemon; another machine is called where its `host:port` was given.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +26,12 @@ logger = logging.getLogger("firetitan")
 
 START_COMMAND = "firetitand serve"
 _ENDPOINT = "firetitan+"
+_TCP = "tcp:"
+_HOST_PORT = re.compile(r"([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\]):\d{1,5}")
+_SCHEMES = ("dns", "ipv4", "ipv6", "unix-abstract", "vsock")
+"""What gRPC takes for the beginning of another kind of address."""
+_NOT_PASSED = ("FIRETITAN_ADDRESS", "FIRETITAN_API_KEY")
+"""The client's own: no daemon is given them."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class Endpoint:
     """An address and, where it names one, a trainer on it."""
 
     address: str
-    """A gRPC target, e.g. `unix:/home/me/.firetitan/run/firetitan.sock`."""
+    """`unix:/home/me/.firetitan/run/firetitan.sock`, or `tcp:host:port`."""
     trainer_id: str | None = None
 
     @property
@@ -51,7 +59,7 @@ def resolve(base_url: str | None = None, address: str | None = None) -> Endpoint
     Args:
         base_url: None or a cloud URL (both mean the local daemon), or an address, or an endpoint
             `firetitan+unix:/path#trainer`.
-        address: `unix:/path` or `/path`; wins.
+        address: `unix:/path`, `/path`, `host:port` or `tcp:host:port`; wins.
 
     Raises:
         ValueError: Not an address.
@@ -80,10 +88,19 @@ def _normalise(address: str) -> str:
     )
     if path.startswith(("/", "~", "./")):
         return f"unix:{Path(path).expanduser().absolute()}"
+    target = address.removeprefix(_TCP)
+    if _HOST_PORT.fullmatch(target) and target.partition(":")[0] not in _SCHEMES:
+        return f"{_TCP}{target}"
     raise ValueError(
-        f"address: {address!r} is not a Unix socket; give unix:/path/to/firetitan.sock "
-        f"(the daemon writes its own to {home() / 'daemon.json'})"
+        f"address: {address!r} is neither a Unix socket nor host:port; give "
+        f"unix:/path/to/firetitan.sock (the daemon writes its own to {home() / 'daemon.json'}), or "
+        "host:port of a daemon that serves over TCP"
     )
+
+
+def tcp_target(address: str) -> str | None:
+    """`host:port` of an address over TCP; None for a Unix socket."""
+    return address.removeprefix(_TCP) if address.startswith(_TCP) else None
 
 
 def _local_address() -> str:
@@ -93,9 +110,21 @@ def _local_address() -> str:
         return f"unix:{home() / 'run' / 'firetitan.sock'}"
 
 
-def not_running(address: str) -> DaemonNotRunning:
-    """The error for an address where nobody listens."""
-    return DaemonNotRunning(f"no daemon at {address}; start one with: {START_COMMAND}")
+def not_running(address: str, cause: str = "") -> DaemonNotRunning:
+    """The error for an address where nobody listens.
+
+    Args:
+        address: Of the daemon.
+        cause: In gRPC's words; over TCP there are many.
+    """
+    target = tcp_target(address)
+    if target is None:
+        return DaemonNotRunning(f"no daemon at {address}; start one with: {START_COMMAND}")
+    return DaemonNotRunning(
+        f"no daemon answers at {target}: {cause or 'it went away'}. Start one there with: "
+        f"{START_COMMAND} --tcp {target} (`Socket closed`: it wants client.crt and client.key "
+        "beside the token, or is something else)"
+    )
 
 
 def autostart_wanted(autostart: bool | None) -> bool:
@@ -113,7 +142,8 @@ def start_daemon(timeout_s: float = 30.0) -> str:
     """
     command = _command()
     log_path = home() / "log" / "firetitand.log"
-    log_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    home().mkdir(mode=0o700, parents=True, exist_ok=True)
+    log_path.parent.mkdir(mode=0o700, exist_ok=True)
     record = home() / "daemon.json"
     before = record.stat().st_mtime_ns if record.exists() else 0
     with log_path.open("ab") as log:
@@ -123,7 +153,7 @@ def start_daemon(timeout_s: float = 30.0) -> str:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={name: value for name, value in os.environ.items() if name != "FIRETITAN_ADDRESS"},
+            env={name: value for name, value in os.environ.items() if name not in _NOT_PASSED},
         )
     logger.warning("no daemon was running: started `%s`, pid %d", " ".join(command), process.pid)
     deadline = time.monotonic() + timeout_s

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import os
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, Self, TypeVar
 
@@ -18,6 +19,7 @@ from firetitan.v1 import trainer_pb2, trainer_service_pb2
 
 from firetitan_client import address as addresses
 from firetitan_client import transport
+from firetitan_client.credentials import access_of
 from firetitan_client.errors import InvalidArgument
 from firetitan_client.futures import APIFuture
 from firetitan_client.sample_requests import follow
@@ -33,12 +35,14 @@ class ControlClient:
     """A daemon, asked with blocking calls.
 
     Args:
-        api_key: Ignored on a Unix socket.
+        api_key: The daemon's token, over TCP; ignored on a Unix socket.
         base_url: None or a cloud URL (the local daemon serves, nothing is dialled), or an address.
         additional_headers: Ignored.
         verify_ssl: Ignored.
-        address: Of the daemon, `unix:/path`; None finds it.
+        address: Of the daemon, `unix:/path` or `host:port`; None finds it.
         autostart: Start a daemon where none runs; None asks FIRETITAN_AUTOSTART.
+        credentials: Folder of token and certificates, over TCP; None: FIRETITAN_CREDENTIALS, else
+            FIRETITAN_HOME's.
     """
 
     def __init__(
@@ -50,9 +54,19 @@ class ControlClient:
         *,
         address: str | None = None,
         autostart: bool | None = None,
+        credentials: str | os.PathLike[str] | None = None,
     ) -> None:
         endpoint = addresses.resolve(base_url, address)
-        self._transport = transport.connect(endpoint.address, autostart)
+        self._transport = transport.connect(
+            endpoint.address, autostart, access_of(api_key, credentials)
+        )
+
+    @classmethod
+    def _on(cls, daemon: transport.Transport) -> Self:
+        """One that asks a daemon which is connected already."""
+        client = cls.__new__(cls)
+        client._transport = daemon
+        return client
 
     @property
     def base_url(self) -> str:

@@ -7,6 +7,7 @@ Knows: a deployment's life and its documented names. Must not know: how snapshot
 from __future__ import annotations
 
 import logging
+import os
 import time
 import uuid
 from collections.abc import Mapping
@@ -47,14 +48,16 @@ class DeploymentManager(Hotloading):
     whatever becomes of this manager's process.
 
     Args:
-        api_key: Ignored on a Unix socket.
+        api_key: The daemon's token, over TCP; ignored on a Unix socket.
         base_url: None or a cloud URL (the local daemon serves, nothing is dialled), or an address.
         inference_url: Ignored.
         hotload_api_url: Ignored.
         additional_headers: Ignored.
         verify_ssl: Ignored.
-        address: Of the daemon, `unix:/path`; None finds it.
+        address: Of the daemon, `unix:/path` or `host:port`; None finds it.
         autostart: Start a daemon where none runs; None asks FIRETITAN_AUTOSTART.
+        credentials: Folder of token and certificates, over TCP; None: FIRETITAN_CREDENTIALS, else
+            FIRETITAN_HOME's.
     """
 
     def __init__(
@@ -68,9 +71,16 @@ class DeploymentManager(Hotloading):
         *,
         address: str | None = None,
         autostart: bool | None = None,
+        credentials: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(
-            api_key, base_url, additional_headers, verify_ssl, address=address, autostart=autostart
+            api_key,
+            base_url,
+            additional_headers,
+            verify_ssl,
+            address=address,
+            autostart=autostart,
+            credentials=credentials,
         )
 
     @property

@@ -53,7 +53,7 @@ class DeploymentSampler(SelfFuture[Target]):
     Args:
         inference_url: Address of the daemon; None finds it.
         model: The deployment's id.
-        api_key: Ignored on a Unix socket.
+        api_key: The daemon's token, over TCP; ignored on a Unix socket.
         tokenizer: Tokenizer, folder or id; for texts.
         concurrency_controller: Its `acquire` and `release` surround each request; None: a new
             AdaptiveConcurrencyController.
@@ -76,7 +76,9 @@ class DeploymentSampler(SelfFuture[Target]):
         ready: APIFuture[Target] | None = None,
         request_context: Any = None,
     ) -> None:
-        self._ready = ready or completed(deployment_target(inference_url, model, tokenizer))
+        self._ready = ready or completed(
+            deployment_target(inference_url, model, tokenizer, api_key)
+        )
         self._source = tokenizer
         self._loaded: Any = None
         if max_concurrency is not None:

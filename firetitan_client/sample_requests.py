@@ -20,6 +20,7 @@ from firetitan.v1 import deployment_service_pb2, sampling_service_pb2
 
 from firetitan_client import address as addresses
 from firetitan_client import convert, routing, transport, types
+from firetitan_client.credentials import access_of
 from firetitan_client.errors import Unsupported
 from firetitan_client.futures import APIFuture
 from firetitan_client.leases import Lease
@@ -322,7 +323,9 @@ def follow(work: Any, future: APIFuture[Any]) -> None:
     future._canceller = cancel
 
 
-def deployment_target(inference_url: str | None, model: str | None, tokenizer: Any) -> Target:
+def deployment_target(
+    inference_url: str | None, model: str | None, tokenizer: Any, api_key: str | None = None
+) -> Target:
     """A deployment by the id, name or resource path users know it by."""
     if not model:
         raise ValueError("model: give the deployment's id")
@@ -330,5 +333,5 @@ def deployment_target(inference_url: str | None, model: str | None, tokenizer: A
     name = model.rpartition("#")[2]
     name = name if name.startswith("deployments/") else f"deployments/{name.rpartition('/')[2]}"
     source = tokenizer if isinstance(tokenizer, str) else ""
-    daemon = transport.connect(endpoint.address)
+    daemon = transport.connect(endpoint.address, access=access_of(api_key))
     return Target(daemon, name, tokenizer=source, lease=Lease(daemon))

@@ -126,12 +126,12 @@ class SampleStream:
         made_by: list[str] = []
         patience = Patience(target.transport)
         while True:
-            rpc = target.transport.channel.unary_stream(
-                "/firetitan.v1.SamplingService/SampleStream",
-                request_serializer=sampling_service_pb2.SampleStreamRequest.SerializeToString,
-                response_deserializer=sampling_service_pb2.SampleStreamResponse.FromString,
-            )
             try:
+                rpc = target.transport.channel.unary_stream(
+                    "/firetitan.v1.SamplingService/SampleStream",
+                    request_serializer=sampling_service_pb2.SampleStreamRequest.SerializeToString,
+                    response_deserializer=sampling_service_pb2.SampleStreamResponse.FromString,
+                )
                 async with contextlib.aclosing(iterate(rpc(message))) as responses:
                     async for response in responses:
                         chunks = []

@@ -16,6 +16,7 @@ from firetitan.v1 import sampling_service_pb2
 
 from firetitan_client import transport, types
 from firetitan_client.concurrency import SamplingConcurrencyController
+from firetitan_client.credentials import access_of
 from firetitan_client.deployment_sampler import DeploymentSampler
 from firetitan_client.errors import Unsupported
 from firetitan_client.futures import APIFuture, SelfFuture, completed
@@ -87,11 +88,11 @@ class FiretitanSamplingClient(SelfFuture[Target]):
         Args:
             inference_url: Address of the daemon; None finds it.
             model: The deployment's id.
-            api_key: Ignored on a Unix socket.
+            api_key: The daemon's token, over TCP; ignored on a Unix socket.
             tokenizer: Tokenizer, folder or id.
             concurrency_controller: As in the constructor.
         """
-        target = deployment_target(inference_url, model, tokenizer)
+        target = deployment_target(inference_url, model, tokenizer, api_key)
         return cls(
             completed(target),
             tokenizer=tokenizer,
@@ -102,7 +103,7 @@ class FiretitanSamplingClient(SelfFuture[Target]):
     # Elsewhere
 
     def get_sampler_handle(self) -> str:
-        """A text that opens this sampler in another process of this machine; it holds no key."""
+        """A text that opens this sampler in another process; it holds no key."""
         target = self._opened
         given = self._given_tokenizer if isinstance(self._given_tokenizer, str) else ""
         handle = SamplerHandle(
@@ -122,13 +123,13 @@ class FiretitanSamplingClient(SelfFuture[Target]):
 
         Args:
             handle: From `get_sampler_handle`.
-            api_key: Ignored on a Unix socket.
+            api_key: The daemon's token, over TCP; ignored on a Unix socket.
 
         Raises:
             ValueError: It is no handle.
         """
         parsed = SamplerHandle.parse(handle)
-        daemon = transport.connect(parsed.address)
+        daemon = transport.connect(parsed.address, access=access_of(api_key))
         target = Target(
             daemon,
             parsed.deployment,

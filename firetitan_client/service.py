@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 
 from firetitan_client import address as addresses
 from firetitan_client import transport
+from firetitan_client.credentials import access_of
 from firetitan_client.errors import FiretitanError
 from firetitan_client.futures import APIFuture, completed
 from firetitan_client.leases import DELETE, STOP, Cleanup, report
@@ -54,13 +55,16 @@ class FiretitanServiceClient(
     Args:
         base_url: None or a cloud URL (the local daemon serves, nothing is dialled), or an
             endpoint's `firetitan+unix:/path#trainer`.
-        api_key: Ignored on a Unix socket.
+        api_key: The daemon's token, over TCP; ignored on a Unix socket.
         default_headers: Ignored.
         user_metadata: Your own notes, kept with the session.
         project_id: Ignored.
-        address: Of the daemon, `unix:/path`; None: FIRETITAN_ADDRESS, else FIRETITAN_HOME's.
+        address: Of the daemon, `unix:/path` or `host:port`; None: FIRETITAN_ADDRESS, else
+            FIRETITAN_HOME's.
         trainer_job_id: Trainer to join.
         autostart: Start a daemon where none runs; None asks FIRETITAN_AUTOSTART.
+        credentials: Folder of token and certificates, over TCP; None: FIRETITAN_CREDENTIALS, else
+            FIRETITAN_HOME's.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class FiretitanServiceClient(
         address: str | None = None,
         trainer_job_id: str | None = None,
         autostart: bool | None = None,
+        credentials: str | os.PathLike[str] | None = None,
     ) -> None:
         endpoint = addresses.resolve(base_url, address)
         self._setup(
@@ -81,6 +86,7 @@ class FiretitanServiceClient(
             FiretitanProvisioningConfig(trainer_job_id=trainer_job_id or endpoint.trainer_id),
             user_metadata,
             autostart,
+            access_of(api_key, credentials),
             managed=False,
         )
 
@@ -99,6 +105,7 @@ class FiretitanServiceClient(
         project_id: str | None = None,
         address: str | None = None,
         autostart: bool | None = None,
+        credentials: str | os.PathLike[str] | None = None,
         **managed_config_kwargs: Any,
     ) -> Self:
         """A service that creates or attaches its trainer and deployment on first use.
@@ -106,7 +113,7 @@ class FiretitanServiceClient(
         Needs no daemon yet.
 
         Args:
-            api_key: Ignored on a Unix socket.
+            api_key: The daemon's token, over TCP; ignored on a Unix socket.
             managed_config: All settings at once, instead of one by one.
             base_url: None or a cloud URL: the local daemon.
             inference_url: Ignored.
@@ -117,6 +124,7 @@ class FiretitanServiceClient(
             project_id: Ignored.
             address: Of the daemon; None finds it.
             autostart: Start a daemon where none runs; None asks FIRETITAN_AUTOSTART.
+            credentials: As in the constructor.
             managed_config_kwargs: Fields of `FiretitanProvisioningConfig`: base_model, lora_rank,
                 deployment_id, trainer_job_id, create_deployment, cleanup_trainer_on_close ...
 
@@ -128,7 +136,8 @@ class FiretitanServiceClient(
         endpoint = addresses.resolve(base_url, address)
         config = build_config(managed_config, managed_config_kwargs)
         config.trainer_job_id = config.trainer_job_id or endpoint.trainer_id
-        service._setup(endpoint, config, user_metadata, autostart, managed=True)
+        access = access_of(api_key, credentials)
+        service._setup(endpoint, config, user_metadata, autostart, access, managed=True)
         return service
 
     # What was resolved; while a call still makes it, asking waits

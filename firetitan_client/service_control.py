@@ -52,4 +52,4 @@ class ControlCalls(ServiceCore):
                 f"{call}: nothing is provisioned yet; create a client first, or use "
                 f"FireworksClient().{call}"
             )
-        return FireworksClient(address=self._transport.address)
+        return FireworksClient._on(self._transport)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from firetitan_client import address as addresses
 from firetitan_client import arguments, transport
 from firetitan_client.closing import Closing
+from firetitan_client.credentials import Access
 from firetitan_client.futures import SelfFuture, in_event_loop
 from firetitan_client.lane import Lane
 from firetitan_client.leases import Lease
@@ -42,13 +43,14 @@ class ServiceCore:
         config: FiretitanProvisioningConfig,
         user_metadata: Mapping[str, str] | None,
         autostart: bool | None,
+        access: Access,
         *,
         managed: bool,
     ) -> None:
         self._config = config
         self._managed = managed
         self._user_metadata = arguments.notes(user_metadata)
-        self._transport = transport.connect(endpoint.address, autostart)
+        self._transport = transport.connect(endpoint.address, autostart, access)
         self._lease = Lease(self._transport)
         self._provisioner = Provisioner(self._transport, config, self._lease)
         self._lock = threading.Lock()

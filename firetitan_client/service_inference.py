@@ -64,7 +64,8 @@ class InferenceDeployments(ServiceCore):
             raise ValueError("model: give a deployment's id, or the model that one serves")
         daemon = self._transport
         if inference_url is not None:
-            daemon = transport.connect(addresses.resolve(inference_url).address)
+            other = addresses.resolve(inference_url).address
+            daemon = daemon if other == daemon.address else transport.connect(other)
         work = _find(daemon, model)
         return self._native(
             "create_deployment_sampler_for_model", work, daemon, tokenizer, concurrency_controller

@@ -25,7 +25,9 @@ from typing import Any, TypeVar
 import grpc
 
 from firetitan_client import address as addresses
-from firetitan_client.errors import FiretitanError, from_rpc_error
+from firetitan_client import peer
+from firetitan_client.credentials import Access
+from firetitan_client.errors import FiretitanError, Unauthenticated, from_rpc_error
 
 T = TypeVar("T")
 logger = logging.getLogger("firetitan")
@@ -39,22 +41,35 @@ PATIENCE_S = float(os.environ.get("FIRETITAN_PATIENCE_S", "300"))
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 0.25
 _SILENCE_S = 2.0
 """How long a daemon may be away before the user is told; a restart takes less."""
+_MISTRUST = "CERTIFICATE_VERIFY_FAILED"
+"""What TLS says in gRPC's words where it does not trust the other side."""
 _OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 250),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),
 ]
 
+_CONNECT = "grpc.min_reconnect_backoff_ms"
+"""Its name notwithstanding: how long an attempt to connect may take."""
+_SOCKET_OPTIONS = [*_OPTIONS, (_CONNECT, 50)]
+_TCP_OPTIONS = [
+    *_OPTIONS,
+    # Several ways to the other machine and back, and the other machine may be busy.
+    (_CONNECT, 10_000),
+    # A connection that died without a word is noticed.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+]
+
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
 _delivery: ThreadPoolExecutor | None = None
 _own_threads: set[int] = set()
-_transports: dict[str, Transport] = {}
+_transports: dict[tuple[str, Access], Transport] = {}
 _exit_first: list[Callable[[], object]] = []
 _exit_last: list[Callable[[], object]] = []
 _forked: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -128,21 +143,54 @@ def run(work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
     return asyncio.run_coroutine_threadsafe(work, loop())
 
 
+class Untrusted(grpc.RpcError):
+    """A call that was not made: nobody, or another user, listens on the socket.
+
+    Args:
+        code: As gRPC would have it.
+        details: What was found.
+    """
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(details)
+        self._code, self._details = code, details
+
+    def code(self) -> grpc.StatusCode:
+        """UNAVAILABLE or UNAUTHENTICATED."""
+        return self._code
+
+    def details(self) -> str:
+        """For people."""
+        return self._details
+
+    def trailing_metadata(self) -> tuple[()]:
+        """Nothing: no daemon said this."""
+        return ()
+
+
 class Transport:
     """One daemon. Get it by `connect`; it opens on first use and re-opens after a fork.
 
     Args:
-        address: gRPC target.
+        address: `unix:/path` or `tcp:host:port`.
         autostart: Start a daemon where none listens; None asks FIRETITAN_AUTOSTART.
+        access: What is shown over TCP.
     """
 
-    def __init__(self, address: str, autostart: bool | None = None) -> None:
+    def __init__(
+        self, address: str, autostart: bool | None = None, access: Access | None = None
+    ) -> None:
         self.address = address
         self.autostart = autostart
+        self.access = access or Access()
         self.served = False
         """Whether the daemon ever answered this process."""
         self.told_away = False
         """Whether the user was told that it has stopped answering."""
+        self._trusted = False
+        """Whether the socket's listener is known to be ours."""
+        self._watched = 0
+        """Process whose end will be told."""
         self._channel: grpc.Channel | None = None
         self._abandoned: grpc.Channel | None = None
         self._channel_lock = threading.Lock()
@@ -152,15 +200,47 @@ class Transport:
     def after_fork(self) -> None:
         """Forget the parent's channel without touching it."""
         self._abandoned, self._channel, self.served = self._channel, None, False
+        self._trusted, self._watched = False, 0
         self._channel_lock, self._starting = threading.Lock(), threading.Lock()
 
     @property
     def channel(self) -> grpc.Channel:
-        """The channel, opened on first use."""
+        """The channel, opened on first use. A socket's listener was checked before.
+
+        Raises:
+            Untrusted: Nobody listens on the socket, or another user's process.
+            ValueError: Over TCP, the credentials are not there.
+        """
         with self._channel_lock:
+            target = addresses.tcp_target(self.address)
+            if target is None and not self._trusted:
+                self._check_listener()
             if self._channel is None:
-                self._channel = grpc.insecure_channel(self.address, options=_OPTIONS)
+                self._channel = (
+                    self.access.open(target, _TCP_OPTIONS)
+                    if target
+                    else grpc.insecure_channel(self.address, options=_SOCKET_OPTIONS)
+                )
             return self._channel
+
+    def distrust(self) -> None:
+        """Have the listener checked again: the connection broke, and the next may be another's."""
+        self._trusted = False
+
+    def _check_listener(self) -> None:
+        try:
+            pid = peer.check_listener(self.address.removeprefix("unix:"))
+        except peer.ForeignListenerError as error:
+            raise Untrusted(grpc.StatusCode.UNAUTHENTICATED, str(error)) from None
+        except OSError as error:
+            raise Untrusted(grpc.StatusCode.UNAVAILABLE, f"{self.address}: {error}") from None
+        self._trusted = True
+        if pid != self._watched:
+            self._watched = pid
+            loop().call_soon_threadsafe(peer.watch, pid, self._listener_ended)
+
+    def _listener_ended(self) -> None:
+        self._trusted, self._watched = False, 0
 
     async def call(
         self,
@@ -189,16 +269,16 @@ class Transport:
         Raises:
             FiretitanError: By reason; DaemonNotRunning where nobody has answered yet.
         """
-        rpc = self.channel.unary_unary(
-            f"/firetitan.v1.{method}",
-            request_serializer=None if isinstance(request, bytes) else _serialize,
-            response_deserializer=response.FromString,
-        )
         patience_s = PATIENCE_S if patience_s is None else patience_s
         patience = Patience(self, patience_s, final)
         late = 0
         while True:
             try:
+                rpc = self.channel.unary_unary(
+                    f"/firetitan.v1.{method}",
+                    request_serializer=None if isinstance(request, bytes) else _serialize,
+                    response_deserializer=response.FromString,
+                )
                 if timeout_s is None:
                     answer = await self._last(rpc.future(request), patience_s)
                 else:
@@ -245,8 +325,9 @@ class Transport:
         Raises:
             DaemonNotRunning: Nobody listens.
         """
-        if not addresses.autostart_wanted(self.autostart):
-            raise addresses.not_running(self.address) from error
+        over_tcp = addresses.tcp_target(self.address) is not None
+        if over_tcp or not addresses.autostart_wanted(self.autostart):
+            raise addresses.not_running(self.address, error.message) from error
         await asyncio.to_thread(self._start_daemon)
 
     def _start_daemon(self) -> None:
@@ -288,6 +369,13 @@ class Patience:
         if code not in tries or error.reason in self.final:
             raise error from None
         unreachable = error.reason == "UNAVAILABLE"
+        if unreachable:
+            self.transport.distrust()
+            if _MISTRUST in error.message:  # another try changes no certificate
+                raise Unauthenticated(
+                    f"{self.transport.address}: the daemon's certificate is not what the "
+                    f"credentials' ca.crt vouches for, or not for this name: {error.message}"
+                ) from error
         if unreachable and not self.transport.served:
             await self.transport.start_missing_daemon(error)
             return
@@ -295,7 +383,7 @@ class Patience:
             self.transport.served = True
         if loop().time() > self.deadline:
             if unreachable:
-                raise addresses.not_running(self.transport.address) from None
+                raise addresses.not_running(self.transport.address, error.message) from None
             raise error from None
         if self.pause_s == _FIRST_PAUSE_S:
             logger.info("%s: trying again: %s", self.transport.address, error)
@@ -373,12 +461,13 @@ def _pass_on(call: Any, loop: asyncio.AbstractEventLoop, arrived: Any) -> None:
         loop.call_soon_threadsafe(arrived.put_nowait, end)
 
 
-def connect(address: str, autostart: bool | None = None) -> Transport:
-    """The transport to an address; one per process and address."""
+def connect(address: str, autostart: bool | None = None, access: Access | None = None) -> Transport:
+    """The transport to an address; one per process, address and, over TCP, what is shown."""
+    key = (address, access or Access()) if addresses.tcp_target(address) else (address, Access())
     with _lock:
-        transport = _transports.get(address)
+        transport = _transports.get(key)
         if transport is None:
-            transport = _transports[address] = Transport(address, autostart)
+            transport = _transports[key] = Transport(address, autostart, key[1])
         if autostart is not None:
             transport.autostart = autostart
         return transport

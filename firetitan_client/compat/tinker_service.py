@@ -27,6 +27,7 @@ def install_tinker_service_client(**managed_config_kwargs: Any) -> Any:
     import tinker
 
     from firetitan_client import address as addresses
+    from firetitan_client.credentials import access_of
     from firetitan_client.managed import build_config
     from firetitan_client.service import FiretitanServiceClient
 
@@ -40,7 +41,7 @@ def install_tinker_service_client(**managed_config_kwargs: Any) -> Any:
             project_id: Ignored.
             display_name: Ignored.
             base_url: None or a cloud URL: the local daemon.
-            api_key: Ignored on a Unix socket.
+            api_key: The daemon's token, over TCP; ignored on a Unix socket.
             default_headers: Ignored.
             default_headers_overrides: Ignored.
         """
@@ -59,7 +60,8 @@ def install_tinker_service_client(**managed_config_kwargs: Any) -> Any:
             endpoint = addresses.resolve(base_url)
             config = build_config(None, dict(managed_config_kwargs))
             config.trainer_job_id = config.trainer_job_id or endpoint.trainer_id
-            self._setup(endpoint, config, user_metadata, None, managed=True)
+            access = access_of(api_key)
+            self._setup(endpoint, config, user_metadata, None, access, managed=True)
 
     original = tinker.ServiceClient
     tinker.ServiceClient = ServiceClient

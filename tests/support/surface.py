@@ -12,11 +12,11 @@ CLASSES = {
     "FiretitanServiceClient": """
         FiretitanServiceClient(base_url=None, api_key=None, default_headers=None,
             user_metadata=None, project_id=None, *, address=None, trainer_job_id=None,
-            autostart=None)
+            autostart=None, credentials=None)
         from_firetitan_config(*, api_key=None, managed_config=None, base_url=None,
             inference_url=None, hotload_api_url=None, additional_headers=None, verify_ssl=None,
             user_metadata=None, project_id=None, address=None, autostart=None,
-            **managed_config_kwargs)
+            credentials=None, **managed_config_kwargs)
         create_training_client(base_model=None, lora_rank=None, seed=None, train_mlp=None,
             train_attn=None, train_unembed=None, lora_alpha=<as configured>, user_metadata=None,
             projection_head_dim=None, lora_init_method=None, *, session=None) +async
@@ -161,7 +161,7 @@ CLASSES = {
     """,
     "FireworksClient": """
         FireworksClient(api_key=None, base_url=None, additional_headers=None, verify_ssl=None,
-            *, address=None, autostart=None)
+            *, address=None, autostart=None, credentials=None)
         delete_checkpoint(name)
         list_checkpoints(job_id, *, page_size=200)
         promote_checkpoint(job_id=None, checkpoint_id=None, output_model_id=None,
@@ -176,7 +176,7 @@ CLASSES = {
     """,
     "TrainerJobManager": """
         TrainerJobManager(api_key=None, base_url=None, additional_headers=None, verify_ssl=None,
-            *, address=None, autostart=None)
+            *, address=None, autostart=None, credentials=None)
         create(config)
         create_and_wait(config, poll_interval_s=5.0, timeout_s=900.0,
             pending_timeout_s=172800.0)
@@ -211,7 +211,8 @@ CLASSES = {
     """,
     "DeploymentManager": """
         DeploymentManager(api_key=None, base_url=None, inference_url=None, hotload_api_url=None,
-            additional_headers=None, verify_ssl=None, *, address=None, autostart=None)
+            additional_headers=None, verify_ssl=None, *, address=None, autostart=None,
+            credentials=None)
         create_or_get(config, force_recreate=False)
         get(deployment_id)
         delete(deployment_id)

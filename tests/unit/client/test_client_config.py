@@ -70,9 +70,44 @@ def test_endpoints_carry_the_trainer() -> None:
     assert address.resolve(endpoint.base_url) == endpoint
 
 
-def test_other_addresses_are_refused() -> None:
-    with pytest.raises(ValueError, match="is not a Unix socket"):
-        FiretitanServiceClient(address="localhost:8000")
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("gpubox:7465", "tcp:gpubox:7465"),
+        ("tcp:127.0.0.1:7465", "tcp:127.0.0.1:7465"),
+        ("[::1]:7465", "tcp:[::1]:7465"),
+    ],
+)
+def test_addresses_over_tcp(given: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = address.resolve(given)
+    assert endpoint.address == address.resolve(address=given).address == found
+    assert address.resolve(address.Endpoint(found, "job-1").base_url).trainer_id == "job-1"
+    assert address.resolve(endpoint.base_url) == endpoint
+    monkeypatch.setenv("FIRETITAN_ADDRESS", given)
+    assert address.resolve() == address.resolve("https://api.fireworks.ai") == endpoint
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "localhost",
+        "localhost:port",
+        "unix:@abstract",
+        "unix-abstract:name",
+        "unix-abstract:7465",
+        "unix:relative.sock",
+        "dns:7465",
+        "dns:///gpubox:7465",
+        "ipv4:127.0.0.1:7465",
+        "vsock:2:7465",
+        "grpc://gpubox:7465",
+        "tcp://gpubox:7465",
+        "user@gpubox:7465",
+    ],
+)
+def test_other_addresses_are_refused(given: str) -> None:
+    with pytest.raises(ValueError, match="is neither a Unix socket nor host:port"):
+        FiretitanServiceClient(address=given)
 
 
 def test_aliases_and_blank_ids() -> None:
