@@ -16,7 +16,7 @@ import signal
 import time
 import uuid
 
-from firetitan_daemon import durable, handshake
+from firetitan_daemon import credentials, durable, handshake
 from firetitan_daemon.config import DaemonConfig
 from firetitan_daemon.control.checkpoints import CheckpointManager
 from firetitan_daemon.control.cleanup import Cleaner
@@ -51,6 +51,7 @@ from firetitan_daemon.rpc.sampling import SamplingServicer
 from firetitan_daemon.rpc.server import RpcServer
 from firetitan_daemon.rpc.shapes import ShapeServicer
 from firetitan_daemon.rpc.system import Identity, SystemServicer
+from firetitan_daemon.rpc.tcp import TcpAccess
 from firetitan_daemon.rpc.trainers import TrainerServicer
 from firetitan_daemon.rpc.training import Commands, TrainingServicer
 from firetitan_daemon.store.folders import FileFolders
@@ -138,8 +139,9 @@ class Daemon:
         self._supervisor.begin(ledger)
         self._announce()
         logger.info(
-            "serving address=%s pid=%d start_s=%.3f",
+            "serving address=%s tcp=%s pid=%d start_s=%.3f",
             self.address,
+            self._server.tcp_address or "no",
             os.getpid(),
             time.monotonic() - started,
         )
@@ -201,11 +203,27 @@ class Daemon:
             servicers,
             Commands(sessions, messages).submit,
             services.limits,
+            self._tcp_access(),
+        )
+
+    def _tcp_access(self) -> TcpAccess | None:
+        tcp = self.config.tcp
+        if not tcp.address:
+            return None
+        own = credentials.server_credentials(self.places, tcp.host_names)
+        return TcpAccess(
+            tcp.address,
+            own.token,
+            own.certificate,
+            own.key,
+            None if credentials.is_loopback(tcp.host) else own.ca,
+            tcp.folders,
         )
 
     def _announce(self) -> None:
         announcement = {
             "address": self.address,
+            "tcp_address": self._server.tcp_address,
             "pid": self._identity.pid,
             "instance_id": self._identity.instance_id,
             "version": self._identity.version,

@@ -46,9 +46,11 @@ def main() -> None:
 @main.command()
 @_home_option
 @click.option("--log-level", help="debug, info, warning or error.")
-def serve(home: Path | None, log_level: str | None) -> None:
+@click.option("--tcp", help="Serve at HOST:PORT too; see docs/operations.md.")
+def serve(home: Path | None, log_level: str | None, tcp: str | None) -> None:
     """Serve in the foreground until SIGTERM or Ctrl-C; workers go on without it."""
-    config = _config(home, {"log.level": log_level} if log_level else {})
+    flags: dict[str, object] = {"log.level": log_level, "tcp.address": tcp}
+    config = _config(home, {key: value for key, value in flags.items() if value is not None})
     logging.basicConfig(
         level=config.log.level.upper(),
         stream=sys.stderr,
@@ -86,7 +88,8 @@ def status(home: Path | None, as_json: bool) -> None:
         click.echo(json.dumps({"address": running["address"], **fields}))
         return
     state = "draining" if info.draining else "running"
-    click.echo(f"firetitand {info.version} {state}, pid {info.pid}, {running['address']}")
+    addresses = " and ".join(filter(None, (running["address"], running.get("tcp_address"))))
+    click.echo(f"firetitand {info.version} {state}, pid {info.pid}, {addresses}")
     click.echo(f"home {info.home}, since {info.start_time.ToJsonString()}")
     for worker in info.workers:
         click.echo(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -42,9 +43,44 @@ class ServerConfig:
     @property
     def adapter_folders(self) -> tuple[Path, ...]:
         """`adapter_roots` one by one, absolute."""
-        return tuple(
-            Path(one).expanduser().absolute() for one in self.adapter_roots.split(":") if one
-        )
+        return _folders(self.adapter_roots)
+
+
+_TCP_ADDRESS = re.compile(
+    r"(?P<host>[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\]):(?P<port>\d{1,5})"
+)
+
+
+@dataclass(frozen=True)
+class TcpConfig:
+    """Serving over TCP, beside the Unix socket."""
+
+    address: str = ""
+    """`host:port` to serve at, e.g. `127.0.0.1:7465`; empty: not over TCP. Beyond loopback clients
+    need a certificate beside the token."""
+    names: str = ""
+    """What clients call this machine, with `,` between them, beside its host name and addresses."""
+    roots: str = ""
+    """Folders, with `:` between them, below which requests over TCP may name paths."""
+
+    @property
+    def host(self) -> str:
+        """The host of `address`, without brackets."""
+        return self.address.rpartition(":")[0].strip("[]")
+
+    @property
+    def host_names(self) -> tuple[str, ...]:
+        """`names` one by one."""
+        return tuple(one.strip() for one in self.names.split(",") if one.strip())
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """`roots` one by one, absolute."""
+        return _folders(self.roots)
+
+
+def _folders(text: str) -> tuple[Path, ...]:
+    return tuple(Path(one).expanduser().absolute() for one in text.split(":") if one)
 
 
 @dataclass(frozen=True)
@@ -106,13 +142,14 @@ class DaemonConfig:
     idle: IdleConfig = field(default_factory=IdleConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    tcp: TcpConfig = field(default_factory=TcpConfig)
     models: Mapping[str, NamedModel] = field(default_factory=dict)
     """What a name of a model stands for, beside the built-in ones."""
     training_shapes: tuple[Shape, ...] = ()
     deployment_shapes: tuple[Shape, ...] = ()
 
 
-_SECTIONS = ("server", "limits", "workers", "recovery", "leases", "idle", "retention", "log")
+_SECTIONS = ("server", "limits", "workers", "recovery", "leases", "idle", "retention", "log", "tcp")
 _MODELS = "models."
 _LEVELS = ("debug", "info", "warning", "error")
 
@@ -291,4 +328,8 @@ def _convert(setting: Setting, kind: type) -> object:
         raise ConfigError(f"{where}: must not be negative")
     if setting.key == "log.level" and value not in _LEVELS:
         raise ConfigError(f"{where}: must be one of {', '.join(_LEVELS)}")
+    if setting.key == "tcp.address" and value:
+        match = _TCP_ADDRESS.fullmatch(str(value))
+        if match is None or int(match["port"]) > 65535:
+            raise ConfigError(f"{where}: must be host:port, such as 127.0.0.1:7465")
     return value

@@ -54,6 +54,8 @@ PASSED_PREFIXES = (
     "TRANSFORMERS_",
     "XDG_",
 )
+SECRETS = frozenset({"FIRETITAN_API_KEY"})
+"""What no worker needs, whatever its name begins with."""
 PROXIES = frozenset({"http_proxy", "https_proxy", "no_proxy", "all_proxy"})
 
 log = logging.getLogger(__name__)
@@ -305,7 +307,8 @@ def environment(ours: Mapping[str, str], num_threads: int) -> dict[str, str]:
     theirs = {
         name: value
         for name, value in ours.items()
-        if name in PASSED_NAMES or name.startswith(PASSED_PREFIXES) or name.lower() in PROXIES
+        if name not in SECRETS
+        and (name in PASSED_NAMES or name.startswith(PASSED_PREFIXES) or name.lower() in PROXIES)
     }
     if "PYTHONPATH" in theirs:
         folders = theirs["PYTHONPATH"].split(os.pathsep)

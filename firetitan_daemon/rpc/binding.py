@@ -26,9 +26,11 @@ Context = grpc.aio.ServicerContext[bytes, bytes]
 Call = Callable[[Any], Awaitable[message.Message]]
 """An ordinary RPC: request message in, response message out."""
 CommandCall = Callable[[str, bytes], Awaitable[Any]]
+"""A session command: the RPC's name and the request's bytes in, its Operation out."""
+Check = Callable[[Any], None]
+"""Raises where a request message may not be served."""
 _BULK = ("data", "output_grads", "prompt")
 """Fields that make a request large."""
-"""A session command: the RPC's name and the request's bytes in, its Operation out."""
 
 
 def is_command(method: MethodDescriptor) -> bool:
@@ -47,6 +49,7 @@ def bind(
     submit: CommandCall | None,
     max_message_bytes: int,
     streams: OpenStreams,
+    check_of: Callable[[MethodDescriptor], Check | None] | None = None,
 ) -> grpc.GenericRpcHandler:
     """A handler for every RPC of a service.
 
@@ -56,12 +59,14 @@ def bind(
         submit: Takes the session commands.
         max_message_bytes: Largest request; a larger one is refused with REQUEST_TOO_LARGE.
         streams: Has a place for every stream, or refuses it.
+        check_of: What requests of a unary RPC must pass first, where there is something.
     """
     handlers = {}
     for method in service.methods:
+        check = check_of(method) if check_of else None
         if is_command(method):
             assert submit is not None
-            handlers[method.name] = _command(method, submit, max_message_bytes)
+            handlers[method.name] = _command(method, submit, max_message_bytes, check)
         elif method.server_streaming and not method.client_streaming:
             call = getattr(servicer, method.name)
             handlers[method.name] = _server_stream(method, call, max_message_bytes, streams)
@@ -69,17 +74,20 @@ def bind(
             handlers[method.name] = _stream(method, getattr(servicer, method.name), streams)
         else:
             call = getattr(servicer, method.name)
-            handlers[method.name] = _unary(method, call, max_message_bytes)
+            handlers[method.name] = _unary(method, call, max_message_bytes, check)
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
 
 def _unary(
-    method: MethodDescriptor, call: Call, max_bytes: int
+    method: MethodDescriptor, call: Call, max_bytes: int, check: Check | None
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
     async def handle(request: bytes, context: Context) -> bytes:
         try:
             _check_size(method, request, max_bytes)
-            return (await call(_parse(method, request))).SerializeToString()
+            message = _parse(method, request)
+            if check is not None:
+                check(message)
+            return (await call(message)).SerializeToString()
         except Exception as error:  # the outermost place: every failure leaves as a status
             await _abort(context, method, error)
 
@@ -87,13 +95,15 @@ def _unary(
 
 
 def _command(
-    method: MethodDescriptor, submit: CommandCall, max_bytes: int
+    method: MethodDescriptor, submit: CommandCall, max_bytes: int, check: Check | None
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
     response = GetMessageClass(method.output_type)
 
     async def handle(request: bytes, context: Context) -> bytes:
         try:
             _check_size(method, request, max_bytes)
+            if check is not None:
+                check(_parse(method, request))
             return response(operation=await submit(method.name, request)).SerializeToString()
         except Exception as error:  # the outermost place: every failure leaves as a status
             await _abort(context, method, error)

@@ -19,4 +19,5 @@ def test_the_users_choice_of_waiting_stands() -> None:
 
 
 def test_secrets_of_others_stay_behind() -> None:
-    assert "AWS_SECRET_ACCESS_KEY" not in environment({"AWS_SECRET_ACCESS_KEY": "x"}, 0)
+    for name in ("AWS_SECRET_ACCESS_KEY", "FIRETITAN_API_KEY", "FIREWORKS_API_KEY"):
+        assert name not in environment({name: "x"}, 0)
