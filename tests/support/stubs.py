@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import uuid
 from collections.abc import Iterator
@@ -68,13 +69,14 @@ def retry_delay_s(error: grpc.RpcError) -> float:
 class Stubs:
     """One channel, every service."""
 
-    def __init__(self, address: str) -> None:
-        self.channel = grpc.insecure_channel(
+    def __init__(self, address: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+        secure = functools.partial(grpc.secure_channel, credentials=credentials)
+        self.channel = (secure if credentials else grpc.insecure_channel)(
             address,
             options=(
                 ("grpc.use_local_subchannel_pool", 1),
                 ("grpc.initial_reconnect_backoff_ms", 50),
-                ("grpc.min_reconnect_backoff_ms", 50),
+                ("grpc.min_reconnect_backoff_ms", 10_000 if credentials else 50),
                 ("grpc.max_reconnect_backoff_ms", 250),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_receive_message_length", -1),
