@@ -171,6 +171,24 @@ def sweep_temporaries(folder: Path) -> int:
     return len(left)
 
 
+def check_manifest(folder: Path, digest: str | None) -> bytes:
+    """The bytes of a published folder's manifest, compared with what they must hash to.
+
+    Raises:
+        FiretitanError: CHECKSUM_MISMATCH.
+    """
+    path = folder / MANIFEST
+    try:
+        raw = read_manifest(folder)
+    except OSError as error:
+        what = "no file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+        raise _mismatch(path, digest or "a readable manifest", what) from error
+    found = blake3(raw).hexdigest()
+    if digest is not None and found != digest:
+        raise _mismatch(path, digest, found)
+    return raw
+
+
 def verify_folder(folder: Path, digest: str | None = None) -> dict[str, Any]:
     """Check every file of a published folder against its manifest.
 
@@ -184,14 +202,7 @@ def verify_folder(folder: Path, digest: str | None = None) -> dict[str, Any]:
     Raises:
         FiretitanError: CHECKSUM_MISMATCH naming the file, the expected and the found hash.
     """
-    path = folder / MANIFEST
-    try:
-        raw = read_manifest(folder)
-    except OSError as error:
-        raise _mismatch(path, "a readable manifest", error.strerror or str(error)) from error
-    found = blake3(raw).hexdigest()
-    if digest is not None and found != digest:
-        raise _mismatch(path, digest, found)
+    path, raw = folder / MANIFEST, check_manifest(folder, digest)
     manifest, files = _read(path, raw)
     for name, entry in files.items():
         file = folder / name

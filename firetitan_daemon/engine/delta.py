@@ -4,8 +4,8 @@ Knows: raw tensors, the delta folder. Must not know: torch, models, which chain 
 XOR is exact and its own inverse: a chain of deltas cannot drift from what a base would hold.
 
 A delta folder holds `delta.safetensors` (one uint8 tensor per weight, the compressed XOR) and, in
-`manifest.json`, the codec, the parent's name and digest, the result's digest and a table of every
-tensor's dtype, shape and BLAKE3 after the delta.
+`manifest.json`, the codec, the parent's name, the hash of its manifest, its result digest, the
+result's own and a table of every tensor's dtype, shape and BLAKE3 after the delta.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def encode_delta(
     *,
     name: str,
     parent: str,
-    parent_digest: str,
+    parent_saved: SavedSnapshot,
     before: RawTensors,
     now: RawTensors,
 ) -> SavedSnapshot:
@@ -53,7 +53,7 @@ def encode_delta(
         staging: Empty folder.
         name: Name of the snapshot that `now` is.
         parent: Name of the snapshot that `before` is.
-        parent_digest: Its result digest.
+        parent_saved: What it was saved as.
         before: The parent's tensors.
         now: Tensors of the same names, dtypes and shapes.
 
@@ -80,7 +80,8 @@ def encode_delta(
             "codec": CODEC,
             "name": name,
             "parent": parent,
-            "parent_result_digest": parent_digest,
+            "parent_digest": parent_saved.files.digest,
+            "parent_result_digest": parent_saved.result_digest,
             "result_digest": result,
             "tensors": table,
         },
@@ -89,7 +90,11 @@ def encode_delta(
 
 
 def apply_delta(
-    folder: Path, before: RawTensors, *, digest: str | None = None
+    folder: Path,
+    before: RawTensors,
+    *,
+    digest: str | None = None,
+    parent_digest: str | None = None,
 ) -> dict[str, RawTensor]:
     """Build the tensors a delta leads to, in new memory; `before` is not touched.
 
@@ -97,6 +102,8 @@ def apply_delta(
         folder: A published delta.
         before: The parent's tensors.
         digest: What the folder's manifest must hash to.
+        parent_digest: What the manifest of the folder `before` was read from hashes to; None where
+            it came from memory.
 
     Raises:
         FiretitanError: UNSUPPORTED for an unknown codec, CHAIN_BROKEN where `before` has other
@@ -105,6 +112,7 @@ def apply_delta(
     """
     manifest = durable.verify_folder(folder, digest)
     table = _check_manifest(folder, manifest)
+    _check_parent(folder, manifest, parent_digest)
     _same_layout(table, before, manifest["parent"])
     packed = read_safetensors(folder / DELTA_FILE)
     if packed.keys() != table.keys():
@@ -175,6 +183,20 @@ def _check_manifest(
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(folder, "*", f"has no readable tensor table ({error!r})") from error
+
+
+def _check_parent(folder: Path, manifest: Mapping[str, Any], found: str | None) -> None:
+    # Deltas of the first versions do not say which; what they lead to is hashed all the same.
+    expected = manifest.get("parent_digest", found)
+    if found is not None and expected != found:
+        raise FiretitanError(
+            Reason.CHECKSUM_MISMATCH,
+            f"{folder.name} stands on {manifest['parent']}, whose {durable.MANIFEST} hashes to "
+            f"{expected}, found {found}: it was replaced; nothing was changed",
+            file=f"{folder.name}/{durable.MANIFEST}",
+            expected=str(expected),
+            found=found,
+        )
 
 
 def _same_layout(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,8 @@ def _fill(job: Export, staging: Path) -> None:
         durable.flush_folder(staging)
         return
     tensors = read_full(base)
-    for folder, delta_digest in folders[1:]:
-        tensors = apply_delta(folder, tensors, digest=delta_digest)
+    for (_, parent_digest), (folder, delta_digest) in pairwise(folders):
+        tensors = apply_delta(folder, tensors, digest=delta_digest, parent_digest=parent_digest)
     write_full(staging, job.name, from_raw(tensors), base, job.base_model)
 
 

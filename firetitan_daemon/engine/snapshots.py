@@ -28,7 +28,7 @@ class ChainWriter:
 
     def __init__(self, write_base: WriteBase) -> None:
         self._write_base = write_base
-        self._previous: tuple[str, str, RawTensors] | None = None
+        self._previous: tuple[str, SavedSnapshot, RawTensors] | None = None
 
     @property
     def previous(self) -> str | None:
@@ -62,11 +62,11 @@ class ChainWriter:
                     parent=str(parent),
                     last=str(self.previous),
                 )
-            last, last_digest, before = self._previous
+            last, parent_saved, before = self._previous
             saved = encode_delta(
-                staging, name=name, parent=last, parent_digest=last_digest, before=before, now=now
+                staging, name=name, parent=last, parent_saved=parent_saved, before=before, now=now
             )
-        self._previous = (name, saved.result_digest, now)
+        self._previous = (name, saved, now)
         return saved
 
     def forget(self) -> None:

@@ -83,8 +83,9 @@ class ModelWeights:
         if last.format is SnapshotFormat.PEFT_ADAPTER:
             return self._build_adapter(last)
         start, stored = _start(layers, find)
-        for layer in layers[start:]:
-            stored = _read_layer(layer, stored)
+        for index, layer in enumerate(layers[start:], start):
+            parent = layers[index - 1] if index > start else None
+            stored = _read_layer(layer, stored, parent.digest if parent is not None else None)
         assert stored is not None
         parameters = self._fitted(stored, last.name)
         return Version(last.name, last.result_digest, True, Content(parameters, None, stored))
@@ -227,12 +228,14 @@ def _start(
     return 0, version.content.stored
 
 
-def _read_layer(layer: SnapshotLayer, before: RawTensors | None) -> RawTensors:
+def _read_layer(
+    layer: SnapshotLayer, before: RawTensors | None, parent_digest: str | None
+) -> RawTensors:
     if layer.format is SnapshotFormat.HF_FULL:
         durable.verify_folder(layer.path, layer.digest)
         tensors: RawTensors = read_full(layer.path)
     elif layer.format is SnapshotFormat.XOR_ZSTD and before is not None:
-        tensors = apply_delta(layer.path, before, digest=layer.digest)
+        tensors = apply_delta(layer.path, before, digest=layer.digest, parent_digest=parent_digest)
     else:
         raise FiretitanError(
             Reason.CHAIN_BROKEN,

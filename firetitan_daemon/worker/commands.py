@@ -267,7 +267,7 @@ class CommandRunner:
                 Reason.INVALID_ARGUMENT, f"load: missing; {command.execute.method} needs a folder"
             )
         source = command.execute.load
-        check_manifest(Path(source.folder), source.digest)
+        durable.check_manifest(Path(source.folder), source.digest)
         return Path(source.folder)
 
     def _loaded(self, command: Parsed) -> worker_pb2.ExecuteResponse:
@@ -281,8 +281,7 @@ class CommandRunner:
         Raises:
             FiretitanError: CHECKSUM_MISMATCH for damaged files or a point of another command.
         """
-        check_manifest(folder, digest)
-        found = json.loads(durable.read_manifest(folder)).get(APPLIED)
+        found = json.loads(durable.check_manifest(folder, digest)).get(APPLIED)
         if found != commit_seq:
             raise _damaged(folder / MANIFEST, f"{APPLIED} {commit_seq}", str(found))
         self._engine.load_state(folder, with_optimizer=True)
@@ -389,21 +388,6 @@ def check_forward_only(command: Parsed) -> None:
         "retain_graph, or use a trainer that is not forward-only",
         session=command.execute.session,
     )
-
-
-def check_manifest(folder: Path, digest: str) -> None:
-    """Compare a published folder's manifest with the digest the daemon knows it by.
-
-    Raises:
-        FiretitanError: CHECKSUM_MISMATCH.
-    """
-    path = folder / MANIFEST
-    try:
-        found = blake3(durable.read_manifest(folder)).hexdigest()
-    except OSError as error:
-        raise _damaged(path, "a readable manifest", error.strerror or str(error)) from error
-    if found != digest:
-        raise _damaged(path, digest, found)
 
 
 def _snapshot_kind(kind: str) -> SnapshotKind:

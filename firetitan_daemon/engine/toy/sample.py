@@ -226,6 +226,7 @@ class ToySampleEngine:
 
     def _build(self, layers: Sequence[SnapshotLayer]) -> _Version:
         tensors: RawTensors = {}
+        parent_digest: str | None = None
         for index, layer in enumerate(layers):
             manifest = durable.verify_folder(layer.path, layer.digest)
             if layer.kind is SnapshotKind.BASE:
@@ -233,7 +234,10 @@ class ToySampleEngine:
             else:
                 if index == 0:
                     tensors = self._parent(layer, manifest["parent"])
-                tensors = apply_delta(layer.path, tensors, digest=layer.digest)
+                tensors = apply_delta(
+                    layer.path, tensors, digest=layer.digest, parent_digest=parent_digest
+                )
+            parent_digest = layer.digest
             found = result_digest(tensors)
             if found != layer.result_digest:
                 raise FiretitanError(

@@ -12,6 +12,7 @@ import pytest
 from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine import delta
+from firetitan_daemon.engine.api import SavedFiles, SavedSnapshot, SnapshotFormat, SnapshotKind
 from firetitan_daemon.engine.raw import (
     RawTensor,
     read_safetensors,
@@ -45,13 +46,18 @@ def _moved(weights: Weights, seed: int) -> Weights:
     return moved
 
 
+def _saved(weights: Weights) -> SavedSnapshot:
+    files = SavedFiles("ab" * 32, 1)
+    return SavedSnapshot(files, SnapshotKind.BASE, SnapshotFormat.HF_FULL, result_digest(weights))
+
+
 def _encode(folder: Path, before: Weights, now: Weights) -> str:
     folder.mkdir()
     saved = delta.encode_delta(
         folder,
         name="step-2",
         parent="step-1",
-        parent_digest=result_digest(before),
+        parent_saved=_saved(before),
         before=before,
         now=now,
     )
@@ -215,7 +221,12 @@ def test_other_layout_is_a_broken_chain(tmp_path: Path, change: str) -> None:
     (tmp_path / "e").mkdir()
     with pytest.raises(FiretitanError, match='tensor "hal'):
         delta.encode_delta(
-            tmp_path / "e", name="b", parent="a", parent_digest="", before=other, now=before
+            tmp_path / "e",
+            name="b",
+            parent="a",
+            parent_saved=_saved(other),
+            before=other,
+            now=before,
         )
 
 
@@ -236,3 +247,17 @@ def test_promised_result_is_checked(tmp_path: Path) -> None:
     _reseal(tmp_path / "d", result_digest="ab" * 32)
     with pytest.raises(FiretitanError, match="promised is abab"):
         delta.apply_delta(tmp_path / "d", before)
+
+
+def test_the_parents_manifest_is_named_and_compared(tmp_path: Path) -> None:
+    before = _weights(0)
+    _encode(tmp_path / "d", before, _moved(before, 1))
+    manifest = json.loads((tmp_path / "d" / durable.MANIFEST).read_bytes())
+    assert manifest["parent"] == "step-1"
+    assert manifest["parent_digest"] == "ab" * 32
+    assert manifest["parent_result_digest"] == result_digest(before)
+    delta.apply_delta(tmp_path / "d", before, parent_digest="ab" * 32)
+    with pytest.raises(FiretitanError, match=r"step-1.*hashes to abab.*found cdcd") as caught:
+        delta.apply_delta(tmp_path / "d", before, parent_digest="cd" * 32)
+    assert caught.value.reason is Reason.CHECKSUM_MISMATCH
+    assert caught.value.metadata["expected"] == "ab" * 32
