@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 from firetitan.v1 import command_pb2, operation_pb2, operation_service_pb2
 
+from firetitan_client import forking
 from firetitan_client import transport as transports
 from firetitan_client.errors import FiretitanError
 from firetitan_client.futures import APIFuture
@@ -228,11 +229,12 @@ class Attachment:
                 acked_through=self._taken_through,
             )
         )
-        call = self._transport.channel.stream_stream(
+        rpc = self._transport.channel.stream_stream(
             _WATCH,
             request_serializer=operation_service_pb2.WatchOperationsRequest.SerializeToString,
             response_deserializer=operation_service_pb2.WatchOperationsResponse.FromString,
-        )(iter(requests.get, None), timeout=SLICE_S)
+        )
+        call = forking.begin(lambda: rpc(iter(requests.get, None), timeout=SLICE_S))
         self._requests = requests
         brought = False
         try:

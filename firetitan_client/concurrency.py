@@ -17,6 +17,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from firetitan_client.forking import on_fork
 from firetitan_client.server_metrics import ServerMetrics
 
 logger = logging.getLogger("firetitan")
@@ -60,14 +61,22 @@ class _Waiter:
 
 
 class _Gate:
-    """Places in a window, first come first served. Its owner's lock guards it."""
+    """Places in a window, first come first served; its lock guards its owner too."""
 
-    def __init__(self, lock: threading.Lock) -> None:
-        self._lock = lock
-        self._waiters: deque[_Waiter] = deque()
+    def __init__(self) -> None:
         self.window = 1
+        self._begin()
+        on_fork(self)
+
+    def _begin(self) -> None:
+        self.lock = threading.Lock()
+        self._waiters: deque[_Waiter] = deque()
         self.in_flight = 0
         self.max_in_flight = 0
+
+    def after_fork(self) -> None:
+        """In a child: the places that are taken are taken in the parent."""
+        self._begin()
 
     @property
     def debt(self) -> int:
@@ -76,7 +85,7 @@ class _Gate:
 
     async def enter(self) -> None:
         """Wait for a place and take it."""
-        with self._lock:
+        with self.lock:
             if not self._waiters and self.in_flight < self.window:
                 self._take()
                 return
@@ -85,7 +94,7 @@ class _Gate:
         try:
             await waiter.future
         except asyncio.CancelledError:
-            with self._lock:
+            with self.lock:
                 if waiter.admitted:
                     self.leave()
                 else:
@@ -131,8 +140,7 @@ class FixedConcurrencyController:
     def __init__(self, max_concurrency: int) -> None:
         if max_concurrency < 1:
             raise ValueError(f"max_concurrency: is {max_concurrency!r}; give 1 or more")
-        self._lock = threading.Lock()
-        self._gate = _Gate(self._lock)
+        self._gate = _Gate()
         self._gate.window = max_concurrency
 
     @property
@@ -146,7 +154,7 @@ class FixedConcurrencyController:
 
     def release(self, metrics: ServerMetrics | None = None) -> None:
         """Give the place back; the metrics change nothing."""
-        with self._lock:
+        with self._gate.lock:
             self._gate.leave()
 
     def step_completed(self) -> dict[str, float]:
@@ -203,8 +211,7 @@ class AdaptiveConcurrencyController:
         self._alpha = ema_alpha
         self._interval = adjustment_interval
         self._cooldown_s = shrink_cooldown_s
-        self._lock = threading.Lock()
-        self._gate = _Gate(self._lock)
+        self._gate = _Gate()
         self._window = 0.0
         self._resize(float(initial_window))
         self._ema: float | None = None
@@ -240,7 +247,7 @@ class AdaptiveConcurrencyController:
 
     def release(self, metrics: ServerMetrics | None = None) -> None:
         """Give the place back, learn from the metrics, perhaps adjust the window."""
-        with self._lock:
+        with self._gate.lock:
             step = self._step
             step.released += 1
             step.window_sum += self.window_size
@@ -259,7 +266,7 @@ class AdaptiveConcurrencyController:
 
     def note_retry_exhausted(self, metrics: ServerMetrics | None) -> None:
         """A request was given up after its last try; counts where the server was full."""
-        with self._lock:
+        with self._gate.lock:
             if (
                 metrics is not None
                 and metrics.prefill_queue_duration is None
@@ -275,7 +282,7 @@ class AdaptiveConcurrencyController:
             avg_window, cache_hit_rate and pending_decrease; without queue times
             congestion_responses, status_responses, congestion_events and retry_exhaustions.
         """
-        with self._lock:
+        with self._gate.lock:
             step, self._step = self._step, _Step()
             summary = {
                 "window": float(self.window_size),

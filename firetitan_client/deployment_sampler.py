@@ -10,7 +10,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from firetitan.v1 import sampling_service_pb2
 
@@ -93,6 +93,13 @@ class DeploymentSampler(SelfFuture[Target]):
         )
         self._metrics: list[ServerMetrics] = []
         self._closed = False
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a DeploymentSampler cannot be pickled: its concurrency controller counts the requests "
+            "of one process; make one there: "
+            "DeploymentSampler(inference_url=sampler.base_url, model=sampler.model)"
+        )
 
     @property
     def model(self) -> str:

@@ -34,6 +34,12 @@ class ForwardOnlyClient(FiretitanTrainingClient):
     def __repr__(self) -> str:
         return super().__repr__().replace("full-parameter>", "forward only>")
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a client of the frozen model cannot be pickled; pickle its service, and call "
+            "create_reference_client() or create_base_training_client() of that there"
+        )
+
     def forward_backward_custom(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: raises RuntimeError."""
         raise _forward_only("forward_backward_custom")

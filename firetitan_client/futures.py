@@ -11,9 +11,11 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Generator
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, NoReturn, Self, TypeVar
 
+from firetitan_client.forking import on_fork
 from firetitan_client.transport import in_own_thread
 
 T = TypeVar("T")
@@ -39,6 +41,28 @@ class APIFuture(concurrent.futures.Future[T], Generic[T]):
         self._on_seen: Callable[[], None] | None = None
         self.operation: str | None = None
         """Name of the daemon's operation, `operations/...`, once it was accepted."""
+        on_fork(self)
+
+    def after_fork(self) -> None:
+        """In a child: what is not done ends in the parent; whoever waits here is told so."""
+        self._condition = threading.Condition()  # another thread may have held it
+        if self.done():
+            return
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Any] = []
+        self._canceller = None
+        self.finish(
+            error=RuntimeError(
+                f"{self._label or 'operation'}: this future belongs to process {self._pid}, before "
+                "the fork; wait for it there, or make new calls here"
+            )
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{self!r} cannot be pickled: a future belongs to the process that made the call; "
+            "wait for it there and send its result"
+        )
 
     def result(self, timeout: float | None = None) -> T:
         """Wait for the outcome.
@@ -139,11 +163,6 @@ class APIFuture(concurrent.futures.Future[T], Generic[T]):
     def _check_wait(self) -> None:
         if self.done():
             return
-        if self._pid != os.getpid():
-            raise RuntimeError(
-                f"{self._label}: this future belongs to process {self._pid}, before the fork; "
-                "wait for it there, or make new calls here"
-            )
         if in_own_thread():
             raise RuntimeError(
                 f"{self._label}: waiting inside a callback of another future would never end; "

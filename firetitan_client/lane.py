@@ -21,6 +21,7 @@ from typing import Any
 
 from firetitan.v1 import operation_pb2
 
+from firetitan_client import forking
 from firetitan_client import transport as transports
 from firetitan_client.attachment import Attachment, Command, Place, call_name
 from firetitan_client.errors import (
@@ -104,7 +105,7 @@ class Lane:
         self._name = name
         self._closed = False
         self._reset()
-        transports.on_fork(self)
+        forking.on_fork(self)
         _lanes.add(self)
 
     def _reset(self) -> None:

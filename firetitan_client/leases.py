@@ -22,6 +22,7 @@ from typing import TypeAlias
 
 from firetitan.v1 import lease_service_pb2
 
+from firetitan_client import forking
 from firetitan_client import transport as transports
 from firetitan_client.errors import FiretitanError, from_status
 from firetitan_client.transport import Transport
@@ -59,7 +60,7 @@ class Lease:
         self._transport = transport
         self._uses: dict[str, Cleanup] = {}
         self._begin()
-        transports.on_fork(self)
+        forking.on_fork(self)
         _leases.add(self)
 
     def _begin(self) -> None:

@@ -66,14 +66,22 @@ class Provisioner:
         self.deployment_created = False
         self.needs_sync = False
         """Whether the attached deployment serves another trainer's weights."""
+        self._joined_for = ""
+        """The trainer the deployment was asked for; empty: for its base model alone."""
+        self._kept: set[Kind] = set()
+        """What a call made or found and then succeeded with."""
+        self._begin()
+
+    def _begin(self) -> None:
         self._trainer_task: asyncio.Task[trainer_pb2.Trainer] | None = None
         self._trainer_known = asyncio.Event()
         self._deployment_task: asyncio.Task[deployment_pb2.Deployment] | None = None
-        self._joined_for = ""
-        """The trainer the deployment was asked for; empty: for its base model alone."""
         self._openers: Counter[Kind] = Counter()
-        self._kept: set[Kind] = set()
-        """What a call made or found and then succeeded with."""
+
+    def after_fork(self) -> None:
+        """In a child: the parent's calls go on there, and what it made is its own to remove."""
+        self.trainer_created = self.deployment_created = False
+        self._begin()
 
     @contextlib.asynccontextmanager
     async def opening(self, *kinds: Kind) -> AsyncIterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import os
 import secrets
 import uuid
 from collections.abc import Mapping
@@ -292,8 +293,10 @@ async def set_pin(target: Target, holder: str, *, release: bool = False) -> None
     )
 
 
-def release_pin(target: Target, holder: str) -> None:
-    """Let a pinned snapshot go, in the background."""
+def release_pin(target: Target, holder: str, pid: int) -> None:
+    """Let a pinned snapshot go, in the background; only in the process that pinned it."""
+    if pid != os.getpid():
+        return
 
     def log(done: concurrent.futures.Future[None]) -> None:
         if done.exception() is not None:

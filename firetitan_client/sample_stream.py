@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import os
 from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import grpc
 import numpy as np
 from firetitan.v1 import sampling_service_pb2
 
-from firetitan_client import routing
+from firetitan_client import forking, routing
 from firetitan_client.errors import SnapshotNotActive
 from firetitan_client.futures import APIFuture
 from firetitan_client.sample_requests import Target, follow, stop_reason
@@ -62,6 +64,15 @@ class SampleStream:
         self._request = request
         self._answers = self._read(ready)
         self._arrived: deque[SampleChunk] = deque()
+        self._pid = os.getpid()
+        self._begun = False
+        forking.on_fork(self)
+
+    def after_fork(self) -> None:
+        """In a child: a stream that has begun goes on in the parent."""
+        if self._begun:
+            self._arrived.clear()
+            self._parents, self._answers = self._answers, self._left_behind()
 
     @property
     def seed(self) -> int:
@@ -113,9 +124,18 @@ class SampleStream:
         await self.aclose()
 
     def _next(self) -> APIFuture[list[SampleChunk] | None]:
+        self._begun = True
         future: APIFuture[list[SampleChunk] | None] = APIFuture("sample_stream")
         follow(anext(self._answers, None), future)
         return future
+
+    async def _left_behind(self) -> AsyncGenerator[list[SampleChunk], None]:
+        if self._pid != os.getpid():
+            raise RuntimeError(
+                f"sample_stream: this stream began in process {self._pid}, before the fork, and "
+                "goes on there; begin one here"
+            )
+        yield []
 
     async def _read(self, ready: APIFuture[Target]) -> AsyncGenerator[list[SampleChunk], None]:
         target = await ready
@@ -132,7 +152,8 @@ class SampleStream:
                     request_serializer=sampling_service_pb2.SampleStreamRequest.SerializeToString,
                     response_deserializer=sampling_service_pb2.SampleStreamResponse.FromString,
                 )
-                async with contextlib.aclosing(iterate(rpc(message))) as responses:
+                call = forking.begin(functools.partial(rpc, message))
+                async with contextlib.aclosing(iterate(call)) as responses:
                     async for response in responses:
                         chunks = []
                         for tokens in response.tokens:

@@ -7,6 +7,7 @@ or brought to a snapshot.
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
@@ -309,7 +310,7 @@ class FiretitanSamplingClient(SelfFuture[Target]):
             await target.lease.hold(target.deployment)
             holder = target.lease.part("pin")
         await set_pin(target, holder)
-        self._unpin = weakref.finalize(self, release_pin, target, holder)
+        self._unpin = weakref.finalize(self, release_pin, target, holder, os.getpid())
         self._unpin.atexit = False
 
     def close(self, drain_timeout_s: float | None = 3600) -> None:

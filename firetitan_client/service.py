@@ -140,6 +140,13 @@ class FiretitanServiceClient(
         service._setup(endpoint, config, user_metadata, autostart, access, managed=True)
         return service
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles as its settings: another process joins trainer and deployment by their ids.
+
+        What this service created stays its own to clean up.
+        """
+        return _reopened, (self._transport, self.config, self._user_metadata, self._managed)
+
     # What was resolved; while a call still makes it, asking waits
 
     @property
@@ -336,3 +343,15 @@ class FiretitanServiceClient(
         state = "closed" if self._closed else (self.managed_trainer_job_id or "nothing created yet")
         model = self._config.base_model or ""
         return f"<FiretitanServiceClient {self._transport.address} {model} {state}>"
+
+
+def _reopened(
+    transport: transport.Transport,
+    config: FiretitanProvisioningConfig,
+    user_metadata: Mapping[str, str],
+    managed: bool,
+) -> FiretitanServiceClient:
+    service = FiretitanServiceClient.__new__(FiretitanServiceClient)
+    endpoint = addresses.Endpoint(transport.address)
+    service._setup(endpoint, config, user_metadata, transport.autostart, managed=managed)
+    return service

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from firetitan_client import address as addresses
-from firetitan_client import arguments, transport
+from firetitan_client import arguments, forking, transport
 from firetitan_client.closing import Closing
 from firetitan_client.credentials import Access
 from firetitan_client.futures import SelfFuture, in_event_loop
@@ -53,7 +53,7 @@ class ServiceCore:
         self._transport = transport.connect(endpoint.address, autostart, access)
         self._lease = Lease(self._transport)
         self._provisioner = Provisioner(self._transport, config, self._lease)
-        self._lock = threading.Lock()
+        self._begin()
         self._reference: Provisioner | None = None
         """Makes the separate reference trainer, where there is one."""
         self._reference_clients: dict[FiretitanTrainingClient | None, FiretitanTrainingClient] = {}
@@ -62,14 +62,25 @@ class ServiceCore:
         """Deployments made beside its own, by name, and how they are cleaned up on close."""
         self._training: list[FiretitanTrainingClient] = []
         self._lanes: list[Lane] = []
-        self._being_made: set[concurrent.futures.Future[Any]] = set()
-        """Done once what a call makes is there."""
-        self._opening = asyncio.Lock()
         self._closed = False
         self._closing = Closing("close")
         self._pid = os.getpid()
         self.stubs = Stubs(self._transport)
         """The raw services, for what is not wrapped."""
+        forking.on_fork(self)
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._opening = asyncio.Lock()
+        self._being_made: set[concurrent.futures.Future[Any]] = set()
+        """Done once what a call makes is there."""
+
+    def after_fork(self) -> None:
+        """In a child: no call of the parent's is in the way."""
+        self._begin()
+        for one in (self._provisioner, self._reference):
+            if one is not None:
+                one.after_fork()
 
     @staticmethod
     def _agree(name: str, given: Any, configured: Any) -> None:
@@ -88,6 +99,8 @@ class ServiceCore:
         client: SelfFuture[Any],
         what: str,
         failed: Callable[[], object] = lambda: None,
+        *,
+        wait: bool = True,
     ) -> None:
         """Block until a client is ready, unless that would block an event loop."""
 
@@ -97,7 +110,7 @@ class ServiceCore:
 
         self._being_made.add(client._ready)
         client._ready.add_done_callback(self._being_made.discard)
-        if in_event_loop():
+        if not wait or in_event_loop():
             client._ready.add_done_callback(check)
             return
         try:
@@ -113,6 +126,6 @@ class ServiceCore:
             raise
 
     def _wait_until_made(self) -> None:
-        """Wait for what calls are making, unless this thread makes it or it is the parent's."""
-        if self._pid == os.getpid() and not in_own_thread():
+        """Wait for what calls are making, unless this thread makes it."""
+        if not in_own_thread():
             concurrent.futures.wait(list(self._being_made))

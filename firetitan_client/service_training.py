@@ -194,6 +194,8 @@ class TrainingClients(ServiceCore):
         wanted: Wanted,
         session: str | None,
         resume: Resume | None = None,
+        *,
+        wait: bool = True,
     ) -> FiretitanTrainingClient:
         self._check_open()
         config = self._config
@@ -234,8 +236,12 @@ class TrainingClients(ServiceCore):
         follow(self._open(session, wanted) if resume is None else resume.open(), opened)
         if resume is not None:
             client._ready = self._loaded(client, opened, resume)
-        self._await_ready(client, "the trainer", failed)
+        self._await_ready(client, "the trainer", failed, wait=wait)
         return client
+
+    def _rejoin(self, session: str) -> FiretitanTrainingClient:
+        """A client of a session that another process has one of; opened in the background."""
+        return self._create(None, None, Wanted(), session, wait=False)
 
     @staticmethod
     def _check_rank(lora_rank: int, max_lora_rank: int) -> None:

@@ -19,6 +19,7 @@ from firetitan.v1 import (
     training_service_pb2_grpc,
 )
 
+from firetitan_client.forking import on_fork
 from firetitan_client.transport import Transport
 
 
@@ -27,6 +28,11 @@ class Stubs:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
+        on_fork(self)
+
+    def after_fork(self) -> None:
+        """In a child: stubs on a channel of its own, made anew."""
+        self.__dict__ = {"_transport": self._transport}
 
     @cached_property
     def training(self) -> training_service_pb2_grpc.TrainingServiceStub:

@@ -38,6 +38,10 @@ class FiretitanTrainingClient(WeightsCalls, TinkerTrainingCalls):
     _base_only = False
     """Whether forwards leave the session's adapter out."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles as service and session: another process joins it, with a lane of its own."""
+        return _rejoined, (self._service, self.session_name)
+
     @property
     def service(self) -> FiretitanServiceClient:
         """The service that made this client."""
@@ -389,3 +393,7 @@ def _loss_name(loss_fn: Any) -> str:
             "forward_backward_custom",
         )
     return loss_fn
+
+
+def _rejoined(service: FiretitanServiceClient, session: str) -> FiretitanTrainingClient:
+    return service._rejoin(session)

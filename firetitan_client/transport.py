@@ -4,7 +4,7 @@ Knows: gRPC, which failures may be tried again. Must not know: what the requests
 
 One thread runs one asyncio loop per process; each address has one channel. Calls go through
 gRPC's own threads and come back to the loop: unlike `grpc.aio`, that survives a fork, after which
-the child gets a loop and a channel of its own.
+the child gets a loop and a channel of its own (`forking`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import os
 import random
 import threading
-import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import grpc
 
 from firetitan_client import address as addresses
-from firetitan_client import peer
+from firetitan_client import forking, peer
 from firetitan_client.credentials import Access
 from firetitan_client.errors import FiretitanError, Unauthenticated, from_rpc_error
 
@@ -72,23 +72,21 @@ _own_threads: set[int] = set()
 _transports: dict[tuple[str, Access], Transport] = {}
 _exit_first: list[Callable[[], object]] = []
 _exit_last: list[Callable[[], object]] = []
-_forked: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def on_fork(thing: Any) -> None:
-    """Have `thing.after_fork()` called in a forked child."""
-    _forked.add(thing)
+class _Threads:
+    """This module's own state, for `forking`."""
+
+    @staticmethod
+    def after_fork() -> None:
+        """In a child: neither loop nor thread of the parent's is there."""
+        global _loop, _lock, _delivery
+        _lock, _loop, _delivery = threading.Lock(), None, None
+        _own_threads.clear()
 
 
-def _after_fork_in_child() -> None:
-    global _loop, _lock, _delivery
-    _lock, _loop, _delivery = threading.Lock(), None, None
-    _own_threads.clear()
-    for thing in list(_forked):
-        thing.after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
+_threads = _Threads()
+forking.on_fork(_threads)
 
 
 def loop() -> asyncio.AbstractEventLoop:
@@ -195,13 +193,17 @@ class Transport:
         self._abandoned: grpc.Channel | None = None
         self._channel_lock = threading.Lock()
         self._starting = threading.Lock()
-        on_fork(self)
+        forking.on_fork(self)
 
     def after_fork(self) -> None:
         """Forget the parent's channel without touching it."""
         self._abandoned, self._channel, self.served = self._channel, None, False
         self._trusted, self._watched = False, 0
         self._channel_lock, self._starting = threading.Lock(), threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles as an address, without a key: each process has a channel of its own."""
+        return connect, (self.address, self.autostart, Access(folder=self.access.folder))
 
     @property
     def channel(self) -> grpc.Channel:
@@ -279,10 +281,14 @@ class Transport:
                     request_serializer=None if isinstance(request, bytes) else _serialize,
                     response_deserializer=response.FromString,
                 )
+                call = forking.begin(functools.partial(rpc.future, request, timeout=timeout_s))
                 if timeout_s is None:
-                    answer = await self._last(rpc.future(request), patience_s)
+                    answer = await self._last(call, patience_s)
                 else:
-                    answer = await bridge(rpc.future(request, timeout=timeout_s))
+                    answer = await bridge(call)
+            except grpc.FutureCancelledError:
+                if not forking.was_broken_off(call):
+                    raise
             except grpc.RpcError as error:
                 late += error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
                 if late_tries is not None and late >= late_tries:
@@ -306,7 +312,7 @@ class Transport:
         try:
             while not (await asyncio.wait((work,), timeout=SLICE_S))[0]:
                 try:
-                    await bridge(ask.future(b"", timeout=_ASK_S))
+                    await bridge(forking.begin(lambda: ask.future(b"", timeout=_ASK_S)))
                 except grpc.RpcError as error:
                     if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
                         continue  # gone, or another now: that ends the call itself
@@ -361,6 +367,8 @@ class Patience:
         Raises:
             FiretitanError: No further try.
         """
+        if forking.was_broken_off(rpc_error):
+            return
         code, error = rpc_error.code(), from_rpc_error(rpc_error)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_after_s is not None:
             await asyncio.sleep(error.retry_after_s * random.uniform(1.0, 1.2))
@@ -422,7 +430,7 @@ async def bridge(call: Any) -> Any:
     try:
         await done
     except asyncio.CancelledError:
-        call.cancel()
+        forking.cancel(call)
         raise
     return call.result()
 
@@ -447,7 +455,7 @@ async def iterate(call: Any) -> AsyncGenerator[Any, None]:
                 raise item
             yield item
     finally:
-        call.cancel()
+        forking.cancel(call)
 
 
 def _pass_on(call: Any, loop: asyncio.AbstractEventLoop, arrived: Any) -> None:
