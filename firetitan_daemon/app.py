@@ -181,7 +181,7 @@ class Daemon:
             version=importlib.metadata.version("firetitan"),
             instance_id=uuid.uuid4().hex,
             pid=os.getpid(),
-            home=self.places.home,
+            places=self.places,
             start_time=services.clock.now(),
         )
         servicers = (
@@ -195,7 +195,7 @@ class Daemon:
             TrainerServicer(trainers, sessions, messages, supervisor),
             LeaseServicer(leases, services),
             SystemServicer(
-                self._identity, services.limits, supervisor, pool, sessions, self._stopping.set
+                self._identity, services, supervisor, pool, sessions, self._stopping.set
             ),
         )
         return RpcServer(

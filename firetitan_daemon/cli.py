@@ -1,8 +1,8 @@
-"""`firetitand`: serve, status, ls, rm, stop, drain, config, models.
+"""`firetitand`: serve, status, doctor, ls, rm, stop, drain, config, models.
 
 Knows: the command line, exit codes, how a running daemon is found. Must not know: how it works.
 Exit codes: 0 done, 1 failed, 2 wrong usage or setting, 3 another daemon owns the state, 4 no daemon
-runs.
+runs, 5 one runs and does not answer.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from firetitan_daemon.config import ConfigError, DaemonConfig, default_home, load_config
-from firetitan_daemon.handshake import socket_owner
 from firetitan_daemon.places import PlaceError, Places
+from firetitan_daemon.processes import listener, state_of
 
-EXIT_FAILED, EXIT_USAGE, EXIT_OWNED, EXIT_NOT_RUNNING = 1, 2, 3, 4
+EXIT_FAILED, EXIT_USAGE, EXIT_OWNED, EXIT_NOT_RUNNING, EXIT_SILENT = 1, 2, 3, 4, 5
 _STOP_MARGIN_S = 15.0
 _T = TypeVar("_T")
 
@@ -77,14 +77,19 @@ def serve(home: Path | None, log_level: str | None, tcp: str | None) -> None:
 @_home_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def status(home: Path | None, as_json: bool) -> None:
-    """Show the running daemon and its workers."""
+    """Show the running daemon, its workers, and what is wrong with them."""
     places = _places(home)
     running = _running(places)
     from google.protobuf.json_format import MessageToDict
 
-    info = _system_info(running["address"])
+    from firetitan_daemon import health
+    from firetitan_daemon.resources import Resources
+
+    view = _asked(running["address"], lambda channel: Resources(channel).view())
+    info, findings = view.info, health.findings(view)
     if as_json:
         fields = MessageToDict(info, preserving_proto_field_name=True)
+        fields["findings"] = [dataclasses.asdict(one) for one in findings]
         click.echo(json.dumps({"address": running["address"], **fields}))
         return
     state = "draining" if info.draining else "running"
@@ -96,7 +101,6 @@ def status(home: Path | None, as_json: bool) -> None:
             f"  {worker.kind:8} {worker.target:32} {worker.state:9} pid {worker.pid:<8} "
             f"{worker.memory_bytes / 2**20:8.0f} MiB"
         )
-
     for one in info.recoveries:
         state = f"recovering, {one.to_replay} to replay" if one.recovering else "kept"
         point = f"point at step {one.point_step}" if one.point_step else "no recovery point"
@@ -105,6 +109,29 @@ def status(home: Path | None, as_json: bool) -> None:
             f"replay, cost {one.point_cost:.1%}; {one.recoveries} recoveries, "
             f"{one.replayed} replayed, the last in {one.recovery_s:.1f} s"
         )
+    for finding in findings:
+        click.echo(f"  ! {finding}")
+
+
+@main.command()
+@_home_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(home: Path | None, as_json: bool) -> None:
+    """Say what is wrong with the home, its daemon and this machine, and what to do."""
+    from firetitan_daemon.doctor import examine
+
+    report = examine(_places(home))
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(report)))
+    else:
+        for name, fact in report.facts.items():
+            click.echo(f"{name:13} {fact}")
+        for finding in report.findings:
+            click.echo(f"! {finding}")
+        if not report.findings:
+            click.echo("nothing is wrong")
+    codes = {"none": EXIT_NOT_RUNNING, "silent": EXIT_SILENT}
+    sys.exit(codes.get(report.state, EXIT_FAILED if report.findings else 0))
 
 
 @main.command()
@@ -113,7 +140,7 @@ def stop(home: Path | None) -> None:
     """Stop the daemon: running commands end, the rest waits in the spool, workers go on."""
     places = _places(home)
     running = _running(places)
-    pid = _listener(places.socket)
+    pid = listener(places.socket)
     if pid is None or pid != running["pid"]:
         _fail(
             f"{places.announcement} names process {running['pid']}, but {pid} serves "
@@ -139,7 +166,7 @@ def drain(home: Path | None) -> None:
         try:
             answer = stub.Drain(system_service_pb2.DrainRequest(), timeout=10)
         except grpc.RpcError as error:
-            _fail(f"the daemon does not answer: {error}", EXIT_FAILED)
+            _refused(error)
     _wait_gone(places, running["pid"], home)
     click.echo(f"drained firetitand (pid {running['pid']}), {answer.pending_operations} pending")
 
@@ -193,7 +220,8 @@ def ls(home: Path | None, as_json: bool) -> None:
         idle = "" if row.idle_s is None else f"idle {row.idle_s:.0f} s"
         users = f"used by {', '.join(row.used_by)}" if row.used_by else ""
         waiting = f"{row.cleanup} when they have left" if row.cleanup else ""
-        facts = "  ".join(filter(None, (row.what, idle, users, waiting, row.error)))
+        memory = f"{row.memory_bytes / 2**20:.0f} MiB" if row.memory_bytes else ""
+        facts = "  ".join(filter(None, (row.what, memory, idle, users, waiting, row.error)))
         click.echo(f"{row.name:48} {row.state:10} {facts}")
 
 
@@ -234,10 +262,18 @@ def _asked(address: str, ask: Callable[[Any], _T]) -> _T:
         with grpc.insecure_channel(address) as channel:
             return ask(channel)
     except grpc.RpcError as error:
-        details = getattr(error, "details", None)
-        _fail(f"the daemon refused: {details() if details else error}", EXIT_FAILED)
+        _refused(error)
     except ValueError as error:
         _fail(str(error), EXIT_USAGE)
+
+
+def _refused(error: Any) -> NoReturn:
+    """End the program after a call that failed."""
+    if error.code().name in ("DEADLINE_EXCEEDED", "UNAVAILABLE"):
+        _fail(
+            f"the daemon does not answer ({error.code().name}); why: firetitand doctor", EXIT_SILENT
+        )
+    _fail(f"the daemon refused: {error.details()}", EXIT_FAILED)
 
 
 def _models(address: str) -> list[Any]:
@@ -256,7 +292,7 @@ def _models(address: str) -> list[Any]:
                 if not request.page_token:
                     return found
         except grpc.RpcError as error:
-            _fail(f"the daemon does not answer: {error}", EXIT_FAILED)
+            _refused(error)
 
 
 def _config(home: Path | None, flags: dict[str, object]) -> DaemonConfig:
@@ -272,53 +308,24 @@ def _places(home: Path | None) -> Places:
 
 def _running(places: Places) -> dict[str, Any]:
     """What the running daemon announced; ends the program where none runs."""
-    try:
-        announced: dict[str, Any] = json.loads(places.announcement.read_text())
-    except (OSError, json.JSONDecodeError):
-        _fail(f"no firetitand runs on {places.home}; start it: firetitand serve", EXIT_NOT_RUNNING)
-    if _listener(places.socket) is None:
+    announced, pid = places.announced(), listener(places.socket)
+    if announced is None and pid is not None:  # it is about to end
+        return {"address": f"unix:{places.socket}", "pid": pid}
+    if announced is None or pid is None:
+        was = f" (process {announced['pid']} is gone)" if announced is not None else ""
         _fail(
-            f"no firetitand runs on {places.home} (process {announced['pid']} is gone); start it: "
-            "firetitand serve",
+            f"no firetitand runs on {places.home}{was}; start it: firetitand serve",
             EXIT_NOT_RUNNING,
         )
     return announced
 
 
-def _listener(path: Path) -> int | None:
-    """Process id of whoever listens on a Unix socket, as the kernel knows it."""
-    try:
-        return socket_owner(path)[0]
-    except OSError:
-        return None
-
-
-def _system_info(address: str) -> Any:
-    import grpc
-    from firetitan.v1 import system_service_pb2, system_service_pb2_grpc
-
-    with grpc.insecure_channel(address) as channel:
-        stub = system_service_pb2_grpc.SystemServiceStub(channel)
-        try:
-            return stub.GetSystemInfo(system_service_pb2.GetSystemInfoRequest(), timeout=10)
-        except grpc.RpcError as error:
-            _fail(f"the daemon does not answer: {error}", EXIT_FAILED)
-
-
 def _wait_gone(places: Places, pid: int, home: Path | None) -> None:
     deadline = time.monotonic() + _config(home, {}).server.drain_timeout_s + _STOP_MARGIN_S
-    while _alive(pid):
+    while state_of(pid) not in ("", "Z"):  # a zombie holds nothing any more
         if time.monotonic() > deadline:
             _fail(f"firetitand (pid {pid}) still runs; see its log", EXIT_FAILED)
         time.sleep(0.02)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        # A zombie waits for its parent only: it holds nothing any more.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -1,7 +1,7 @@
-"""What this machine has and lets this user have: GPUs, open files.
+"""What this machine has and lets this user have: GPUs, open files, room on disks.
 
-Knows: device files, CUDA's variable, limits of the process. Must not know: torch, which the daemon
-does not load.
+Knows: device files, CUDA's variable, limits of the process, file systems. Must not know: torch,
+which the daemon does not load; what is in a folder.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 _RESERVED_FILES = 64
@@ -45,3 +46,34 @@ def count_gpus(environment: Mapping[str, str] | None = None, devices: Path = Pat
     if visible is None:
         return there
     return min(there, len([one for one in visible.split(",") if one.strip() not in ("", "-1")]))
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder and the disk it is on."""
+
+    path: Path
+    exists: bool
+    writable: bool
+    free_bytes: int
+
+
+def look_at(folder: Path) -> Folder:
+    """Whether a folder is there and can be written to, and how much room there is."""
+    try:
+        disk = os.statvfs(folder)
+    except OSError:
+        return Folder(folder, exists=False, writable=False, free_bytes=0)
+    return Folder(folder, True, os.access(folder, os.W_OK), disk.f_bavail * disk.f_frsize)
+
+
+def one_a_disk(folders: Iterable[Path]) -> list[Folder]:
+    """The first folder on each disk; those that are gone each by itself."""
+    found: dict[object, Folder] = {}
+    for folder in folders:
+        try:
+            device: object = folder.stat().st_dev
+        except OSError:
+            device = folder
+        found.setdefault(device, look_at(folder))
+    return list(found.values())

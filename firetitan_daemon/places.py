@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from firetitan_daemon import durable
 
@@ -53,6 +55,11 @@ class Places:
         return self.home / "state.db"
 
     @property
+    def ballast(self) -> Path:
+        """Room that the ledger gives up when the disk is full."""
+        return self.home / "state.db.ballast"
+
+    @property
     def spool(self) -> Path:
         """Payloads and results."""
         return self.home / "spool"
@@ -71,6 +78,14 @@ class Places:
     def announcement(self) -> Path:
         """Address and process id of the running daemon."""
         return self.home / "daemon.json"
+
+    def announced(self) -> dict[str, Any] | None:
+        """What the last daemon announced; None where nothing is."""
+        try:
+            found: dict[str, Any] = json.loads(self.announcement.read_text())
+        except (OSError, ValueError):
+            return None
+        return found
 
     @property
     def credentials(self) -> Path:

@@ -70,6 +70,8 @@ class LeaseManager:
         """Held while the table and its rows change together."""
         self._running: dict[str, asyncio.Task[FiretitanError | None]] = {}
         self._retry_at: dict[str, float] = {}
+        self._failures: dict[str, FiretitanError] = {}
+        """Why clean-ups that wait failed when they were last tried."""
 
     def restore(self, ledger: Ledger) -> None:
         """Take over a former daemon's leases and clean-ups."""
@@ -83,6 +85,10 @@ class LeaseManager:
     def cleanups(self) -> list[DeferredCleanup]:
         """Clean-ups that wait, by name."""
         return sorted(self._table.cleanups, key=lambda one: one.name)
+
+    def failure(self, name: str) -> FiretitanError | None:
+        """Why the clean-up that waits for a name failed, if it did."""
+        return self._failures.get(name)
 
     def users(self, name: str) -> list[str]:
         """Labels of those who use a resource or a part of it."""
@@ -235,6 +241,7 @@ class LeaseManager:
                 await self._services.store.write(Change(deleted_cleanups=[name]))
                 self._table.finish(cleanup)
             self._retry_at.pop(name, None)
+            self._failures.pop(name, None)
             return None
         except FiretitanError as error:
             failure = error
@@ -242,6 +249,7 @@ class LeaseManager:
             failure = internal_error(f"cleaning up {name}", error)
         logger.error("clean-up failed, tried again later target=%s: %s", name, failure)
         self._retry_at[name] = self._now() + _RETRY_S
+        self._failures[name] = failure
         return failure
 
     async def close(self) -> None:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
 from firetitan_daemon.control.holds import Holds
 from firetitan_daemon.control.shared_reads import SharedReads
-from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.errors import CODES, FiretitanError, Reason
 from firetitan_daemon.core.ports import Change, Ledger, Limits, Spool, Store
 from firetitan_daemon.core.records import Operation
 from firetitan_daemon.core.texts import check_text
 
 _RETRY_AFTER_S = "0.2"
+_FAILURES_KEPT = 20
+_NOT_THE_SENDERS = frozenset({"INTERNAL", "DATA_LOSS", "RESOURCE_EXHAUSTED", "UNAVAILABLE"})
+"""Codes of failures that whoever looks after the daemon should hear of."""
 
 
 class OperationRegistry:
@@ -41,6 +45,8 @@ class OperationRegistry:
         self._next_seqs: dict[tuple[str, str], int] = {}
         self._closed = False
         self._removals: set[asyncio.Task[None]] = set()
+        self.failures: deque[Operation] = deque(maxlen=_FAILURES_KEPT)
+        """The last that failed for no fault of their sender's, since the daemon started."""
         self.holds = Holds()
         """What open operations, and those a replay needs, keep in use."""
 
@@ -56,6 +62,13 @@ class OperationRegistry:
     def num_open(self) -> int:
         """Operations that are not done."""
         return len(self._open)
+
+    def open_work(self) -> dict[str, list[Operation]]:
+        """Every open operation by target, in order of acceptance."""
+        found: dict[str, list[Operation]] = {}
+        for operation in self._open.values():
+            found.setdefault(operation.target, []).append(operation)
+        return found
 
     def open_of(self, target: str, method: str | None = None) -> list[Operation]:
         """Open operations of a target, in order of acceptance."""
@@ -147,6 +160,11 @@ class OperationRegistry:
                 continue
             if operation.payload is None:
                 self.holds.release(operation.id)
+            if (
+                operation.error is not None
+                and CODES[Reason(operation.error.reason)] in _NOT_THE_SENDERS
+            ):
+                self.failures.append(operation)
             waited_for = self._ended.pop(operation.id, None)
             if waited_for is not None:
                 waited_for.set()

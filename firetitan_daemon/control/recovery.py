@@ -50,6 +50,8 @@ class RecoveryStats:
     to_replay: int = 0
     points: int = 0
     point_step: int = 0
+    point_time: float = 0.0
+    point_bytes: int = 0
     point_cost: float = 0.0
     kept_bytes: int = 0
     recovery_s: float = 0.0
@@ -275,7 +277,13 @@ class SessionRecovery:
 
     def _show(self) -> None:
         self.stats.kept_bytes = sum(one.ref.size_bytes for one in self._kept)
-        self.stats.point_step = self._points[-1].step if self._points else 0
+        if self._points:
+            newest = self._points[-1]
+            self.stats.point_step, self.stats.point_bytes = newest.step, newest.size_bytes
+            self.stats.point_time = newest.create_time
+        else:
+            self.stats.point_step = self.stats.point_bytes = 0
+            self.stats.point_time = 0.0
         self.stats.point_cost = self._policy.share
 
     # -- after its death -----------------------------------------------------------------------

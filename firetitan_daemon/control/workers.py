@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from firetitan_daemon.control.services import Services, internal_error
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -20,8 +22,19 @@ _ADOPT_RETRY_S = 1.0
 _PULSE_S = 3.0
 """Between an answer of a worker and the next question whether it still answers."""
 
+_ENDS_KEPT = 20
+
 Exited = Callable[[str], Awaitable[None]]
 """Called with how a worker ended, once."""
+
+
+@dataclass(frozen=True)
+class WorkerEnd:
+    """A worker that ended though nobody asked it to."""
+
+    spec: WorkerSpec
+    cause: str
+    time: float
 
 
 class WorkerPool:
@@ -37,10 +50,11 @@ class WorkerPool:
         self._live: dict[str, Worker] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._pulses: dict[str, asyncio.Task[None]] = {}
-        self._silent: set[str] = set()
-        """Workers that live and did not answer when they were last asked."""
+        self._silent: dict[str, float] = {}
+        """Workers that live and did not answer when they were last asked, and since when."""
         self._unspoken: dict[str, FiretitanError] = {}
         """Workers that live and speak a protocol this daemon does not, with what that means."""
+        self.ends: deque[WorkerEnd] = deque(maxlen=_ENDS_KEPT)
         self._gone: set[str] = set()
         """Workers that ended by themselves and are not forgotten yet."""
 
@@ -65,9 +79,10 @@ class WorkerPool:
         worker = self.live(worker_id)
         return worker.pid if worker is not None else 0
 
-    def answers(self, worker_id: str | None) -> bool:
-        """False for a worker that lives, as far as is known, but hangs."""
-        return (worker_id or "") not in self._silent
+    def silent_s(self, worker_id: str) -> float | None:
+        """How long a worker that lives, as far as is known, has hung; None where it answers."""
+        since = self._silent.get(worker_id)
+        return None if since is None else self._services.clock.monotonic() - since
 
     def problem(self, worker_id: str | None) -> FiretitanError | None:
         """Why a worker that lives is left alone."""
@@ -152,12 +167,12 @@ class WorkerPool:
                         logger.error("worker is left alone worker=%s: %s", spec.worker_id, error)
                     self._unspoken[spec.worker_id] = error
                 elif error.reason is Reason.WORKER_UNAVAILABLE:
-                    self._silent.add(spec.worker_id)
+                    self._silent.setdefault(spec.worker_id, self._services.clock.monotonic())
                     logger.warning("worker cannot be reached worker=%s: %s", spec.worker_id, error)
                 else:
                     raise
             await asyncio.sleep(_ADOPT_RETRY_S)
-        self._silent.discard(spec.worker_id)
+        self._silent.pop(spec.worker_id, None)
         self._unspoken.pop(spec.worker_id, None)
         if worker is not None:
             logger.info(
@@ -179,6 +194,7 @@ class WorkerPool:
             self._watches.pop(worker_id, None)
             self._end_pulse(worker_id)
             self._gone.add(worker_id)
+            self.ends.append(WorkerEnd(worker.spec, cause, self._services.clock.now()))
             logger.error("worker ended worker=%s cause=%s", worker_id, cause)
             try:
                 await exited(cause)
@@ -198,20 +214,20 @@ class WorkerPool:
                 self._hangs(worker_id)
             else:
                 if worker_id in self._silent:
-                    self._silent.discard(worker_id)
+                    del self._silent[worker_id]
                     logger.info("worker answers again worker=%s", worker_id)
             await asyncio.sleep(_PULSE_S)
 
     def _hangs(self, worker_id: str) -> None:
         if worker_id not in self._silent:
-            self._silent.add(worker_id)
+            self._silent[worker_id] = self._services.clock.monotonic()
             logger.warning("worker does not answer worker=%s", worker_id)
 
     def _end_pulse(self, worker_id: str) -> None:
         pulse = self._pulses.pop(worker_id, None)
         if pulse is not None:
             pulse.cancel()
-        self._silent.discard(worker_id)
+        self._silent.pop(worker_id, None)
 
     async def stop(self, worker_id: str | None) -> None:
         """End a worker, found or not, and forget it."""

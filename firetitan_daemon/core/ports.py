@@ -175,6 +175,9 @@ class Store(Protocol):
     async def delete_operations(self, before: float) -> int:
         """Delete what ended before a time and belongs to no session; returns how many."""
 
+    async def check(self) -> Sequence[str]:
+        """Look the ledger over; what is wrong with it, empty: nothing."""
+
     async def close(self) -> None:
         """Finish what is queued and close the file."""
 

@@ -56,6 +56,11 @@ class Bundle:
         """Everything the worker printed, over all its starts."""
         return self.folder / handshake.LOG
 
+    @property
+    def lock_path(self) -> Path:
+        """Locked by a worker for as long as it lives."""
+        return self.folder / handshake.LOCK
+
     def prepare(self, spec: worker_pb2.WorkerSpec) -> None:
         """Forget a former start (its log stays), write the specification; under the lock."""
         self.forget()
@@ -69,7 +74,7 @@ class Bundle:
             An open descriptor to hand to the worker; None where one lives, serving or not yet.
         """
         durable.make_folder(self.folder, 0o700)
-        descriptor = os.open(self.folder / handshake.LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -156,7 +161,7 @@ class Bundle:
     def discard(self) -> None:
         """Remove everything but the log; without a log the folder too."""
         self.forget()
-        (self.folder / handshake.LOCK).unlink(missing_ok=True)
+        self.lock_path.unlink(missing_ok=True)
         if self.folder.is_dir() and not self.log.exists():
             shutil.rmtree(self.folder)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from firetitan.v1 import lease_service_pb2
+from google.rpc import status_pb2
 
 from firetitan_daemon.control.leases import LeaseManager, Outcome
 from firetitan_daemon.control.services import Services
@@ -73,6 +74,7 @@ class LeaseServicer:
                 cleanup=_NUMBERS[one.cleanup],
                 asked_by=one.asked_by,
                 create_time=convert.timestamp(one.create_time),
+                error=_status(self._leases.failure(one.name)),
             )
         return response
 
@@ -93,8 +95,13 @@ def _uses(messages: Iterable[lease_service_pb2.Use]) -> dict[str, Cleanup]:
 
 def _outcome(outcome: Outcome) -> lease_service_pb2.CleanupOutcome:
     message = lease_service_pb2.CleanupOutcome(
-        name=outcome.name, cleanup=_NUMBERS[outcome.cleanup], used_by=outcome.used_by
+        name=outcome.name,
+        cleanup=_NUMBERS[outcome.cleanup],
+        used_by=outcome.used_by,
+        error=_status(outcome.error),
     )
-    if outcome.error is not None:
-        message.error.CopyFrom(to_status(outcome.error))
     return message
+
+
+def _status(error: FiretitanError | None) -> status_pb2.Status | None:
+    return None if error is None else to_status(error)

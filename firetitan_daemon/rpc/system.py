@@ -5,21 +5,24 @@ Knows: messages, the supervisor, the pool. Must not know: rules.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from firetitan.v1 import system_service_pb2
 
 from firetitan_daemon.control.recovery import RecoveryStats
+from firetitan_daemon.control.services import Services
 from firetitan_daemon.control.sessions import SessionManager
 from firetitan_daemon.control.supervisor import Supervisor
-from firetitan_daemon.control.workers import WorkerPool
-from firetitan_daemon.core.ports import Limits
-from firetitan_daemon.core.records import Session, SessionState, WorkerSpec
-from firetitan_daemon.host import max_connections
+from firetitan_daemon.control.workers import WorkerEnd, WorkerPool
+from firetitan_daemon.core.records import Operation, Session, SessionState, WorkerSpec
+from firetitan_daemon.host import max_connections, one_a_disk
+from firetitan_daemon.places import Places
 from firetitan_daemon.rpc import convert
+from firetitan_daemon.rpc.errors import record_to_status
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -31,7 +34,7 @@ class Identity:
     version: str
     instance_id: str
     pid: int
-    home: Path
+    places: Places
     start_time: float
 
 
@@ -41,14 +44,14 @@ class SystemServicer:
     def __init__(
         self,
         identity: Identity,
-        limits: Limits,
+        services: Services,
         supervisor: Supervisor,
         pool: WorkerPool,
         sessions: SessionManager,
         begin_drain: Callable[[], None],
     ) -> None:
         self._identity = identity
-        self._limits = limits
+        self._services = services
         self._supervisor = supervisor
         self._pool = pool
         self._sessions = sessions
@@ -58,12 +61,14 @@ class SystemServicer:
         self, request: system_service_pb2.GetSystemInfoRequest
     ) -> system_service_pb2.GetSystemInfoResponse:
         """Version, limits and what runs."""
-        identity, limits = self._identity, self._limits
+        identity, services = self._identity, self._services
+        limits, operations = services.limits, services.operations
+        problems = await services.store.check() if request.check_ledger else ()
         return system_service_pb2.GetSystemInfoResponse(
             version=identity.version,
             instance_id=identity.instance_id,
             pid=identity.pid,
-            home=str(identity.home),
+            home=str(identity.places.home),
             start_time=convert.timestamp(identity.start_time),
             draining=self._supervisor.draining,
             limits=system_service_pb2.Limits(
@@ -79,6 +84,11 @@ class SystemServicer:
             recoveries=[
                 _recovery(session, stats) for session, stats in self._sessions.recoveries()
             ],
+            folders=_folders(identity.places),
+            open_work=[_open_work(waiting) for waiting in operations.open_work().values()],
+            failures=map(_failure, reversed(operations.failures)),
+            ledger_problems=problems,
+            worker_ends=map(_worker_end, reversed(self._pool.ends)),
         )
 
     async def Drain(
@@ -91,6 +101,8 @@ class SystemServicer:
 
     def _worker(self, spec: WorkerSpec) -> system_service_pb2.WorkerInfo:
         pid = self._pool.pid(spec.worker_id)
+        silent_s = self._pool.silent_s(spec.worker_id)
+        problem = self._pool.problem(spec.worker_id)
         return system_service_pb2.WorkerInfo(
             id=spec.worker_id,
             kind=str(spec.kind),
@@ -98,12 +110,14 @@ class SystemServicer:
             pid=pid,
             state=self._state(spec, pid),
             memory_bytes=_resident_bytes(pid) if pid else 0,
+            silent_for=None if silent_s is None else convert.duration(silent_s),
+            problem=problem.message if problem is not None else "",
         )
 
     def _state(self, spec: WorkerSpec, pid: int) -> str:
         if self._pool.problem(spec.worker_id):
             return "unsupported"
-        if not self._pool.answers(spec.worker_id):
+        if self._pool.silent_s(spec.worker_id) is not None:
             return "unresponsive"
         if self._pool.ended(spec.worker_id):
             return "gone"
@@ -124,6 +138,56 @@ def _recovery(session: Session, stats: RecoveryStats) -> system_service_pb2.Sess
         recovery_s=stats.recovery_s,
         replay_s=stats.replay_s,
         load_s=stats.load_s,
+        point_time=convert.timestamp(stats.point_time) if stats.point_time else None,
+        point_bytes=stats.point_bytes,
+    )
+
+
+def _worker_end(end: WorkerEnd) -> system_service_pb2.WorkerEnd:
+    return system_service_pb2.WorkerEnd(
+        kind=str(end.spec.kind),
+        target=end.spec.target,
+        cause=end.cause,
+        time=convert.timestamp(end.time),
+    )
+
+
+def _folders(places: Places) -> list[system_service_pb2.StateFolder]:
+    folders = (places.home, places.spool, places.store)
+    found = [
+        system_service_pb2.StateFolder(
+            path=str(one.path),
+            exists=one.exists,
+            writable=one.writable,
+            free_bytes=one.free_bytes,
+        )
+        for one in one_a_disk(folders)
+    ]
+    with contextlib.suppress(OSError):
+        found[0].reserve_bytes = places.ballast.stat().st_size
+    return found
+
+
+def _open_work(waiting: Sequence[Operation]) -> system_service_pb2.OpenWork:
+    oldest = min(waiting, key=lambda one: one.create_time)
+    return system_service_pb2.OpenWork(
+        target=oldest.target,
+        operations=len(waiting),
+        oldest=oldest.name,
+        method=oldest.method,
+        create_time=convert.timestamp(oldest.create_time),
+        held=bool(oldest.client_id) and not oldest.commit_seq,
+    )
+
+
+def _failure(operation: Operation) -> system_service_pb2.Failure:
+    assert operation.error is not None
+    return system_service_pb2.Failure(
+        operation=operation.name,
+        method=operation.method,
+        target=operation.target,
+        finish_time=convert.timestamp(operation.finish_time),
+        error=record_to_status(operation.error),
     )
 
 

@@ -177,6 +177,30 @@ def migrate(
         raise
 
 
+def problems(connection: sqlite3.Connection) -> list[str]:
+    """What SQLite's quick_check finds wrong with an open file; empty: nothing."""
+    try:
+        rows = connection.execute("PRAGMA quick_check(10)").fetchall()
+    except sqlite3.DatabaseError as error:
+        return [str(error)]
+    return [str(row[0]) for row in rows if row[0] != "ok"]
+
+
+def examine(copy: Path) -> tuple[list[str], int]:
+    """What is wrong with a ledger that no daemon has open, and its schema's version.
+
+    Args:
+        copy: Of the file; it may be changed.
+    """
+    connection = sqlite3.connect(copy)
+    try:
+        found = problems(connection)
+        version = 0 if found else connection.execute("PRAGMA user_version").fetchone()[0]
+    finally:
+        connection.close()
+    return found, int(version)
+
+
 def _back_up(connection: sqlite3.Connection, path: Path, version: int) -> None:
     copy = path.with_name(f"{path.name}.v{version}.bak")
     unfinished = path.with_name(f"{durable.TEMPORARY_PREFIX}{copy.name}")

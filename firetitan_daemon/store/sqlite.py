@@ -177,6 +177,10 @@ class SqliteStore(Store):
         """Delete what ended before a time and belongs to no session; returns how many."""
         return await self._run(self._delete_operations, before)
 
+    async def check(self) -> Sequence[str]:
+        """Look the file over, by SQLite's quick_check."""
+        return await self._run(schema.problems, self._db)
+
     async def close(self) -> None:
         """Finish what is queued and close the file; again is fine."""
         if not self._closed:

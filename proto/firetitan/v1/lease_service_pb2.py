@@ -27,35 +27,35 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n firetitan/v1/lease_service.proto\x12\x0c\x66iretitan.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\";\n\x03Use\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x07\x63leanup\x18\x02 \x01(\x0e\x32\x15.firetitan.v1.Cleanup\"{\n\x05Lease\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x1f\n\x04uses\x18\x03 \x03(\x0b\x32\x11.firetitan.v1.Use\x12/\n\x0b\x65xpire_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8a\x01\n\x0f\x44\x65\x66\x65rredCleanup\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x07\x63leanup\x18\x02 \x01(\x0e\x32\x15.firetitan.v1.Cleanup\x12\x10\n\x08\x61sked_by\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"}\n\x10HoldLeaseRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x1f\n\x04uses\x18\x03 \x03(\x0b\x32\x11.firetitan.v1.Use\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\";\n\x11HoldLeaseResponse\x12&\n\x03ttl\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"V\n\x13ReleaseLeaseRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x1f\n\x04uses\x18\x02 \x03(\x0b\x32\x11.firetitan.v1.Use\x12\x0b\n\x03\x61ll\x18\x03 \x01(\x08\"z\n\x0e\x43leanupOutcome\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x07\x63leanup\x18\x02 \x01(\x0e\x32\x15.firetitan.v1.Cleanup\x12\x0f\n\x07used_by\x18\x03 \x03(\t\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\"F\n\x14ReleaseLeaseResponse\x12.\n\x08outcomes\x18\x01 \x03(\x0b\x32\x1c.firetitan.v1.CleanupOutcome\"\x13\n\x11ListLeasesRequest\"j\n\x12ListLeasesResponse\x12#\n\x06leases\x18\x01 \x03(\x0b\x32\x13.firetitan.v1.Lease\x12/\n\x08\x63leanups\x18\x02 \x03(\x0b\x32\x1d.firetitan.v1.DeferredCleanup*H\n\x07\x43leanup\x12\x17\n\x13\x43LEANUP_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x43LEANUP_STOP\x10\x01\x12\x12\n\x0e\x43LEANUP_DELETE\x10\x02\x32\x84\x02\n\x0cLeaseService\x12L\n\tHoldLease\x12\x1e.firetitan.v1.HoldLeaseRequest\x1a\x1f.firetitan.v1.HoldLeaseResponse\x12U\n\x0cReleaseLease\x12!.firetitan.v1.ReleaseLeaseRequest\x1a\".firetitan.v1.ReleaseLeaseResponse\x12O\n\nListLeases\x12\x1f.firetitan.v1.ListLeasesRequest\x1a .firetitan.v1.ListLeasesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n firetitan/v1/lease_service.proto\x12\x0c\x66iretitan.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\";\n\x03Use\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x07\x63leanup\x18\x02 \x01(\x0e\x32\x15.firetitan.v1.Cleanup\"{\n\x05Lease\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x1f\n\x04uses\x18\x03 \x03(\x0b\x32\x11.firetitan.v1.Use\x12/\n\x0b\x65xpire_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xad\x01\n\x0f\x44\x65\x66\x65rredCleanup\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x07\x63leanup\x18\x02 \x01(\x0e\x32\x15.firetitan.v1.Cleanup\x12\x10\n\x08\x61sked_by\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.Status\"}\n\x10HoldLeaseRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x1f\n\x04uses\x18\x03 \x03(\x0b\x32\x11.firetitan.v1.Use\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\";\n\x11HoldLeaseResponse\x12&\n\x03ttl\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"V\n\x13ReleaseLeaseRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x1f\n\x04uses\x18\x02 \x03(\x0b\x32\x11.firetitan.v1.Use\x12\x0b\n\x03\x61ll\x18\x03 \x01(\x08\"z\n\x0e\x43leanupOutcome\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x07\x63leanup\x18\x02 \x01(\x0e\x32\x15.firetitan.v1.Cleanup\x12\x0f\n\x07used_by\x18\x03 \x03(\t\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\"F\n\x14ReleaseLeaseResponse\x12.\n\x08outcomes\x18\x01 \x03(\x0b\x32\x1c.firetitan.v1.CleanupOutcome\"\x13\n\x11ListLeasesRequest\"j\n\x12ListLeasesResponse\x12#\n\x06leases\x18\x01 \x03(\x0b\x32\x13.firetitan.v1.Lease\x12/\n\x08\x63leanups\x18\x02 \x03(\x0b\x32\x1d.firetitan.v1.DeferredCleanup*H\n\x07\x43leanup\x12\x17\n\x13\x43LEANUP_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x43LEANUP_STOP\x10\x01\x12\x12\n\x0e\x43LEANUP_DELETE\x10\x02\x32\x84\x02\n\x0cLeaseService\x12L\n\tHoldLease\x12\x1e.firetitan.v1.HoldLeaseRequest\x1a\x1f.firetitan.v1.HoldLeaseResponse\x12U\n\x0cReleaseLease\x12!.firetitan.v1.ReleaseLeaseRequest\x1a\".firetitan.v1.ReleaseLeaseResponse\x12O\n\nListLeases\x12\x1f.firetitan.v1.ListLeasesRequest\x1a .firetitan.v1.ListLeasesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'firetitan.v1.lease_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CLEANUP']._serialized_start=1068
-  _globals['_CLEANUP']._serialized_end=1140
+  _globals['_CLEANUP']._serialized_start=1103
+  _globals['_CLEANUP']._serialized_end=1175
   _globals['_USE']._serialized_start=140
   _globals['_USE']._serialized_end=199
   _globals['_LEASE']._serialized_start=201
   _globals['_LEASE']._serialized_end=324
   _globals['_DEFERREDCLEANUP']._serialized_start=327
-  _globals['_DEFERREDCLEANUP']._serialized_end=465
-  _globals['_HOLDLEASEREQUEST']._serialized_start=467
-  _globals['_HOLDLEASEREQUEST']._serialized_end=592
-  _globals['_HOLDLEASERESPONSE']._serialized_start=594
-  _globals['_HOLDLEASERESPONSE']._serialized_end=653
-  _globals['_RELEASELEASEREQUEST']._serialized_start=655
-  _globals['_RELEASELEASEREQUEST']._serialized_end=741
-  _globals['_CLEANUPOUTCOME']._serialized_start=743
-  _globals['_CLEANUPOUTCOME']._serialized_end=865
-  _globals['_RELEASELEASERESPONSE']._serialized_start=867
-  _globals['_RELEASELEASERESPONSE']._serialized_end=937
-  _globals['_LISTLEASESREQUEST']._serialized_start=939
-  _globals['_LISTLEASESREQUEST']._serialized_end=958
-  _globals['_LISTLEASESRESPONSE']._serialized_start=960
-  _globals['_LISTLEASESRESPONSE']._serialized_end=1066
-  _globals['_LEASESERVICE']._serialized_start=1143
-  _globals['_LEASESERVICE']._serialized_end=1403
+  _globals['_DEFERREDCLEANUP']._serialized_end=500
+  _globals['_HOLDLEASEREQUEST']._serialized_start=502
+  _globals['_HOLDLEASEREQUEST']._serialized_end=627
+  _globals['_HOLDLEASERESPONSE']._serialized_start=629
+  _globals['_HOLDLEASERESPONSE']._serialized_end=688
+  _globals['_RELEASELEASEREQUEST']._serialized_start=690
+  _globals['_RELEASELEASEREQUEST']._serialized_end=776
+  _globals['_CLEANUPOUTCOME']._serialized_start=778
+  _globals['_CLEANUPOUTCOME']._serialized_end=900
+  _globals['_RELEASELEASERESPONSE']._serialized_start=902
+  _globals['_RELEASELEASERESPONSE']._serialized_end=972
+  _globals['_LISTLEASESREQUEST']._serialized_start=974
+  _globals['_LISTLEASESREQUEST']._serialized_end=993
+  _globals['_LISTLEASESRESPONSE']._serialized_start=995
+  _globals['_LISTLEASESRESPONSE']._serialized_end=1101
+  _globals['_LEASESERVICE']._serialized_start=1178
+  _globals['_LEASESERVICE']._serialized_end=1438
 # @@protoc_insertion_point(module_scope)

@@ -115,6 +115,7 @@ class DeferredCleanup(google.protobuf.message.Message):
     CLEANUP_FIELD_NUMBER: builtins.int
     ASKED_BY_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
     name: builtins.str
     """The trainer or deployment."""
     cleanup: global___Cleanup.ValueType
@@ -125,6 +126,10 @@ class DeferredCleanup(google.protobuf.message.Message):
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it was asked for."""
 
+    @property
+    def error(self) -> google.rpc.status_pb2.Status:
+        """Why it failed when it was last tried; it is tried again."""
+
     def __init__(
         self,
         *,
@@ -132,9 +137,10 @@ class DeferredCleanup(google.protobuf.message.Message):
         cleanup: global___Cleanup.ValueType = ...,
         asked_by: builtins.str = ...,
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        error: google.rpc.status_pb2.Status | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["asked_by", b"asked_by", "cleanup", b"cleanup", "create_time", b"create_time", "name", b"name"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "error", b"error"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["asked_by", b"asked_by", "cleanup", b"cleanup", "create_time", b"create_time", "error", b"error", "name", b"name"]) -> None: ...
 
 global___DeferredCleanup = DeferredCleanup
 

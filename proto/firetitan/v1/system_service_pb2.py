@@ -22,30 +22,40 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!firetitan/v1/system_service.proto\x12\x0c\x66iretitan.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetSystemInfoRequest\"\xb9\x01\n\x06Limits\x12\x19\n\x11max_message_bytes\x18\x01 \x01(\x03\x12\x1e\n\x16max_session_operations\x18\x02 \x01(\x05\x12\x16\n\x0emax_operations\x18\x03 \x01(\x05\x12\x18\n\x10max_queued_bytes\x18\x04 \x01(\x03\x12\x13\n\x0bmax_streams\x18\x05 \x01(\x05\x12\x17\n\x0fmax_connections\x18\x06 \x01(\x05\x12\x14\n\x0cmax_replicas\x18\x07 \x01(\x05\"h\n\nWorkerInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\r\n\x05state\x18\x05 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x03\"\xf1\x01\n\x0fSessionRecovery\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x12\n\nrecovering\x18\x02 \x01(\x08\x12\x12\n\nrecoveries\x18\x03 \x01(\x05\x12\x10\n\x08replayed\x18\x04 \x01(\x03\x12\x11\n\tto_replay\x18\x05 \x01(\x03\x12\x12\n\npoint_step\x18\x06 \x01(\x03\x12\x12\n\nkept_bytes\x18\x07 \x01(\x03\x12\x0e\n\x06points\x18\x08 \x01(\x05\x12\x12\n\npoint_cost\x18\t \x01(\x01\x12\x12\n\nrecovery_s\x18\n \x01(\x01\x12\x10\n\x08replay_s\x18\x0b \x01(\x01\x12\x0e\n\x06load_s\x18\x0c \x01(\x01\"\xb4\x02\n\x15GetSystemInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x12\x0c\n\x04home\x18\x04 \x01(\t\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12\x14\n\x0c\x63\x61pabilities\x18\x07 \x03(\t\x12$\n\x06limits\x18\x08 \x01(\x0b\x32\x14.firetitan.v1.Limits\x12)\n\x07workers\x18\t \x03(\x0b\x32\x18.firetitan.v1.WorkerInfo\x12\x31\n\nrecoveries\x18\n \x03(\x0b\x32\x1d.firetitan.v1.SessionRecovery\"\x0e\n\x0c\x44rainRequest\"+\n\rDrainResponse\x12\x1a\n\x12pending_operations\x18\x01 \x01(\x05\x32\xab\x01\n\rSystemService\x12X\n\rGetSystemInfo\x12\".firetitan.v1.GetSystemInfoRequest\x1a#.firetitan.v1.GetSystemInfoResponse\x12@\n\x05\x44rain\x12\x1a.firetitan.v1.DrainRequest\x1a\x1b.firetitan.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!firetitan/v1/system_service.proto\x12\x0c\x66iretitan.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\",\n\x14GetSystemInfoRequest\x12\x14\n\x0c\x63heck_ledger\x18\x01 \x01(\x08\"\xb9\x01\n\x06Limits\x12\x19\n\x11max_message_bytes\x18\x01 \x01(\x03\x12\x1e\n\x16max_session_operations\x18\x02 \x01(\x05\x12\x16\n\x0emax_operations\x18\x03 \x01(\x05\x12\x18\n\x10max_queued_bytes\x18\x04 \x01(\x03\x12\x13\n\x0bmax_streams\x18\x05 \x01(\x05\x12\x17\n\x0fmax_connections\x18\x06 \x01(\x05\x12\x14\n\x0cmax_replicas\x18\x07 \x01(\x05\"\xa8\x01\n\nWorkerInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\r\n\x05state\x18\x05 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x03\x12-\n\nsilent_for\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07problem\x18\x08 \x01(\t\"b\n\tWorkerEnd\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\r\n\x05\x63\x61use\x18\x03 \x01(\t\x12(\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"h\n\x0bStateFolder\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06\x65xists\x18\x02 \x01(\x08\x12\x10\n\x08writable\x18\x03 \x01(\x08\x12\x12\n\nfree_bytes\x18\x04 \x01(\x03\x12\x15\n\rreserve_bytes\x18\x05 \x01(\x03\"\x8d\x01\n\x08OpenWork\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x12\n\noperations\x18\x02 \x01(\x05\x12\x0e\n\x06oldest\x18\x03 \x01(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04held\x18\x06 \x01(\x08\"\x90\x01\n\x07\x46\x61ilure\x12\x11\n\toperation\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12/\n\x0b\x66inish_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.Status\"\xb6\x02\n\x0fSessionRecovery\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x12\n\nrecovering\x18\x02 \x01(\x08\x12\x12\n\nrecoveries\x18\x03 \x01(\x05\x12\x10\n\x08replayed\x18\x04 \x01(\x03\x12\x11\n\tto_replay\x18\x05 \x01(\x03\x12\x12\n\npoint_step\x18\x06 \x01(\x03\x12\x12\n\nkept_bytes\x18\x07 \x01(\x03\x12\x0e\n\x06points\x18\x08 \x01(\x05\x12\x12\n\npoint_cost\x18\t \x01(\x01\x12\x12\n\nrecovery_s\x18\n \x01(\x01\x12\x10\n\x08replay_s\x18\x0b \x01(\x01\x12\x0e\n\x06load_s\x18\x0c \x01(\x01\x12.\n\npoint_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bpoint_bytes\x18\x0e \x01(\x03\"\xfb\x03\n\x15GetSystemInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x12\x0c\n\x04home\x18\x04 \x01(\t\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12\x14\n\x0c\x63\x61pabilities\x18\x07 \x03(\t\x12$\n\x06limits\x18\x08 \x01(\x0b\x32\x14.firetitan.v1.Limits\x12)\n\x07workers\x18\t \x03(\x0b\x32\x18.firetitan.v1.WorkerInfo\x12\x31\n\nrecoveries\x18\n \x03(\x0b\x32\x1d.firetitan.v1.SessionRecovery\x12*\n\x07\x66olders\x18\x0b \x03(\x0b\x32\x19.firetitan.v1.StateFolder\x12)\n\topen_work\x18\x0c \x03(\x0b\x32\x16.firetitan.v1.OpenWork\x12\'\n\x08\x66\x61ilures\x18\r \x03(\x0b\x32\x15.firetitan.v1.Failure\x12\x17\n\x0fledger_problems\x18\x0e \x03(\t\x12,\n\x0bworker_ends\x18\x0f \x03(\x0b\x32\x17.firetitan.v1.WorkerEnd\"\x0e\n\x0c\x44rainRequest\"+\n\rDrainResponse\x12\x1a\n\x12pending_operations\x18\x01 \x01(\x05\x32\xab\x01\n\rSystemService\x12X\n\rGetSystemInfo\x12\".firetitan.v1.GetSystemInfoRequest\x1a#.firetitan.v1.GetSystemInfoResponse\x12@\n\x05\x44rain\x12\x1a.firetitan.v1.DrainRequest\x1a\x1b.firetitan.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'firetitan.v1.system_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETSYSTEMINFOREQUEST']._serialized_start=84
-  _globals['_GETSYSTEMINFOREQUEST']._serialized_end=106
-  _globals['_LIMITS']._serialized_start=109
-  _globals['_LIMITS']._serialized_end=294
-  _globals['_WORKERINFO']._serialized_start=296
-  _globals['_WORKERINFO']._serialized_end=400
-  _globals['_SESSIONRECOVERY']._serialized_start=403
-  _globals['_SESSIONRECOVERY']._serialized_end=644
-  _globals['_GETSYSTEMINFORESPONSE']._serialized_start=647
-  _globals['_GETSYSTEMINFORESPONSE']._serialized_end=955
-  _globals['_DRAINREQUEST']._serialized_start=957
-  _globals['_DRAINREQUEST']._serialized_end=971
-  _globals['_DRAINRESPONSE']._serialized_start=973
-  _globals['_DRAINRESPONSE']._serialized_end=1016
-  _globals['_SYSTEMSERVICE']._serialized_start=1019
-  _globals['_SYSTEMSERVICE']._serialized_end=1190
+  _globals['_GETSYSTEMINFOREQUEST']._serialized_start=141
+  _globals['_GETSYSTEMINFOREQUEST']._serialized_end=185
+  _globals['_LIMITS']._serialized_start=188
+  _globals['_LIMITS']._serialized_end=373
+  _globals['_WORKERINFO']._serialized_start=376
+  _globals['_WORKERINFO']._serialized_end=544
+  _globals['_WORKEREND']._serialized_start=546
+  _globals['_WORKEREND']._serialized_end=644
+  _globals['_STATEFOLDER']._serialized_start=646
+  _globals['_STATEFOLDER']._serialized_end=750
+  _globals['_OPENWORK']._serialized_start=753
+  _globals['_OPENWORK']._serialized_end=894
+  _globals['_FAILURE']._serialized_start=897
+  _globals['_FAILURE']._serialized_end=1041
+  _globals['_SESSIONRECOVERY']._serialized_start=1044
+  _globals['_SESSIONRECOVERY']._serialized_end=1354
+  _globals['_GETSYSTEMINFORESPONSE']._serialized_start=1357
+  _globals['_GETSYSTEMINFORESPONSE']._serialized_end=1864
+  _globals['_DRAINREQUEST']._serialized_start=1866
+  _globals['_DRAINREQUEST']._serialized_end=1880
+  _globals['_DRAINRESPONSE']._serialized_start=1882
+  _globals['_DRAINRESPONSE']._serialized_end=1925
+  _globals['_SYSTEMSERVICE']._serialized_start=1928
+  _globals['_SYSTEMSERVICE']._serialized_end=2099
 # @@protoc_insertion_point(module_scope)

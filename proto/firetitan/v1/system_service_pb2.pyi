@@ -6,9 +6,11 @@ The daemon itself."""
 import builtins
 import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.duration_pb2
 import google.protobuf.internal.containers
 import google.protobuf.message
 import google.protobuf.timestamp_pb2
+import google.rpc.status_pb2
 import typing
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
@@ -19,9 +21,15 @@ class GetSystemInfoRequest(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    CHECK_LEDGER_FIELD_NUMBER: builtins.int
+    check_ledger: builtins.bool
+    """Have the ledger look itself over too; commands wait for that, milliseconds for most."""
     def __init__(
         self,
+        *,
+        check_ledger: builtins.bool = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["check_ledger", b"check_ledger"]) -> None: ...
 
 global___GetSystemInfoRequest = GetSystemInfoRequest
 
@@ -79,6 +87,8 @@ class WorkerInfo(google.protobuf.message.Message):
     PID_FIELD_NUMBER: builtins.int
     STATE_FIELD_NUMBER: builtins.int
     MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    SILENT_FOR_FIELD_NUMBER: builtins.int
+    PROBLEM_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Its id."""
     kind: builtins.str
@@ -93,6 +103,12 @@ class WorkerInfo(google.protobuf.message.Message):
     """
     memory_bytes: builtins.int
     """Resident memory in bytes."""
+    problem: builtins.str
+    """Why it is left alone, where it is."""
+    @property
+    def silent_for(self) -> google.protobuf.duration_pb2.Duration:
+        """How long it has not answered; absent while it does."""
+
     def __init__(
         self,
         *,
@@ -102,10 +118,160 @@ class WorkerInfo(google.protobuf.message.Message):
         pid: builtins.int = ...,
         state: builtins.str = ...,
         memory_bytes: builtins.int = ...,
+        silent_for: google.protobuf.duration_pb2.Duration | None = ...,
+        problem: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["id", b"id", "kind", b"kind", "memory_bytes", b"memory_bytes", "pid", b"pid", "state", b"state", "target", b"target"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["silent_for", b"silent_for"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id", "kind", b"kind", "memory_bytes", b"memory_bytes", "pid", b"pid", "problem", b"problem", "silent_for", b"silent_for", "state", b"state", "target", b"target"]) -> None: ...
 
 global___WorkerInfo = WorkerInfo
+
+@typing.final
+class WorkerEnd(google.protobuf.message.Message):
+    """A worker that ended though nobody asked it to."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    TARGET_FIELD_NUMBER: builtins.int
+    CAUSE_FIELD_NUMBER: builtins.int
+    TIME_FIELD_NUMBER: builtins.int
+    kind: builtins.str
+    """"trainer" or "sampler"."""
+    target: builtins.str
+    """The trainer or deployment it held."""
+    cause: builtins.str
+    """How it ended, in words."""
+    @property
+    def time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When."""
+
+    def __init__(
+        self,
+        *,
+        kind: builtins.str = ...,
+        target: builtins.str = ...,
+        cause: builtins.str = ...,
+        time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cause", b"cause", "kind", b"kind", "target", b"target", "time", b"time"]) -> None: ...
+
+global___WorkerEnd = WorkerEnd
+
+@typing.final
+class StateFolder(google.protobuf.message.Message):
+    """A folder of the daemon's state and the disk it is on."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: builtins.int
+    EXISTS_FIELD_NUMBER: builtins.int
+    WRITABLE_FIELD_NUMBER: builtins.int
+    FREE_BYTES_FIELD_NUMBER: builtins.int
+    RESERVE_BYTES_FIELD_NUMBER: builtins.int
+    path: builtins.str
+    """Its path."""
+    exists: builtins.bool
+    """False where it is gone."""
+    writable: builtins.bool
+    """Whether it can be written to."""
+    free_bytes: builtins.int
+    """Bytes free on its disk."""
+    reserve_bytes: builtins.int
+    """Bytes held back there for a full disk; 0 where they were given up, or none are held."""
+    def __init__(
+        self,
+        *,
+        path: builtins.str = ...,
+        exists: builtins.bool = ...,
+        writable: builtins.bool = ...,
+        free_bytes: builtins.int = ...,
+        reserve_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["exists", b"exists", "free_bytes", b"free_bytes", "path", b"path", "reserve_bytes", b"reserve_bytes", "writable", b"writable"]) -> None: ...
+
+global___StateFolder = StateFolder
+
+@typing.final
+class OpenWork(google.protobuf.message.Message):
+    """What is not done of a session, a trainer or a deployment."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: builtins.int
+    OPERATIONS_FIELD_NUMBER: builtins.int
+    OLDEST_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
+    CREATE_TIME_FIELD_NUMBER: builtins.int
+    HELD_FIELD_NUMBER: builtins.int
+    target: builtins.str
+    """The resource."""
+    operations: builtins.int
+    """Operations that are not done."""
+    oldest: builtins.str
+    """The one that waits longest, `operations/{operation}`."""
+    method: builtins.str
+    """The RPC that made it."""
+    held: builtins.bool
+    """True where it waits for an earlier command of its client that has not come."""
+    @property
+    def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When that was."""
+
+    def __init__(
+        self,
+        *,
+        target: builtins.str = ...,
+        operations: builtins.int = ...,
+        oldest: builtins.str = ...,
+        method: builtins.str = ...,
+        create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        held: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["create_time", b"create_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "held", b"held", "method", b"method", "oldest", b"oldest", "operations", b"operations", "target", b"target"]) -> None: ...
+
+global___OpenWork = OpenWork
+
+@typing.final
+class Failure(google.protobuf.message.Message):
+    """An operation that failed since the daemon started."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OPERATION_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
+    TARGET_FIELD_NUMBER: builtins.int
+    FINISH_TIME_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    operation: builtins.str
+    """`operations/{operation}`."""
+    method: builtins.str
+    """The RPC that made it."""
+    target: builtins.str
+    """The resource it worked on."""
+    @property
+    def finish_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it ended."""
+
+    @property
+    def error(self) -> google.rpc.status_pb2.Status:
+        """Why."""
+
+    def __init__(
+        self,
+        *,
+        operation: builtins.str = ...,
+        method: builtins.str = ...,
+        target: builtins.str = ...,
+        finish_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        error: google.rpc.status_pb2.Status | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["error", b"error", "finish_time", b"finish_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["error", b"error", "finish_time", b"finish_time", "method", b"method", "operation", b"operation", "target", b"target"]) -> None: ...
+
+global___Failure = Failure
 
 @typing.final
 class SessionRecovery(google.protobuf.message.Message):
@@ -125,6 +291,8 @@ class SessionRecovery(google.protobuf.message.Message):
     RECOVERY_S_FIELD_NUMBER: builtins.int
     REPLAY_S_FIELD_NUMBER: builtins.int
     LOAD_S_FIELD_NUMBER: builtins.int
+    POINT_TIME_FIELD_NUMBER: builtins.int
+    POINT_BYTES_FIELD_NUMBER: builtins.int
     session: builtins.str
     """`trainers/{trainer}/sessions/{session}`."""
     recovering: builtins.bool
@@ -149,6 +317,12 @@ class SessionRecovery(google.protobuf.message.Message):
     """Of those, running commands again."""
     load_s: builtins.float
     """Of those, starting a worker and loading the model and the recovery point."""
+    point_bytes: builtins.int
+    """Its bytes; the next takes about as many beside it."""
+    @property
+    def point_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When the newest recovery point was made; absent where there is none."""
+
     def __init__(
         self,
         *,
@@ -164,8 +338,11 @@ class SessionRecovery(google.protobuf.message.Message):
         recovery_s: builtins.float = ...,
         replay_s: builtins.float = ...,
         load_s: builtins.float = ...,
+        point_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        point_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["kept_bytes", b"kept_bytes", "load_s", b"load_s", "point_cost", b"point_cost", "point_step", b"point_step", "points", b"points", "recoveries", b"recoveries", "recovering", b"recovering", "recovery_s", b"recovery_s", "replay_s", b"replay_s", "replayed", b"replayed", "session", b"session", "to_replay", b"to_replay"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["point_time", b"point_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["kept_bytes", b"kept_bytes", "load_s", b"load_s", "point_bytes", b"point_bytes", "point_cost", b"point_cost", "point_step", b"point_step", "point_time", b"point_time", "points", b"points", "recoveries", b"recoveries", "recovering", b"recovering", "recovery_s", b"recovery_s", "replay_s", b"replay_s", "replayed", b"replayed", "session", b"session", "to_replay", b"to_replay"]) -> None: ...
 
 global___SessionRecovery = SessionRecovery
 
@@ -185,6 +362,11 @@ class GetSystemInfoResponse(google.protobuf.message.Message):
     LIMITS_FIELD_NUMBER: builtins.int
     WORKERS_FIELD_NUMBER: builtins.int
     RECOVERIES_FIELD_NUMBER: builtins.int
+    FOLDERS_FIELD_NUMBER: builtins.int
+    OPEN_WORK_FIELD_NUMBER: builtins.int
+    FAILURES_FIELD_NUMBER: builtins.int
+    LEDGER_PROBLEMS_FIELD_NUMBER: builtins.int
+    WORKER_ENDS_FIELD_NUMBER: builtins.int
     version: builtins.str
     """Version of the daemon."""
     instance_id: builtins.str
@@ -215,6 +397,26 @@ class GetSystemInfoResponse(google.protobuf.message.Message):
     def recoveries(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SessionRecovery]:
         """Open sessions."""
 
+    @property
+    def folders(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___StateFolder]:
+        """Where its state lives, one a disk."""
+
+    @property
+    def open_work(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___OpenWork]:
+        """What is not done, by resource."""
+
+    @property
+    def failures(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Failure]:
+        """The last operations that failed for no fault of their sender's, the newest first."""
+
+    @property
+    def ledger_problems(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What is wrong with the ledger, where that was asked for; empty: nothing."""
+
+    @property
+    def worker_ends(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___WorkerEnd]:
+        """The last workers that ended by themselves since the daemon started, the newest first."""
+
     def __init__(
         self,
         *,
@@ -228,9 +430,14 @@ class GetSystemInfoResponse(google.protobuf.message.Message):
         limits: global___Limits | None = ...,
         workers: collections.abc.Iterable[global___WorkerInfo] | None = ...,
         recoveries: collections.abc.Iterable[global___SessionRecovery] | None = ...,
+        folders: collections.abc.Iterable[global___StateFolder] | None = ...,
+        open_work: collections.abc.Iterable[global___OpenWork] | None = ...,
+        failures: collections.abc.Iterable[global___Failure] | None = ...,
+        ledger_problems: collections.abc.Iterable[builtins.str] | None = ...,
+        worker_ends: collections.abc.Iterable[global___WorkerEnd] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["capabilities", b"capabilities", "draining", b"draining", "home", b"home", "instance_id", b"instance_id", "limits", b"limits", "pid", b"pid", "recoveries", b"recoveries", "start_time", b"start_time", "version", b"version", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capabilities", b"capabilities", "draining", b"draining", "failures", b"failures", "folders", b"folders", "home", b"home", "instance_id", b"instance_id", "ledger_problems", b"ledger_problems", "limits", b"limits", "open_work", b"open_work", "pid", b"pid", "recoveries", b"recoveries", "start_time", b"start_time", "version", b"version", "worker_ends", b"worker_ends", "workers", b"workers"]) -> None: ...
 
 global___GetSystemInfoResponse = GetSystemInfoResponse
 

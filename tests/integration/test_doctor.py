@@ -1,0 +1,167 @@
+"""`firetitand doctor`: each state brought about, named with what to do, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.daemon import DaemonProcess
+from support.stubs import Stubs
+
+from firetitan_daemon.doctor import Report, examine
+from firetitan_daemon.launch.bundle import Bundle
+from firetitan_daemon.places import Places
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def look(daemon: DaemonProcess) -> Report:
+    """What doctor finds, in an environment without settings."""
+    return examine(Places(daemon.home), {})
+
+
+def named(report: Report, *words: str) -> str:
+    """What to do about the one finding whose subject or text has all of these words."""
+    found = [
+        one
+        for one in report.findings
+        if all(word in f"{one.subject}: {one.what}" for word in words)
+    ]
+    assert len(found) == 1, report.findings
+    return found[0].todo
+
+
+def doctor(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "FIRETITAN_ADDRESS"}
+    return subprocess.run(
+        [sys.executable, "-m", "firetitan_daemon", "doctor", "--home", str(home), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_nothing_is_wrong(daemon: DaemonProcess) -> None:
+    stubs = Stubs(daemon.address)
+    stubs.create_trainer()
+    healthy = doctor(daemon.home)
+    assert healthy.returncode == 0, healthy.stdout
+    assert healthy.stdout.endswith("nothing is wrong\n")
+    told = json.loads(doctor(daemon.home, "--json").stdout)
+    assert told["state"] == "running" and told["findings"] == []
+    assert {"python", "torch", "transformers", "grpcio", "sqlite", "gpus"} <= set(told["facts"])
+    stubs.channel.close()
+
+
+def test_no_daemon_and_what_one_left(daemon: DaemonProcess, tmp_path: Path) -> None:
+    stubs = Stubs(daemon.address)
+    stubs.create_trainer()
+    stubs.channel.close()
+    daemon.kill()
+    report = look(daemon)
+    assert report.state == "none"
+    assert named(report, "no daemon runs on it") == "firetitand serve"
+    for left in ("daemon.json", "firetitan.sock"):
+        assert "replaces it" in named(report, left, "left over")
+    assert "finds it again" in named(report, "goes on without a daemon", "trainers/t")
+    dead = doctor(daemon.home)
+    assert dead.returncode == 4 and "! " in dead.stdout
+    nowhere = examine(Places(tmp_path / "nowhere"), {})
+    assert "--home" in named(nowhere, "does not exist")
+    other = DaemonProcess(tmp_path / "other")
+    other.start()
+    try:
+        assert str(other.home) in named(look(daemon), str(other.home), "runs on this other home")
+        stray = {"FIRETITAN_ADDRESS": other.address}
+        assert "unset" in named(examine(Places(daemon.home), stray), "sends clients to")
+    finally:
+        other.stop()
+
+
+def test_a_daemon_that_is_stopped(daemon: DaemonProcess) -> None:
+    assert daemon.process is not None
+    daemon.process.send_signal(signal.SIGSTOP)
+    try:
+        silent = doctor(daemon.home)
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
+    assert silent.returncode == 5, silent.stdout
+    assert f"-> kill -CONT {daemon.process.pid}" in silent.stdout
+
+
+def test_who_may_enter_and_what_is_set(daemon: DaemonProcess) -> None:
+    (daemon.home / "store").chmod(0o755)
+    (daemon.home / "config.toml").write_text("[server]\ndrain_timeout = 3\n")
+    report = look(daemon)
+    assert named(report, "store", "open to other users (mode 755)").startswith("chmod 700")
+    named(report, "server.drain_timeout: no such setting")
+    assert doctor(daemon.home).returncode == 1
+
+
+def test_workers_without_a_record_and_of_another_protocol(daemon: DaemonProcess) -> None:
+    stubs = Stubs(daemon.address)
+    stubs.create_trainer()
+    stubs.channel.close()
+    workers = daemon.home / "workers"
+    (folder,) = workers.iterdir()
+    stray = Bundle(workers, "stray")
+    lock = stray.lock()
+    assert lock is not None
+    try:
+        for name in ("spec.json", "bootstrap.json"):
+            shutil.copy(folder / name, stray.folder / name)
+        assert named(look(daemon), "workers/stray", "belongs to no record").startswith("kill ")
+        spec = json.loads((stray.folder / "spec.json").read_text())
+        key = next(key for key in spec if key.lower().replace("_", "") == "protocolversion")
+        (stray.folder / "spec.json").write_text(json.dumps({**spec, key: 99}))
+        assert "create it anew" in named(look(daemon), "workers/stray", "speaks protocol 99")
+    finally:
+        os.close(lock)
+    assert not look(daemon).findings
+
+
+def test_ledgers_that_are_damaged_or_too_new(tmp_path: Path) -> None:
+    daemon = DaemonProcess(tmp_path / "home")
+    daemon.start()
+    daemon.stop()
+    database = daemon.home / "state.db"
+    whole = database.read_bytes()
+    with sqlite3.connect(database) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    assert "newer firetitan" in named(look(daemon), "has schema 99")
+    page = 4096
+    database.write_bytes(whole[:page] + b"\xff" * page + whole[2 * page :])
+    before = database.read_bytes()
+    assert "backup" in named(look(daemon), "state.db", "damaged")
+    assert database.read_bytes() == before
+
+
+def test_a_running_daemon_looks_its_ledger_over(tmp_path: Path) -> None:
+    daemon = DaemonProcess(tmp_path / "home")
+    daemon.start()
+    daemon.stop()
+    database = daemon.home / "state.db"
+    with sqlite3.connect(database) as connection:
+        (page,) = connection.execute(
+            "SELECT rootpage FROM sqlite_master WHERE name = 'operations_request'"
+        ).fetchone()
+    connection.close()
+    with database.open("r+b") as file:
+        file.seek((page - 1) * 4096)
+        file.write(b"\xff" * 4096)
+    daemon.start()  # which does not read that page
+    try:
+        report = look(daemon)
+        assert report.state == "running" and "backup" in named(report, "damaged")
+    finally:
+        daemon.stop()
