@@ -74,7 +74,7 @@ class _Gate:
         self.in_flight = 0
         self.max_in_flight = 0
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """In a child: the places that are taken are taken in the parent."""
         self._begin()
 

@@ -35,7 +35,7 @@ _told: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def on_fork(thing: Any) -> None:
-    """Have `thing.after_fork()` called in a forked child."""
+    """Have `thing._after_fork()` called in a forked child."""
     _told.add(thing)
 
 
@@ -84,7 +84,7 @@ def _after_in_child() -> None:
     _gate = threading.RLock()
     _running.clear()
     for thing in list(_told):
-        thing.after_fork()
+        thing._after_fork()
 
 
 os.register_at_fork(

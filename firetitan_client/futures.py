@@ -43,7 +43,7 @@ class APIFuture(concurrent.futures.Future[T], Generic[T]):
         """Name of the daemon's operation, `operations/...`, once it was accepted."""
         on_fork(self)
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """In a child: what is not done ends in the parent; whoever waits here is told so."""
         self._condition = threading.Condition()  # another thread may have held it
         if self.done():

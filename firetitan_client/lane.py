@@ -123,7 +123,7 @@ class Lane:
         self._accepted.set()
         self._finished.set()
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """In a child: a lane of its own; the parent's commands are the parent's."""
         self._reset()
 

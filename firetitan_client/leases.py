@@ -69,7 +69,7 @@ class Lease:
         self._ended = False
         self._renewing: asyncio.Task[None] | None = None
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """In a child: what the parent made is the parent's to clean up."""
         self._uses = dict.fromkeys(self._uses, KEEP)
         self._begin()

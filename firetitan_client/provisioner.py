@@ -78,7 +78,7 @@ class Provisioner:
         self._deployment_task: asyncio.Task[deployment_pb2.Deployment] | None = None
         self._openers: Counter[Kind] = Counter()
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """In a child: the parent's calls go on there, and what it made is its own to remove."""
         self.trainer_created = self.deployment_created = False
         self._begin()

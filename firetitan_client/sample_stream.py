@@ -68,7 +68,7 @@ class SampleStream:
         self._begun = False
         forking.on_fork(self)
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """In a child: a stream that has begun goes on in the parent."""
         if self._begun:
             self._arrived.clear()

@@ -75,12 +75,12 @@ class ServiceCore:
         self._being_made: set[concurrent.futures.Future[Any]] = set()
         """Done once what a call makes is there."""
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """In a child: no call of the parent's is in the way."""
         self._begin()
         for one in (self._provisioner, self._reference):
             if one is not None:
-                one.after_fork()
+                one._after_fork()
 
     @staticmethod
     def _agree(name: str, given: Any, configured: Any) -> None:

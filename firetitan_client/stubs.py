@@ -30,7 +30,7 @@ class Stubs:
         self._transport = transport
         on_fork(self)
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """In a child: stubs on a channel of its own, made anew."""
         self.__dict__ = {"_transport": self._transport}
 

@@ -78,7 +78,7 @@ class _Threads:
     """This module's own state, for `forking`."""
 
     @staticmethod
-    def after_fork() -> None:
+    def _after_fork() -> None:
         """In a child: neither loop nor thread of the parent's is there."""
         global _loop, _lock, _delivery
         _lock, _loop, _delivery = threading.Lock(), None, None
@@ -195,7 +195,7 @@ class Transport:
         self._starting = threading.Lock()
         forking.on_fork(self)
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """Forget the parent's channel without touching it."""
         self._abandoned, self._channel, self.served = self._channel, None, False
         self._trusted, self._watched = False, 0
