@@ -353,5 +353,7 @@ def _reopened(
 ) -> FiretitanServiceClient:
     service = FiretitanServiceClient.__new__(FiretitanServiceClient)
     endpoint = addresses.Endpoint(transport.address)
-    service._setup(endpoint, config, user_metadata, transport.autostart, managed=managed)
+    service._setup(
+        endpoint, config, user_metadata, transport.autostart, transport.access, managed=managed
+    )
     return service

@@ -384,7 +384,9 @@ class Patience:
                     f"{self.transport.address}: the daemon's certificate is not what the "
                     f"credentials' ca.crt vouches for, or not for this name: {error.message}"
                 ) from error
-        if unreachable and not self.transport.served:
+        # On a socket somebody listens to, a daemon hangs or starts: it is waited for.
+        absent = isinstance(rpc_error, Untrusted) or addresses.tcp_target(self.transport.address)
+        if unreachable and absent and not self.transport.served:
             await self.transport.start_missing_daemon(error)
             return
         if not unreachable:

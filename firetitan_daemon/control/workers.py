@@ -79,6 +79,10 @@ class WorkerPool:
         worker = self.live(worker_id)
         return worker.pid if worker is not None else 0
 
+    def answers(self, worker_id: str | None) -> bool:
+        """False for a worker that lives, as far as is known, but hangs."""
+        return (worker_id or "") not in self._silent
+
     def silent_s(self, worker_id: str) -> float | None:
         """How long a worker that lives, as far as is known, has hung; None where it answers."""
         since = self._silent.get(worker_id)

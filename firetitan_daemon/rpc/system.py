@@ -117,7 +117,7 @@ class SystemServicer:
     def _state(self, spec: WorkerSpec, pid: int) -> str:
         if self._pool.problem(spec.worker_id):
             return "unsupported"
-        if self._pool.silent_s(spec.worker_id) is not None:
+        if not self._pool.answers(spec.worker_id):
             return "unresponsive"
         if self._pool.ended(spec.worker_id):
             return "gone"
