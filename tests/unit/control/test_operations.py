@@ -64,41 +64,63 @@ async def test_a_watch_keeps_the_order_of_seq(registry: OperationRegistry) -> No
     await watch.aclose()
 
 
-async def test_who_watches_the_same_lane_shares_what_is_read(
-    registry: OperationRegistry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, reads = registry._store, 0
-    lane_operations = store.lane_operations
+class SlowReads(MemoryStore):
+    """Counts reads of lanes, and holds back what they have read until told to go on."""
 
-    async def counted(session: str, client_id: str, after_seq: int) -> Sequence[Operation]:
-        nonlocal reads
-        reads += 1
-        rows = await lane_operations(session, client_id, after_seq)
-        await asyncio.sleep(0.01)
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+        self.going = asyncio.Event()
+        self.going.set()
+
+    async def lane_operations(
+        self, session: str, client_id: str, after_seq: int
+    ) -> Sequence[Operation]:
+        self.reads += 1
+        rows = await super().lane_operations(session, client_id, after_seq)
+        await self.going.wait()
         return rows
 
-    monkeypatch.setattr(store, "lane_operations", counted)
-    one, two = operation(1), operation(2)
-    await registry.write(Change(operations=[one, two]))
+
+async def test_who_watches_the_same_lane_shares_what_is_read(spool: FileSpool) -> None:
+    store = SlowReads()
+    registry = OperationRegistry(store, spool, Limits())
+    one = operation(1)
+    await registry.write(Change(operations=[one]))
     watches = [registry.watch(SESSION, "a", 0) for _ in range(8)]
     following = [asyncio.ensure_future(anext(watch)) for watch in watches]
-    await asyncio.sleep(0.05)
-    assert reads == 1
-    impatient = following.pop()
-    # The read that begins now is joined by all, and must not end with the first to leave.
+    await asyncio.sleep(0.01)
+    assert store.reads == 1
+    store.going.clear()
     await registry.write(Change(operations=[done(one)]))
-    await asyncio.sleep(0)
-    impatient.cancel()
+    await asyncio.sleep(0.01)
+    # Who leaves takes nothing from the others.
+    following.pop().cancel()
+    store.going.set()
     assert [operation.seq for operation in await asyncio.gather(*following)] == [1] * 7
-    assert reads == 2
-    # What ends while a read runs is not in it: nobody who comes after may be told its rows.
-    following = [asyncio.ensure_future(anext(watch)) for watch in watches[:-1]]
-    await asyncio.sleep(0)
-    await registry.write(Change(operations=[done(two)]))
-    late = registry.watch(SESSION, "a", 1)
-    assert (await asyncio.wait_for(anext(late), 5)).seq == 2
-    assert [operation.seq for operation in await asyncio.gather(*following)] == [2] * 7
-    for watch in (late, *watches[:-1]):
+    assert store.reads == 2
+    for watch in watches:
+        await watch.aclose()
+
+
+async def test_what_ends_while_a_lane_is_read_is_read_again(spool: FileSpool) -> None:
+    store = SlowReads()
+    registry = OperationRegistry(store, spool, Limits())
+    one = operation(1)
+    await registry.write(Change(operations=[one]))
+    store.going.clear()
+    watches = [registry.watch(SESSION, "a", 0)]
+    following = [asyncio.ensure_future(anext(watches[0]))]
+    await asyncio.sleep(0.01)
+    # What was read has not arrived, and is out of date now: whoever comes later needs another.
+    await registry.write(Change(operations=[done(one)]))
+    watches.append(registry.watch(SESSION, "a", 0))
+    following.append(asyncio.ensure_future(anext(watches[1])))
+    await asyncio.sleep(0.01)
+    store.going.set()
+    found = await asyncio.wait_for(asyncio.gather(*following), 5)
+    assert [operation.seq for operation in found] == [1, 1] and store.reads == 3
+    for watch in watches:
         await watch.aclose()
 
 
