@@ -77,7 +77,7 @@ class DeploymentManager(DeploymentWorkers):
         """
         deployment = self.get(name)
         if deployment.state is ResourceState.STOPPED:
-            deployment = await self.scale(deployment.name, deployment.replicas)
+            deployment = await self._apart(deployment.id, deployment.replicas)
         while not self.replica_set(deployment.id).workers:
             tasks = [self._tasks.get(one) for one in self.get(name).worker_ids]
             begun = [task for task in tasks if task is not None and not task.done()]
@@ -254,7 +254,10 @@ class DeploymentManager(DeploymentWorkers):
         """
         deployment = self.get(name)
         check_replicas(replicas, self._services.limits)
-        return await asyncio.shield(asyncio.create_task(self._scale(deployment.id, replicas)))
+        return await self._apart(deployment.id, replicas)
+
+    async def _apart(self, deployment_id: str, replicas: int) -> Deployment:
+        return await asyncio.shield(asyncio.create_task(self._scale(deployment_id, replicas)))
 
     async def _scale(self, deployment_id: str, replicas: int) -> Deployment:
         async with self._lock:

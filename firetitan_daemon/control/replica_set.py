@@ -85,7 +85,8 @@ class ReplicaSet:
         Raises:
             FiretitanError: RECOVERING where there is none.
         """
-        await self._open.wait()
+        while not self._open.is_set():
+            await self._open.wait()
         replicas = [one for key, one in self._replicas.items() if key != avoid]
         if not replicas:
             raise FiretitanError(

@@ -69,6 +69,27 @@ def test_the_others_serve_on_and_answer_for_the_dead_one(home: DaemonProcess) ->
     stubs.channel.close()
 
 
+def test_one_that_hangs_is_left_alone(home: DaemonProcess) -> None:
+    stubs = serve(home, 2)
+    expected = stubs.sampling.Sample(request()).sequences
+    first = deployment(stubs).workers[0]
+    os.kill(first.pid, signal.SIGSTOP)
+    try:
+        deadline = time.monotonic() + 30
+        while not deployment(stubs).workers[0].unresponsive:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        answers = [stubs.sampling.Sample(request(), timeout=10).sequences for _ in range(4)]
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    assert answers == [expected] * 4
+    while deployment(stubs).workers[0].unresponsive:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert deployment(stubs).workers[0].pid == first.pid, "it is not to be ended"
+    stubs.channel.close()
+
+
 @pytest.mark.parametrize("place", ["sampler.prepared", "sampler.applying", "sampler.applied"])
 def test_a_hotload_reaches_all_though_one_dies_on_the_way(home: DaemonProcess, place: str) -> None:
     # In the second hotload; each has passed the place in the first.

@@ -142,8 +142,16 @@ def test_every_answer_of_a_hotload_is_of_one_version(
                 faults.append(f"{answer}")
 
     threads = [threading.Thread(target=ask, args=(mine,)) for mine in answers]
+
+    def until_all_were_answered_by(name: str) -> None:
+        deadline = time.monotonic() + 60
+        while not all(mine and mine[-1] == name for mine in answers):
+            assert time.monotonic() < deadline, answers
+            time.sleep(0.02)
+
     for thread in threads:
         thread.start()
+    until_all_were_answered_by(names[0])
     for name in names[1:]:
         # Beside those of the threads: something to wait for or to take over.
         running = [stubs.sampling.Sample.future(request(1, 8000, 8), timeout=90) for _ in range(2)]
@@ -152,12 +160,12 @@ def test_every_answer_of_a_hotload_is_of_one_version(
         assert not operation.HasField("error"), operation.error
         if transition == "SYNC":
             # They have ended; what is on its way to us arrives.
-            time.sleep(0.5)
+            time.sleep(2)
             assert all(call.done() for call in running)
         else:
             for call in running:
                 call.cancel()
-        time.sleep(0.1)
+        until_all_were_answered_by(name)
     ended.set()
     for thread in threads:
         thread.join()
