@@ -24,6 +24,8 @@ from blake3 import blake3
 from firetitan_daemon.core.errors import FiretitanError, Reason
 
 MANIFEST = "manifest.json"
+_READ_BEYOND = 1 << 30
+"""How much more than it should be a file may be and still be hashed, to say what is there."""
 MAX_MANIFEST_BYTES = 1 << 28
 """Far more than a line for each tensor of any model takes."""
 TEMPORARY_PREFIX = ".tmp-"
@@ -206,7 +208,7 @@ def verify_folder(folder: Path, digest: str | None = None) -> dict[str, Any]:
     manifest, files = _read(path, raw)
     for name, entry in files.items():
         file = folder / name
-        found = _hash_found(file)
+        found = _hash_found(file, entry["size_bytes"])
         if found != entry["blake3"]:
             wanted = entry["size_bytes"]
             size = file.stat().st_size if file.is_file() else wanted
@@ -223,10 +225,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _hash_found(path: Path) -> str:
+def _hash_found(path: Path, wanted_bytes: int) -> str:
     """What is at a path, as a hash where there is a file that can be read."""
     if not path.is_file():
         return "no file"
+    if path.stat().st_size > wanted_bytes + _READ_BEYOND:
+        return "a file that is not read to its end"  # a sparse one has any size for nothing
     try:
         return hash_file(path)
     except OSError as error:

@@ -240,6 +240,7 @@ class CheckpointManager:
     ) -> Prepared:
         arguments = self._services.codec.save_snapshot(payload)
         check_ttl(arguments.ttl_s)
+        check_metadata(arguments.user_metadata)
         known = {row.id: row for row in await self._services.store.snapshots(session.trainer_id)}
         # The suffix keeps sessions apart, so an id can only be taken by one of this trainer's.
         taken = set(await self._services.store.snapshot_ids(session.trainer_id))

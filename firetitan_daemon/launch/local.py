@@ -54,8 +54,10 @@ PASSED_PREFIXES = (
     "TRANSFORMERS_",
     "XDG_",
 )
-SECRETS = frozenset({"FIRETITAN_API_KEY"})
-"""What no worker needs, whatever its name begins with."""
+SECRET_WORDS = frozenset({"KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIALS"})
+"""A variable with one of these between the underscores of its name stays behind."""
+HUB_TOKENS = frozenset({"HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN"})
+"""But for these: the worker is who downloads from the hub."""
 PROXIES = frozenset({"http_proxy", "https_proxy", "no_proxy", "all_proxy"})
 
 log = logging.getLogger(__name__)
@@ -307,8 +309,9 @@ def environment(ours: Mapping[str, str], num_threads: int) -> dict[str, str]:
     theirs = {
         name: value
         for name, value in ours.items()
-        if name not in SECRETS
-        and (name in PASSED_NAMES or name.startswith(PASSED_PREFIXES) or name.lower() in PROXIES)
+        if name in PASSED_NAMES | HUB_TOKENS
+        or (name.startswith(PASSED_PREFIXES) and not SECRET_WORDS & set(name.upper().split("_")))
+        or name.lower() in PROXIES
     }
     if "PYTHONPATH" in theirs:
         folders = theirs["PYTHONPATH"].split(os.pathsep)

@@ -36,6 +36,8 @@ _NO_STORES = frozenset(
 """fsspec's drivers that read this machine's files, past the checks of a folder, or wrap others."""
 _PROTOCOL = re.compile(r"([a-z][a-z0-9+.-]*)://.*", re.DOTALL)
 _FIELD = "adapter_path"
+_LEAST_SECRET = 4
+"""Characters: what is shorter guards nothing, and would be found in any text."""
 
 Open = Callable[[str], BinaryIO]
 """A file of the adapter by its name; FileNotFoundError where there is none."""
@@ -63,7 +65,7 @@ def fetch_adapter(location: str, staging: Path, roots: Sequence[Path] = (Path("/
         _fetch_local(location, staging, roots)
     else:
         _fetch_remote(location, match[1], staging)
-    digest, _ = durable.seal_folder(staging, {"kind": "adapter", "source": location})
+    digest, _ = durable.seal_folder(staging, {"kind": "adapter", "source": _public(location)})
     return digest
 
 
@@ -80,7 +82,7 @@ def _fetch_local(location: str, staging: Path, roots: Sequence[Path]) -> None:
     except FileNotFoundError:
         raise FiretitanError(
             Reason.MODEL_NOT_FOUND,
-            f"{_FIELD}: {location[:400]!r} does not exist on the daemon's machine",
+            f"{_FIELD}: {_public(location)[:400]!r} does not exist on the daemon's machine",
             field=_FIELD,
         ) from None
     except OSError as error:
@@ -164,12 +166,15 @@ def _fetch_remote(location: str, protocol: str, staging: Path) -> None:
     except (ImportError, ValueError, TypeError) as error:
         raise FiretitanError(
             Reason.UNSUPPORTED,
-            f"{_FIELD}: {location[:400]!r} needs a driver for {protocol}:// beside the daemon, and "
-            f"there is none: {error}. Install it there, or copy the adapter to a local folder",
+            f"{_FIELD}: {_public(location)[:400]!r} needs a driver for {protocol}:// beside the "
+            f"daemon, and there is none: {_without_secrets(str(error), location)}. Install it "
+            "there, or copy the adapter to a local folder",
             field=_FIELD,
         ) from error
     except OSError as error:
-        raise _refused(location, f"cannot be reached: {error}") from error
+        raise _refused(
+            location, f"cannot be reached: {_without_secrets(str(error), location)}"
+        ) from error
     try:
         _copy(location, lambda name: _open_remote(files, f"{path.rstrip('/')}/{name}"), staging)
     except FiretitanError:
@@ -177,7 +182,9 @@ def _fetch_remote(location: str, protocol: str, staging: Path) -> None:
     except Exception as error:  # every driver has errors of its own, and they are the address's
         if isinstance(error, OSError) and is_full(error):
             raise
-        raise _refused(location, f"cannot be fetched: {error}") from error
+        raise _refused(
+            location, f"cannot be fetched: {_without_secrets(str(error), location)}"
+        ) from error
 
 
 def _open_remote(files: Any, path: str) -> BinaryIO:
@@ -208,5 +215,23 @@ def _too_large(location: str, name: str) -> FiretitanError:
 
 def _refused(location: str, what: str) -> FiretitanError:
     return FiretitanError(
-        Reason.INVALID_ARGUMENT, f"{_FIELD}: {location[:400]!r} {what}", field=_FIELD
+        Reason.INVALID_ARGUMENT, f"{_FIELD}: {_public(location)[:400]!r} {what}", field=_FIELD
     )
+
+
+def _public(location: str) -> str:
+    """A location without what only its user may know: name, password and query of an address."""
+    return _without_secrets(location, location)
+
+
+def _without_secrets(text: str, location: str) -> str:
+    """A text that may quote a location, without what lets the location's bearer in."""
+    _, found, rest = location.partition("://")
+    if not found:
+        return text
+    user = rest.partition("/")[0].rpartition("@")[0]
+    query = rest.partition("?")[2]
+    for secret in (user, user.partition(":")[2], query):
+        if len(secret) >= _LEAST_SECRET:
+            text = text.replace(secret, "***").replace(unquote(secret), "***")
+    return text

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
-from google.protobuf.message import DecodeError, Message
-from google.protobuf.message_factory import GetMessageClass
+from google.protobuf.message import Message
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as hypothesis_seed
@@ -30,7 +29,7 @@ from support.hostile import (
     put,
     spelled,
 )
-from support.hostile_world import GOOD, Site, World, name_of
+from support.hostile_world import GOOD, MAKERS, NAMES, Site, World, name_of, tamed
 from support.sizes import seed, size
 
 from firetitan_daemon.rpc.binding import is_command
@@ -55,9 +54,6 @@ MALFORMED = (
 )
 READERS = ("Forward", "SaveState", "SaveSnapshot")
 """Commands that change no weights, no gradient and no counter even where they succeed."""
-MAKERS = ("CreateTrainer", "CreateDeployment")
-NAMES = ("trainer_id", "deployment_id")
-"""Of things that are made if the name is free: hostile requests keep to those there are."""
 each_rpc = pytest.mark.parametrize("method", METHODS, ids=name_of)
 hostile = settings(
     max_examples=size(20, 1500),
@@ -210,21 +206,7 @@ def requests(draw: st.DrawFn, sender: Sender) -> bytes:
         | changed_fields(good, NAMES)
         | changed_fields(good, ("header", *NAMES))
     )
-    return _tamed(sender.method, raw, good)
-
-
-def _tamed(method: MethodDescriptor, raw: bytes, good: Message) -> bytes:
-    """A request that makes a thing makes none of another name: starting workers takes seconds."""
-    if method.name not in MAKERS:
-        return raw
-    try:
-        request = GetMessageClass(method.input_type).FromString(raw)
-    except DecodeError:
-        return raw
-    for name in NAMES:
-        if name in method.input_type.fields_by_name:
-            setattr(request, name, getattr(good, name))
-    return request.SerializeToString()
+    return tamed(sender.method, raw, good)
 
 
 @each_rpc

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import numpy as np
@@ -48,13 +48,22 @@ from google.protobuf.message_factory import GetMessageClass
 from google.rpc import status_pb2
 
 from support.commands import GOOD as DATUM
-from support.daemon import DaemonProcess
 from support.hostile import Refusal, path_of, refusal
 from support.stubs import TOY, LaneClient, Stubs, optim_request
 
 DEADLINE_S = 20.0
 STREAM_S = 0.1
 """How long a stream that stays open is listened to."""
+
+
+class Served(Protocol):
+    """A daemon that runs: a process of its own, or this one."""
+
+    home: Path
+    process: Any
+
+    @property
+    def address(self) -> str: ...
 
 
 class Site:
@@ -91,19 +100,17 @@ class Site:
 class World:
     """The daemon, and what is on it."""
 
-    def __init__(self, daemon: DaemonProcess, tiny_llama: Path) -> None:
+    def __init__(self, daemon: Served, tiny_llama: Path | None) -> None:
         self.daemon = daemon
         self.stubs = Stubs(daemon.address)
         self.toy = Site(self.stubs, "toy", TOY, 0)
-        self.llama = Site(self.stubs, "llama", str(tiny_llama), 4)
-
-    @property
-    def sites(self) -> tuple[Site, Site]:
-        """Both models."""
-        return self.toy, self.llama
+        self.sites = [self.toy]
+        if tiny_llama is not None:
+            self.llama = Site(self.stubs, "llama", str(tiny_llama), 4)
+            self.sites.append(self.llama)
 
     def processes(self) -> list[int]:
-        """The daemon, and the workers of both models."""
+        """The daemon, and the workers of the models."""
         shown = self.stubs.trainers.ListTrainers(trainer.ListTrainersRequest()).trainers
         served = self.stubs.deployments.ListDeployments(deployment.ListDeploymentsRequest())
         ours = {name for site in self.sites for name in (site.trainer, site.deployment)}
@@ -296,6 +303,25 @@ GOOD: dict[str, Callable[[Site], message.Message]] = {
     "TrainingService/OptimStep": lambda site: optim_request(),
 }
 """By `Service/Method`: a request that is right but for what a test does to it."""
+
+
+MAKERS = ("CreateTrainer", "CreateDeployment")
+NAMES = ("trainer_id", "deployment_id")
+"""Of things that are made if the name is free: hostile requests keep to those there are."""
+
+
+def tamed(method: MethodDescriptor, raw: bytes, good: message.Message) -> bytes:
+    """A request that makes a thing makes none of another name: starting workers takes seconds."""
+    if method.name not in MAKERS:
+        return raw
+    try:
+        request = GetMessageClass(method.input_type).FromString(raw)
+    except message.DecodeError:
+        return raw
+    for name in NAMES:
+        if name in method.input_type.fields_by_name:
+            setattr(request, name, getattr(good, name))
+    return request.SerializeToString()
 
 
 def name_of(method: MethodDescriptor) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from firetitan_daemon.launch.local import environment
 
 
@@ -18,6 +20,15 @@ def test_the_users_choice_of_waiting_stands() -> None:
     assert environment({"GOMP_SPINCOUNT": "7"}, 0)["GOMP_SPINCOUNT"] == "7"
 
 
-def test_secrets_of_others_stay_behind() -> None:
-    for name in ("AWS_SECRET_ACCESS_KEY", "FIRETITAN_API_KEY", "FIREWORKS_API_KEY"):
-        assert name not in environment({name: "x"}, 0)
+@pytest.mark.parametrize(
+    "name",
+    ["AWS_SECRET_ACCESS_KEY", "FIREWORKS_API_KEY", "FIRETITAN_API_KEY", "FIRETITAN_TOKEN", "HF_SECRET_KEY",
+     "PYTHON_KEYRING_PASSWORD"],
+)  # fmt: skip
+def test_secrets_of_others_stay_behind(name: str) -> None:
+    assert name not in environment({name: "x"}, 0)
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "TOKENIZERS_PARALLELISM", "FIRETITAN_HOME"])
+def test_what_a_worker_needs_goes_with_it(name: str) -> None:
+    assert environment({name: "x"}, 0)[name] == "x"

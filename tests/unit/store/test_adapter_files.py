@@ -130,6 +130,19 @@ def test_locations_that_are_none(staging: Path, location: str, reason: Reason, t
     assert error.reason is reason and text in error.message
 
 
+@pytest.mark.parametrize(
+    "location",
+    [
+        "gopher://user:hunter22@host/a",
+        "memory://user:hunter22@nothing/here",
+        "memory://nothing/here?sig=hunter22",
+        "file://user:hunter22@elsewhere/a",
+    ],
+)
+def test_passwords_in_addresses_are_not_repeated(staging: Path, location: str) -> None:
+    assert "hunter22" not in refused(location, staging).message
+
+
 def test_a_missing_driver_is_named(staging: Path) -> None:
     """gcsfs is not installed here; where it is, this address would be asked for."""
     error = refused("gs://my-bucket/adapters/run-42", staging)
