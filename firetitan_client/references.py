@@ -213,8 +213,9 @@ def adapter_reference(adapter_path: Any) -> str:
     text = text.strip()
     if "://" in text or "\0" in text:
         return text
-    folder = Path(text).expanduser()
-    return str(folder.absolute()) if folder.exists() else text
+    # os.path: what can be no path at all, a name too long or no user's home, is none either.
+    folder = os.path.expanduser(text)  # noqa: PTH111
+    return str(Path(folder).absolute()) if os.path.exists(folder) else text  # noqa: PTH110
 
 
 def cross_job(checkpoint_name: str, source_job_id: str | None) -> str:

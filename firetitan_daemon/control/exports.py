@@ -81,7 +81,11 @@ def _check_folder(text: str) -> Path:
     folder = Path(text)
     if not folder.is_absolute() or "\0" in text:
         raise _bad(f"{text[:200]!r} is no absolute path")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise _bad(f"{text[:200]!r} cannot be written to: {error.strerror}") from error
+    if taken:
         raise _bad(f"{text} is there and not empty; choose another")
     return folder
 

@@ -14,7 +14,13 @@ from firetitan_daemon.engine.merge import merge_adapter, write_merged
 from firetitan_daemon.engine.peft import ADAPTER_CONFIG, PeftAdapter, read_adapter
 from firetitan_daemon.engine.pretrained import load_weights
 from firetitan_daemon.engine.raw import result_digest
-from firetitan_daemon.engine.resolve import ResolvedModel, fingerprint, made_model, resolve_model
+from firetitan_daemon.engine.resolve import (
+    ResolvedModel,
+    fingerprint,
+    local_folder,
+    made_model,
+    resolve_model,
+)
 from firetitan_daemon.engine.tensors import from_raw, stored_dtypes
 
 _MERGER = "1"
@@ -58,10 +64,10 @@ def merged_model(folder: Path, above: tuple[Path, ...] = ()) -> ResolvedModel:
 def _base_of(folder: Path, adapter: PeftAdapter) -> str:
     settings: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_bytes())
     name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
-    if not isinstance(name, str) or not name or Path(name).expanduser().resolve() == folder:
+    base = local_folder(name) if isinstance(name, str) else None
+    if not isinstance(name, str) or not name or (base and base.resolve() == folder):
         raise adapter.refuse("names no base model; merge it, or give its base", "base_model")
-    is_hub = not Path(name).expanduser().is_dir()
-    return f"{name}@{revision}" if is_hub and isinstance(revision, str) and revision else name
+    return f"{name}@{revision}" if base is None and isinstance(revision, str) and revision else name
 
 
 def _pair(model: Any, adapter: PeftAdapter, module: str) -> Any:

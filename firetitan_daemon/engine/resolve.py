@@ -77,9 +77,9 @@ def resolve_model(base_model: str, above: tuple[Path, ...] = ()) -> ResolvedMode
         FiretitanError: MODEL_NOT_FOUND, naming what is missing and what to do; INVALID_ARGUMENT
             for an adapter that stands on itself.
     """
-    folder = Path(base_model).expanduser()
-    if folder.is_dir():
-        folder = folder.resolve()
+    found = local_folder(base_model)
+    if found is not None:
+        folder = found.resolve()
         if (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file():
             return _merged(folder, above)
         missing = missing_files(folder)
@@ -99,6 +99,12 @@ def resolve_model(base_model: str, above: tuple[Path, ...] = ()) -> ResolvedMode
         log.warning("base_model=%s source=%r path=%s", base_model, GGUF_SOURCE, path)
         return ResolvedModel(path, GGUF_SOURCE, fingerprint(path), None)
     return ResolvedModel(path, "hub", fingerprint(path), path.name)
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder a model's name stands for; None where it is an id, or no path at all."""
+    folder = os.path.expanduser(name)  # noqa: PTH111  # pathlib raises for homes of nobody
+    return Path(folder) if os.path.isdir(folder) else None  # noqa: PTH112  # and for long names
 
 
 def missing_files(folder: Path) -> str | None:

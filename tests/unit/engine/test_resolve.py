@@ -72,10 +72,7 @@ def test_what_is_no_folder_and_no_id_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if name:
-        assert "no such folder" in _refusal(name)
-    else:
-        assert "no config.json" in _refusal(name)
+    assert "no such folder" in _refusal(name)
 
 
 @pytest.mark.timeout(20)
