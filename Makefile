@@ -11,9 +11,10 @@ PYTEST := $(BIN)/python -m pytest
 READY := $(VENV)/.ready
 PROTO_READY := $(PROTO_VENV)/.ready
 POLYGLOT := examples/polyglot
+FUZZ_SECONDS ?= 180
 TINKERS := 0.23.0 0.27.0 0.38.0
 
-.PHONY: help setup demo test test-slow test-reliability test-tinker polyglot polyglot-node polyglot-go verify verify-lint verify-types verify-imports verify-proto \
+.PHONY: help setup demo test test-slow test-reliability test-tinker fuzz polyglot polyglot-node polyglot-go verify verify-lint verify-types verify-imports verify-proto \
 	verify-docs fix-lint fix-proto proto proto-baseline bench chaos examples ci clean
 
 help: ## Show this list
@@ -59,6 +60,17 @@ test-tinker: setup $(TINKERS:%=.venv-tinker-%/.ready) ## Run the compatibility t
 .venv-tinker-%/.ready: $(READY)
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps 'tinker==$*'
+	@$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> "$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/firetitan.pth"
+	@touch $@
+
+# What is found lies in out/fuzz; `fuzz.py FILE` runs it again.
+fuzz: setup .venv-fuzz/.ready ## Look for bytes that break an RPC or a reader of files (FUZZ_SECONDS=180)
+	@.venv-fuzz/bin/python tests/hostile/fuzz.py --seconds $(FUZZ_SECONDS)
+
+.venv-fuzz/.ready: $(READY)
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python $(PIP_INSTALL) 'atheris>=3,<4'
 	@$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
 		> "$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/firetitan.pth"
 	@touch $@

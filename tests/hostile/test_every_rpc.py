@@ -29,7 +29,7 @@ from support.hostile import (
     put,
     spelled,
 )
-from support.hostile_world import GOOD, MAKERS, NAMES, Site, World, name_of, tamed
+from support.hostile_world import DEADLINE_S, GOOD, MAKERS, NAMES, Site, World, name_of, tamed
 from support.sizes import seed, size
 
 from firetitan_daemon.rpc.binding import is_command
@@ -160,9 +160,10 @@ def test_one_hostile_value_at_a_time(world: World, method: MethodDescriptor) -> 
             assert sender.send(bad_utf8(sender.good(), path)) is not None
 
 
-def test_every_text_has_a_limit(world: World) -> None:
+def test_every_text_has_a_limit(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A text of megabytes anywhere in any RPC is refused, not kept."""
     long, kept = size("x" * 200_000, TEN_MB), []
+    monkeypatch.setattr(world, "stream_s", DEADLINE_S)
     for method in METHODS:
         sender = Sender(world, world.toy, method)
         for path in fields(method.input_type):

@@ -15,8 +15,8 @@ from pathlib import Path
 import grpc
 import pytest
 from firetitan.v1 import checkpoint_service_pb2, trainer_service_pb2, training_service_pb2
-from support.daemon import DaemonProcess
 from support.stubs import TOY, LaneClient, Stubs
+from support.tcp import TcpDaemon
 
 from firetitan_client import (
     DeploymentManager,
@@ -52,9 +52,9 @@ ALL = [*VARIABLES.values(), API_KEY, HEADER, NOTE, ADDRESS_PASSWORD, ADDRESS_QUE
 @pytest.fixture
 def told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Told]:
     caplog.set_level(logging.DEBUG)
-    daemon = DaemonProcess(
+    daemon = TcpDaemon(
         tmp_path / "home",
-        {
+        environment={
             **VARIABLES,
             "FIRETITAN_LOG_LEVEL": "debug",
             "HF_HUB_OFFLINE": "0",
@@ -72,7 +72,7 @@ def told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Told]:
 class Told:
     """Everything that daemon, workers and client say and show of themselves."""
 
-    def __init__(self, daemon: DaemonProcess, caplog: pytest.LogCaptureFixture) -> None:
+    def __init__(self, daemon: TcpDaemon, caplog: pytest.LogCaptureFixture) -> None:
         self.daemon, self._caplog = daemon, caplog
         self.errors: list[str] = []
         """What callers were told."""
@@ -136,6 +136,7 @@ def test_secrets_stay_out_of_what_is_written_down(
     stubs = Stubs(told.daemon.address)
     _through_the_client(told)
     _through_the_protocol(told, stubs)
+    _over_tcp(told)
     # A worker that dies leaves a log, and a replacement.
     toy = trainer_service_pb2.GetTrainerRequest(name="trainers/toy")
     os.kill(stubs.trainers.GetTrainer(toy).trainer.worker_pid, signal.SIGKILL)
@@ -147,7 +148,7 @@ def test_secrets_stay_out_of_what_is_written_down(
     leaks = [
         f"{one.rpartition('-')[0]} in {where}"
         for where, text in shown.items()
-        for one in ALL
+        for one in [*ALL, told.daemon.token]
         if one in text
     ]
     assert not leaks, leaks
@@ -214,3 +215,25 @@ def _through_the_protocol(told: Told, stubs: Stubs) -> None:
         checkpoint_id="../x", user_metadata={"note": NOTE}
     )
     told.errors.append(str(stubs.wait(lane.send(broken).name).error))
+
+
+def _over_tcp(told: Told) -> None:
+    """The daemon's own token, right and wrong, by calls that work and calls that fail."""
+    daemon = told.daemon
+    over_tcp = daemon.stubs()
+    request = trainer_service_pb2.GetTrainerRequest(name="trainers/toy")
+    assert over_tcp.trainers.GetTrainer(request).trainer.name == "trainers/toy"
+    nothing = trainer_service_pb2.GetTrainerRequest(name="../x")
+    told.fails(lambda: over_tcp.trainers.GetTrainer(nothing))
+    over_tcp.channel.close()
+    wrong = grpc.composite_channel_credentials(
+        daemon.tls(certificate=True), grpc.access_token_call_credentials(HEADER)
+    )
+    with grpc.secure_channel(daemon.target, wrong) as channel:
+        call = channel.unary_unary("/firetitan.v1.TrainerService/GetTrainer")
+        told.fails(lambda: call(nothing.SerializeToString(), timeout=20))
+    keys = {"address": daemon.target, "credentials": str(daemon.credentials)}
+    for token in (daemon.token, f"ft_{API_KEY}"):
+        manager = TrainerJobManager(api_key=token, **keys)
+        told.errors.append(repr(manager))
+        told.fails(lambda manager=manager: manager.get("nothing"))

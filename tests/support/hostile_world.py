@@ -52,8 +52,6 @@ from support.hostile import Refusal, path_of, refusal
 from support.stubs import TOY, LaneClient, Stubs, optim_request
 
 DEADLINE_S = 20.0
-STREAM_S = 0.1
-"""How long a stream that stays open is listened to."""
 
 
 class Served(Protocol):
@@ -63,7 +61,8 @@ class Served(Protocol):
     process: Any
 
     @property
-    def address(self) -> str: ...
+    def address(self) -> str:
+        """Where it serves."""
 
 
 class Site:
@@ -103,6 +102,8 @@ class World:
     def __init__(self, daemon: Served, tiny_llama: Path | None) -> None:
         self.daemon = daemon
         self.stubs = Stubs(daemon.address)
+        self.stream_s = 0.1
+        """How long a stream that stays open is listened to."""
         self.toy = Site(self.stubs, "toy", TOY, 0)
         self.sites = [self.toy]
         if tiny_llama is not None:
@@ -139,7 +140,7 @@ class World:
         try:
             if method.client_streaming:
                 call = self.stubs.channel.stream_stream(path_of(method))
-                list(call(iter([raw]), timeout=STREAM_S))
+                list(call(iter([raw]), timeout=self.stream_s))
             elif method.server_streaming:
                 list(self.stubs.channel.unary_stream(path_of(method))(raw, timeout=DEADLINE_S))
             else:

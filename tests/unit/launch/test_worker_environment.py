@@ -22,8 +22,8 @@ def test_the_users_choice_of_waiting_stands() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["AWS_SECRET_ACCESS_KEY", "FIREWORKS_API_KEY", "FIRETITAN_API_KEY", "FIRETITAN_TOKEN", "HF_SECRET_KEY",
-     "PYTHON_KEYRING_PASSWORD"],
+    ["AWS_SECRET_ACCESS_KEY", "FIREWORKS_API_KEY", "FIRETITAN_API_KEY", "FIRETITAN_TOKEN",
+     "HF_SECRET_KEY", "PYTHON_KEYRING_PASSWORD"],
 )  # fmt: skip
 def test_secrets_of_others_stay_behind(name: str) -> None:
     assert name not in environment({name: "x"}, 0)

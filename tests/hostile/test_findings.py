@@ -1,0 +1,51 @@
+"""What fuzzing and the hostile tests found, one test a finding: each was an unforeseen error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from firetitan_client.references import adapter_reference
+from firetitan_daemon.control import exports
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.shapes import Shapes
+from firetitan_daemon.engine.resolve import resolve_model
+from firetitan_daemon.rpc.paging import page
+
+LONG = "x" * 300
+"""Longer than a file's name may be: looking for it is an error of its own."""
+
+
+def test_a_page_token_of_thousands_of_digits() -> None:
+    with pytest.raises(FiretitanError) as caught:
+        page([1], 0, "9" * 5000)
+    assert (caught.value.reason, caught.value.field) == (Reason.INVALID_ARGUMENT, "page_token")
+
+
+def test_a_kind_of_shape_that_is_none() -> None:
+    with pytest.raises(FiretitanError) as caught:
+        Shapes((), (), 0).all("noShapes")
+    assert (caught.value.reason, caught.value.field) == (Reason.INVALID_ARGUMENT, "kind")
+
+
+@pytest.mark.parametrize("text", [LONG, f"{LONG}/x", "~nobody-has-this-name/x"])
+def test_an_adapter_whose_name_can_be_no_path(text: str) -> None:
+    assert adapter_reference(text) == text
+
+
+@pytest.mark.parametrize("text", [LONG, f"/{LONG}", "~nobody-has-this-name/x"])
+def test_a_base_model_whose_name_can_be_no_path(text: str) -> None:
+    with pytest.raises(FiretitanError) as caught:
+        resolve_model(text)
+    assert (caught.value.reason, caught.value.field) == (Reason.MODEL_NOT_FOUND, "base_model")
+
+
+def test_a_folder_to_export_to_whose_name_is_too_long() -> None:
+    with pytest.raises(FiretitanError) as caught:
+        exports._check_folder(f"/{LONG}")
+    assert (caught.value.reason, caught.value.field) == (Reason.INVALID_ARGUMENT, "folder")
+
+
+def test_a_folder_to_export_to_that_is_new(tmp_path: Path) -> None:
+    assert exports._check_folder(str(tmp_path / "new")) == tmp_path / "new"
