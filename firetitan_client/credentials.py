@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from firetitan_client.address import home
 logger = logging.getLogger("firetitan")
 
 _TOKEN_PREFIX = "ft_"
+_TOKEN = re.compile(rf"{_TOKEN_PREFIX}[\w-]+", re.ASCII)
 _VARIABLES = ("FIRETITAN_API_KEY", "FIREWORKS_API_KEY")
 
 
@@ -38,12 +41,15 @@ class Access:
         """An encrypted channel to `host:port`; there is no other kind.
 
         Raises:
-            ValueError: Something is missing; the text says what and where it was looked for.
+            ValueError: Something is missing or damaged; the text says what and where it was looked
+                for, and nothing of what is in it.
         """
         folder = credentials_folder(self.folder)
         certificate, key = _read(folder / "client.crt"), _read(folder / "client.key")
+        authority = _needed(folder / "ca.crt", target)
+        _check(folder, own=bool(certificate and key))
         tls = grpc.ssl_channel_credentials(
-            _needed(folder / "ca.crt", target),
+            authority,
             private_key=key if certificate else None,
             certificate_chain=certificate if key else None,
         )
@@ -55,10 +61,11 @@ class Access:
         given = {"api_key": self.api_key, **{name: os.environ.get(name) for name in _VARIABLES}}
         for name, value in given.items():
             if value and value.strip().startswith(_TOKEN_PREFIX):
-                return value.strip()
+                return _checked(value.strip(), name)
             if value:
                 logger.info("%s is no token of a firetitan daemon and is not sent", name)
-        return _needed(folder / "token", target).decode("ascii", "replace").strip()
+        path = folder / "token"
+        return _checked(_needed(path, target).decode("ascii", "replace").strip(), str(path))
 
 
 def access_of(
@@ -72,6 +79,33 @@ def credentials_folder(given: str | os.PathLike[str] | None = None) -> Path:
     """Where token and certificates are."""
     found = given or os.environ.get("FIRETITAN_CREDENTIALS")
     return Path(found).expanduser().absolute() if found else home() / "credentials"
+
+
+def _checked(token: str, origin: str) -> str:
+    """A token, where it can be one: gRPC would say of another that nobody answers."""
+    if _TOKEN.fullmatch(token) is None:
+        raise ValueError(
+            f"credentials: what {origin} says is no token ({_TOKEN_PREFIX} and letters, digits, - "
+            "and _); copy it from the file token in the daemon's credentials"
+        )
+    return token
+
+
+def _check(folder: Path, *, own: bool) -> None:
+    """See that the certificates can be used, as Python's own TLS reads them."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    name = "ca.crt"
+    try:
+        context.load_verify_locations(folder / name)
+        name = "client.crt with client.key"
+        if own:
+            # A password that is given is not asked for at the terminal.
+            context.load_cert_chain(folder / "client.crt", folder / "client.key", password="")
+    except OSError as error:  # ssl.SSLError is one
+        raise ValueError(
+            f"credentials: {folder / name} cannot be used ({error.strerror or error}); copy the "
+            "folder credentials of the daemon's home anew"
+        ) from error
 
 
 def _needed(path: Path, target: str) -> bytes:

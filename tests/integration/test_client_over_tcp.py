@@ -197,6 +197,29 @@ def test_what_is_missing_or_wrong_is_said(
     assert call(copy_without()) == []
 
 
+@pytest.mark.parametrize("name", ["ca.crt", "client.crt", "client.key", "token"])
+def test_a_damaged_file_is_named_and_not_quoted(daemon: TcpDaemon, laptop: Path, name: str) -> None:
+    """It is no absent daemon, which is what gRPC makes of it."""
+    damaged = laptop / "credentials" / name
+    damaged.write_text("-----BEGIN QZQZ\nQZQZ\n")
+    with pytest.raises(ValueError, match=name) as refused:
+        FireworksClient(address=daemon.target, credentials=damaged.parent).list_models()
+    assert str(damaged.parent) in str(refused.value)
+    assert "QZQZ" not in str(refused.value)
+
+
+@pytest.mark.parametrize("token", ["ft_QZQZ\r\nx: QZQZ", "ft_QZQZ\N{EURO SIGN}", "ft_QZ QZ", "ft_"])
+def test_what_can_be_no_token_is_refused_here(
+    daemon: TcpDaemon, laptop: Path, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    with pytest.raises(ValueError, match="api_key says is no token") as refused:
+        FireworksClient(address=daemon.target, api_key=token).list_models()
+    assert "QZ" not in str(refused.value)
+    monkeypatch.setenv("FIRETITAN_API_KEY", token)
+    with pytest.raises(ValueError, match="FIRETITAN_API_KEY says is no token"):
+        FireworksClient(address=daemon.target, api_key="fw_of_the_cloud").list_models()
+
+
 def test_no_daemon_is_started_for_an_address_elsewhere(laptop: Path) -> None:
     with pytest.raises(DaemonNotRunning, match=r"no daemon answers at 127.0.0.1:9.*--tcp"):
         FireworksClient(address="127.0.0.1:9", autostart=True).list_models()
