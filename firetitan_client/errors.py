@@ -313,6 +313,7 @@ BY_REASON: dict[str, type[FiretitanError]] = {
     "CHECKPOINT_IN_USE": FailedPrecondition,
     "MODEL_IN_USE": FailedPrecondition,
     "RESOURCE_FAILED": FailedPrecondition,
+    "STATE_NOT_WRITABLE": FailedPrecondition,
 }
 """Class of each reason, by its name without the enum's prefix."""
 

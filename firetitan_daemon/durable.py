@@ -85,7 +85,8 @@ def publish_file(path: Path, data: bytes, *, fsync: bool = True, mode: int | Non
         mode: Of the file; None: what the umask leaves.
 
     Raises:
-        OSError: Nothing was published; the temporary file is gone.
+        OSError: Nothing was published, the temporary file is gone; or, where the last flush failed,
+            `data` is there and may not survive a loss of power.
     """
     temporary = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
     try:

@@ -23,6 +23,7 @@ from firetitan_daemon.control.codec import Header
 from firetitan_daemon.control.holds import discard
 from firetitan_daemon.control.recovery import MAX_DEATHS, SessionRecovery
 from firetitan_daemon.control.services import (
+    DISK_TROUBLE,
     Services,
     error_record,
     internal_error,
@@ -233,6 +234,10 @@ class CommandPipeline:
         try:
             self._rows.check_preceding(operation)
             assert operation.payload is not None
+            while not await self._services.spool.there():
+                # Its payload is not damaged, only away.
+                logger.error("the spool is gone, waiting for it op=%s", operation.id)
+                await asyncio.sleep(_DISK_RETRY_S)
             payload = b""
             if operation.method in _READS_PAYLOAD:
                 payload = await self._services.spool.read(operation.payload)
@@ -357,7 +362,7 @@ class CommandPipeline:
 
     async def _await_space(self, operation: Operation, error: FiretitanError | OSError) -> None:
         # The worker has run it: saying that it failed would be wrong, so wait for the disk.
-        if isinstance(error, FiretitanError) and error.reason is not Reason.STATE_DISK_FULL:
+        if isinstance(error, FiretitanError) and error.reason not in DISK_TROUBLE:
             raise error
         logger.error("cannot settle op=%s, trying again: %s", operation.id, error)
         await asyncio.sleep(_DISK_RETRY_S)

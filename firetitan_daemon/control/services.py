@@ -26,6 +26,8 @@ from firetitan_daemon.core.shapes import Shapes
 
 logger = logging.getLogger("firetitan.control")
 DISK_RETRY_S = 1.0
+DISK_TROUBLE = (Reason.STATE_DISK_FULL, Reason.STATE_NOT_WRITABLE)
+"""What passes once someone sees to the disk."""
 _T = TypeVar("_T")
 
 
@@ -63,7 +65,7 @@ class Services:
 
 
 async def when_there_is_space(what: str, write: Callable[[], Awaitable[_T]]) -> _T:
-    """Repeat a write that a full disk refuses: for what has happened and must be told.
+    """Repeat a write that the disk refuses: for what has happened and must be told.
 
     Args:
         what: For the log.
@@ -73,7 +75,7 @@ async def when_there_is_space(what: str, write: Callable[[], Awaitable[_T]]) -> 
         try:
             return await write()
         except FiretitanError as error:
-            if error.reason is not Reason.STATE_DISK_FULL:
+            if error.reason not in DISK_TROUBLE:
                 raise
             logger.error("cannot write down %s, trying again: %s", what, error)
             await asyncio.sleep(DISK_RETRY_S)

@@ -60,6 +60,7 @@ class Reason(StrEnum):
     CHECKPOINT_IN_USE = "CHECKPOINT_IN_USE"
     MODEL_IN_USE = "MODEL_IN_USE"
     RESOURCE_FAILED = "RESOURCE_FAILED"
+    STATE_NOT_WRITABLE = "STATE_NOT_WRITABLE"
 
 
 CODES: dict[Reason, str] = {
@@ -111,6 +112,7 @@ CODES: dict[Reason, str] = {
     Reason.CHECKPOINT_IN_USE: "FAILED_PRECONDITION",
     Reason.MODEL_IN_USE: "FAILED_PRECONDITION",
     Reason.RESOURCE_FAILED: "FAILED_PRECONDITION",
+    Reason.STATE_NOT_WRITABLE: "FAILED_PRECONDITION",
 }
 """The gRPC status code of each reason, by name."""
 

@@ -186,10 +186,21 @@ class Spool(Protocol):
     """Request and result bytes, one file each; survives a process death."""
 
     async def write(self, data: bytes) -> SpoolRef:
-        """Publish bytes. Raises FiretitanError STATE_DISK_FULL with nothing left behind."""
+        """Publish bytes.
+
+        Raises:
+            FiretitanError: STATE_DISK_FULL, STATE_NOT_WRITABLE; nothing is left behind.
+        """
 
     async def read(self, ref: SpoolRef) -> bytes:
-        """Bytes, verified. Raises FiretitanError CHECKSUM_MISMATCH."""
+        """Bytes, verified.
+
+        Raises:
+            FiretitanError: CHECKSUM_MISMATCH; RECOVERING while the whole spool is away.
+        """
+
+    async def there(self) -> bool:
+        """Whether the spool is in its place: what is in it can be read."""
 
     async def remove(self, refs: Sequence[SpoolRef]) -> None:
         """Remove files; those gone already are fine."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,24 +79,33 @@ def write_safetensors(
         )
         for name, tensor in sorted(tensors.items())
     }
-    with disk_errors(path):
+    with disk_errors(path, sum(tensor.data.nbytes for tensor in tensors.values())):
         serialize_file(specs, path, metadata=dict(metadata) if metadata else None)
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what a full disk raises into STATE_DISK_FULL naming `path`; other errors pass."""
+def disk_errors(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turn what a full disk raises into STATE_DISK_FULL naming `path`; other errors pass.
+
+    Args:
+        path: In a folder that is being filled, which is below another.
+        needed_bytes: What is written, where that is known.
+    """
     try:
         yield
     except (SafetensorError, OSError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if not full and not any(text in str(error) for text in _FULL):
             raise
+        free = shutil.disk_usage(path.parents[1]).free
+        need = f"{needed_bytes} bytes are needed, " if needed_bytes else ""
         raise FiretitanError(
             Reason.STATE_DISK_FULL,
-            f"no space left to write {path.name} in {path.parents[1]}; nothing was saved, "
-            "free some space there and save again",
+            f"no space left to write {path.name} in {path.parents[1]}: {need}{free} bytes are free; "
+            "nothing was saved, free some space there and save again",
             file=path.name,
+            free_bytes=str(free),
+            **({"needed_bytes": str(needed_bytes)} if needed_bytes else {}),
         ) from error
 
 

@@ -25,7 +25,7 @@ from firetitan_daemon.control.services import Services
 from firetitan_daemon.control.sessions import SessionManager
 from firetitan_daemon.control.shared_reads import SharedReads
 from firetitan_daemon.core import names
-from firetitan_daemon.core.errors import FiretitanError
+from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.records import Deployment, Operation, OperationState, Trainer
 from firetitan_daemon.rpc import convert
 from firetitan_daemon.rpc.errors import to_status
@@ -72,6 +72,9 @@ class OperationMessages:
                 record = self._deployments.get(operation.target)
                 message.deployment.CopyFrom(self.deployment(record))
         except FiretitanError as error:
+            if error.reason is Reason.RECOVERING:
+                # It has a result, which cannot be read just now.
+                raise
             message.error.CopyFrom(to_status(error))
         return message
 

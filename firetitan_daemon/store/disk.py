@@ -1,17 +1,20 @@
-"""A full disk: how it is told, and the reserve that lets the ledger go on freeing space.
+"""A disk that is full or not writable: how it is told; the reserve that lets the ledger free space.
 
 Knows: errno, files. Must not know: tables, records.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
 import shutil
 from pathlib import Path
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 
+logger = logging.getLogger("firetitan.store")
 BALLAST_BYTES = 4 * 1024 * 1024
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -34,6 +37,23 @@ def disk_full(folder: Path, needed_bytes: int | None = None) -> FiretitanError:
     )
 
 
+def cannot_write(folder: Path, error: OSError, needed_bytes: int | None = None) -> FiretitanError:
+    """STATE_DISK_FULL or STATE_NOT_WRITABLE, for what writing to a folder raised."""
+    if is_full(error):
+        return disk_full(folder, needed_bytes)
+    return not_writable(folder, error.strerror or str(error))
+
+
+def not_writable(path: Path, why: str) -> FiretitanError:
+    """STATE_NOT_WRITABLE for a folder or a file of the state."""
+    return FiretitanError(
+        Reason.STATE_NOT_WRITABLE,
+        f"cannot write to {path}: {why}; nothing was changed. What was accepted waits, what needs "
+        "no writing goes on: make the folder writable or put it back, then send the request again",
+        path=str(path),
+    )
+
+
 class Ballast:
     """A file of nothing, given up when the disk is full: in SQLite, deleting needs space too."""
 
@@ -43,16 +63,16 @@ class Ballast:
 
     def ensure(self) -> bool:
         """Take the space again if it can be had; whether it is there."""
-        if self._path.exists():
-            return True
         try:
+            if self._path.exists():
+                return True
             with self._path.open("xb") as file:
                 os.posix_fallocate(file.fileno(), 0, self._size_bytes)
         except OSError as error:
-            self._path.unlink(missing_ok=True)
-            if is_full(error):
-                return False
-            raise
+            logger.warning("no reserve against a full disk path=%s: %s", self._path, error)
+            with contextlib.suppress(OSError):  # as read-only as what made it fail
+                self._path.unlink(missing_ok=True)
+            return False
         return True
 
     def release(self) -> bool:

@@ -13,6 +13,7 @@ Knows: folders below one root. Must not know: what is in them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import ADAPTERS, Folders, LoadSource
 from firetitan_daemon.store.adapters import fetch_adapter, readable_name
-from firetitan_daemon.store.disk import disk_full, is_full
+from firetitan_daemon.store.disk import cannot_write
 
 logger = logging.getLogger("firetitan.folders")
 STAGING = "staging"
@@ -131,6 +132,10 @@ class FileFolders(Folders):
             durable.remove(final)
             durable.publish_folder(staging, final)
         except OSError as error:
+            if not staging.exists():
+                # The last flush failed: it has its name already, and no row will.
+                with contextlib.suppress(OSError):
+                    durable.remove(final)
             raise self._failure(error) from error
         return final
 
@@ -152,9 +157,7 @@ class FileFolders(Folders):
         return sum(_removed(folder) for folder in strays)
 
     def _failure(self, error: OSError) -> FiretitanError:
-        if is_full(error):
-            return disk_full(self._root)
-        return FiretitanError(Reason.INTERNAL, f"cannot write to {self._root}: {error.strerror}")
+        return cannot_write(self._root, error)
 
 
 def _removed(folder: Path) -> bool:

@@ -7,6 +7,8 @@ survives the death of the process, the loss of power only where `fsync` asks for
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +21,9 @@ from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Spool
 from firetitan_daemon.core.records import SpoolRef
-from firetitan_daemon.store.disk import disk_full, is_full
+from firetitan_daemon.store.disk import cannot_write
 
+logger = logging.getLogger("firetitan.spool")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -44,8 +47,16 @@ class FileSpool(Spool):
         return await self._run(self._write, data)
 
     async def read(self, ref: SpoolRef) -> bytes:
-        """Bytes, verified. Raises FiretitanError CHECKSUM_MISMATCH."""
+        """Bytes, verified.
+
+        Raises:
+            FiretitanError: CHECKSUM_MISMATCH; RECOVERING while the whole folder is away.
+        """
         return await self._run(self._read, ref)
+
+    async def there(self) -> bool:
+        """Whether the folder is in its place."""
+        return await self._run(self._root.is_dir)
 
     async def remove(self, refs: Sequence[SpoolRef]) -> None:
         """Remove files; those gone already are fine."""
@@ -68,11 +79,10 @@ class FileSpool(Spool):
         try:
             durable.publish_file(path, data, fsync=self._fsync)
         except OSError as error:
-            if is_full(error):
-                raise disk_full(self._root, len(data)) from error
-            raise FiretitanError(
-                Reason.INTERNAL, f"cannot write to {self._root}: {error.strerror}"
-            ) from error
+            # Where the last flush failed it has its name already.
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            raise cannot_write(self._root, error, len(data)) from error
         return SpoolRef(str(path), len(data), blake3(data).hexdigest())
 
     def _read(self, ref: SpoolRef) -> bytes:
@@ -80,6 +90,14 @@ class FileSpool(Spool):
         try:
             data = path.read_bytes()
         except OSError as error:
+            if not self._root.is_dir():
+                raise FiretitanError(
+                    Reason.RECOVERING,
+                    f"the folder {self._root} is gone, with what was asked for; put it back, then "
+                    "ask again",
+                    path=str(self._root),
+                    retry_after_s="0.5",
+                ) from error
             raise _damaged(path, ref, error.strerror or "unreadable") from error
         found = blake3(data).hexdigest()
         if found != ref.digest:
@@ -88,7 +106,10 @@ class FileSpool(Spool):
 
     def _remove(self, refs: Sequence[SpoolRef]) -> None:
         for ref in refs:
-            self._here(ref).unlink(missing_ok=True)
+            try:
+                self._here(ref).unlink(missing_ok=True)
+            except OSError as error:  # read-only: no reason to stop what is being done
+                logger.warning("left for the next start to remove file=%s: %s", ref.path, error)
 
     def _sweep(self, keep: set[str]) -> int:
         strays = [path for path in self._root.iterdir() if path.name not in keep]

@@ -39,9 +39,10 @@ from firetitan_daemon.core.records import (
 )
 from firetitan_daemon.store import schema
 from firetitan_daemon.store.codec import decode, encode
-from firetitan_daemon.store.disk import Ballast, disk_full
+from firetitan_daemon.store.disk import Ballast, disk_full, not_writable
 from firetitan_daemon.store.rules import clamp, in_use, reused, stood_on, trainer_of, unknown_page
 
+_NOT_WRITABLE = ("SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_CANTOPEN")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -474,9 +475,12 @@ class SqliteStore(Store):
             raise self._failure(error) from error
 
     def _failure(self, error: sqlite3.Error) -> FiretitanError:
-        if getattr(error, "sqlite_errorname", "") == "SQLITE_FULL":
+        name = getattr(error, "sqlite_errorname", "")
+        if name == "SQLITE_FULL":
             return disk_full(self._path.parent)
-        if getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY"):
+        if name.startswith(_NOT_WRITABLE):
+            return not_writable(self._path, str(error))
+        if name.startswith("SQLITE_BUSY"):
             why = "another process has it open; end that first"
         else:
             why = f"{error}; see that the disk is sound and the folder writable"

@@ -83,9 +83,16 @@ def read_spooled(file: worker_pb2.SpoolFile) -> bytes:
     """The bytes of a spool file, verified before use.
 
     Raises:
-        FiretitanError: CHECKSUM_MISMATCH naming the expected and the found size or digest.
+        FiretitanError: CHECKSUM_MISMATCH naming the expected and the found size or digest;
+            STATE_NOT_WRITABLE while the whole spool is away.
     """
     path = Path(file.path)
+    if not path.parent.is_dir():
+        raise FiretitanError(
+            Reason.STATE_NOT_WRITABLE,
+            f"the folder {path.parent} is gone; put it back",
+            path=str(path.parent),
+        )
     try:
         raw = durable.read_file(path, file.size_bytes)
     except OSError as error:

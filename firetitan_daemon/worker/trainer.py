@@ -26,6 +26,7 @@ from firetitan_daemon.worker.points import PointInWriting, begin, check_boundary
 from firetitan_daemon.worker.servicer import EngineHost
 
 log = logging.getLogger(__name__)
+SPOOL_RETRY_S = 0.5
 
 
 @dataclass
@@ -204,7 +205,7 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
             client_id, seq = request.client_id, request.seq
             try:
                 failpoint("worker.admitted")
-                command = await self._host.run(lambda: parse(request))
+                command = await self._parse(request)
                 client_id, seq = command.header.client_id, command.header.seq
                 response = await self._run_parsed(session, command)
             except Exception as error:  # whatever happens, the number is taken and answered
@@ -232,6 +233,17 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
                 session.computed_s,
             )
             return response
+
+    async def _parse(self, request: worker_pb2.ExecuteRequest) -> Parsed:
+        """Read a command; one whose payload is only away, with its folder, waits for it."""
+        while True:
+            try:
+                return await self._host.run(lambda: parse(request))
+            except FiretitanError as error:
+                if error.reason is not Reason.STATE_NOT_WRITABLE:
+                    raise
+                log.error("event=waiting commit_seq=%d: %s", request.commit_seq, error)
+                await asyncio.sleep(SPOOL_RETRY_S)
 
     async def _run_parsed(
         self, session: HeldSession, command: Parsed

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,48 +11,18 @@ import pytest
 from firetitan.v1 import operation_service_pb2, training_service_pb2
 from support.commands import GOOD, toy_datum
 from support.daemon import DaemonProcess
+from support.disks import Disk, needs_root
 from support.stubs import LaneClient, Stubs, reason, status_reason
 
-pytestmark = [
-    pytest.mark.timeout(90),
-    pytest.mark.skipif(
-        os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting a tmpfs needs root"
-    ),
-]
-SIZE_KB = 256
-
-
-class Disk:
-    """A small file system of its own at a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(mode=0o700, parents=True)
-        mounted = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={SIZE_KB}k,mode=700", "tmpfs", str(folder)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if mounted.returncode:
-            pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
-
-    def fill(self, left_bytes: int = 0) -> None:
-        free = shutil.disk_usage(self.folder).free
-        (self.folder / "filler").write_bytes(bytes(max(0, free - left_bytes)))
-
-    def free(self) -> None:
-        (self.folder / "filler").unlink(missing_ok=True)
-
-    def unmount(self) -> None:
-        subprocess.run(["umount", "-l", str(self.folder)], check=True)
+pytestmark = [pytest.mark.timeout(120), needs_root]
+SIZE_KB = 1024
 
 
 class World:
     """A daemon one of whose folders is a small disk; a session with a gradient pending."""
 
     def __init__(self, home: Path, folder: str) -> None:
-        self.disk = Disk(home / folder)
+        self.disk = Disk(home / folder, home.parent / "image", SIZE_KB)
         self.daemon = DaemonProcess(home)
 
     def start(self) -> None:
@@ -130,7 +97,13 @@ def test_no_room_for_a_save(world: World, method: str) -> None:
     operation = save("more")
     ended = world.stubs.wait(operation.name)
     assert status_reason(ended.error) == "STATE_DISK_FULL", ended.error
-    for text in ("no space left", str(world.disk.folder), "nothing was saved", "free some space"):
+    for text in (
+        "no space left",
+        str(world.disk.folder),
+        "bytes are free",
+        "nothing was saved",
+        "free some space",
+    ):
         assert text in ended.error.message
     assert "Traceback" not in str(ended.error)
     world.lane.seen_failure = operation.seq

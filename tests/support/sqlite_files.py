@@ -18,6 +18,7 @@ import pytest
 
 from support.power_loss import active
 
+_CODES = {apsw.FullError: apsw.SQLITE_FULL, apsw.IOError: apsw.SQLITE_IOERR}
 _number = itertools.count()
 Fail = Callable[[str], None]
 """Called before each write, sync and truncate; raises where it is to fail."""
@@ -128,7 +129,8 @@ def _translated() -> Iterator[None]:
         if isinstance(error, apsw.ConstraintError):
             kind = sqlite3.IntegrityError
         told = kind(str(error))
-        code = getattr(error, "extendedresult", None) or getattr(error, "result", 0)
+        # One that `fail` raised has no code of its own.
+        code = getattr(error, "extendedresult", None) or _CODES.get(type(error), 0)
         names = apsw.mapping_extended_result_codes | apsw.mapping_result_codes
         told.sqlite_errorname = names.get(code, "SQLITE_ERROR")
         raise told from error

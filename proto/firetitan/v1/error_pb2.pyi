@@ -123,6 +123,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """FAILED_PRECONDITION. A trainer, a deployment or an adapter needs the model."""
     ERROR_REASON_RESOURCE_FAILED: _ErrorReason.ValueType  # 48
     """FAILED_PRECONDITION. The trainer or deployment failed for good; create it again."""
+    ERROR_REASON_STATE_NOT_WRITABLE: _ErrorReason.ValueType  # 49
+    """FAILED_PRECONDITION. The folder that holds the daemon's state is read-only, gone or broken."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reason in `google.rpc.ErrorInfo` (domain "firetitan.v1"); decide on this, never on text."""
@@ -225,6 +227,8 @@ ERROR_REASON_MODEL_IN_USE: ErrorReason.ValueType  # 47
 """FAILED_PRECONDITION. A trainer, a deployment or an adapter needs the model."""
 ERROR_REASON_RESOURCE_FAILED: ErrorReason.ValueType  # 48
 """FAILED_PRECONDITION. The trainer or deployment failed for good; create it again."""
+ERROR_REASON_STATE_NOT_WRITABLE: ErrorReason.ValueType  # 49
+"""FAILED_PRECONDITION. The folder that holds the daemon's state is read-only, gone or broken."""
 global___ErrorReason = ErrorReason
 
 @typing.final

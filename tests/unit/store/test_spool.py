@@ -74,4 +74,4 @@ async def test_a_vanished_folder_is_named(spool: FileSpool, tmp_path: Path) -> N
     (tmp_path / "spool").rmdir()
     with pytest.raises(FiretitanError, match=r"cannot write to .*spool") as caught:
         await spool.write(b"a")
-    assert caught.value.reason == Reason.INTERNAL
+    assert caught.value.reason == Reason.STATE_NOT_WRITABLE

@@ -120,8 +120,9 @@ async def test_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FiretitanError, match="not a database") as caught:
         SqliteStore(path)
     assert caught.value.reason == Reason.INTERNAL
-    with pytest.raises(FiretitanError, match="cannot be used"):
+    with pytest.raises(FiretitanError, match=r"cannot write to .*nowhere") as caught:
         SqliteStore(tmp_path / "nowhere" / "state.db")
+    assert caught.value.reason == Reason.STATE_NOT_WRITABLE
 
 
 async def test_an_older_file_is_copied_then_brought_up(tmp_path: Path) -> None:
