@@ -101,7 +101,7 @@ def disk_errors(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
         need = f"{needed_bytes} bytes are needed, " if needed_bytes else ""
         raise FiretitanError(
             Reason.STATE_DISK_FULL,
-            f"no space left to write {path.name} in {path.parents[1]}: {need}{free} bytes are free; "
+            f"no space left to write {path.name} in {path.parents[1]}: {need}{free} bytes free; "
             "nothing was saved, free some space there and save again",
             file=path.name,
             free_bytes=str(free),

@@ -100,7 +100,7 @@ def test_no_room_for_a_save(world: World, method: str) -> None:
     for text in (
         "no space left",
         str(world.disk.folder),
-        "bytes are free",
+        "bytes free",
         "nothing was saved",
         "free some space",
     ):
