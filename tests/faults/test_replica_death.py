@@ -53,8 +53,8 @@ def of_each(stubs: Stubs, replicas: int, seed: int = 3) -> set[bytes]:
 
 def test_the_others_serve_on_and_answer_for_the_dead_one(home: DaemonProcess) -> None:
     stubs = serve(home, 2)
-    alone = [stubs.sampling.Sample(request(seed, 3000, 4)).sequences for seed in range(4)]
-    calls = begin(stubs, 4, max_tokens=3000, samples=4)
+    alone = [stubs.sampling.Sample(request(seed, 2000, 4)).sequences for seed in range(4)]
+    calls = begin(stubs, 4, max_tokens=2000, samples=4)
     first, second = (one.pid for one in deployment(stubs).workers)
     os.kill(first, signal.SIGKILL)
     # Without a retry of ours: what the dead one had begun the other has answered.
@@ -63,7 +63,7 @@ def test_the_others_serve_on_and_answer_for_the_dead_one(home: DaemonProcess) ->
     seen = []
     while len(pids := [one.pid for one in deployment(stubs).workers if one.state == ACTIVE]) < 2:
         assert deployment(stubs).state == state
-        seen.append(stubs.sampling.Sample(request(0, 3000, 4)).sequences)
+        seen.append(stubs.sampling.Sample(request(0, 2000, 4)).sequences)
     assert all(one == alone[0] for one in seen)
     assert first not in pids and second in pids
     stubs.channel.close()
