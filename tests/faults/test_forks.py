@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,8 @@ def test_a_child_lets_its_parents_pin_alone(daemon: DaemonProcess) -> None:
     child = os.fork()
     if child == 0:
         pinned.close()
+        service.create_sampling_client().sample([1, 2], 1).result(30)
+        time.sleep(0.5)  # a pin is released in the background
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     service.hotload_sampler_snapshot(policy.save_weights_for_sampler("second").result().path)
