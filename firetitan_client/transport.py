@@ -55,7 +55,8 @@ _OPTIONS = [
 
 _CONNECT = "grpc.min_reconnect_backoff_ms"
 """Its name notwithstanding: how long an attempt to connect may take."""
-_SOCKET_OPTIONS = [*_OPTIONS, (_CONNECT, 50)]
+# A machine that is busy answers late.
+_SOCKET_OPTIONS = [*_OPTIONS, (_CONNECT, 2_000)]
 _TCP_OPTIONS = [
     *_OPTIONS,
     # Several ways to the other machine and back, and the other machine may be busy.

@@ -79,7 +79,8 @@ class RemoteWorker:
                 ("grpc.use_local_subchannel_pool", 1),
                 ("grpc.enable_http_proxy", 0),
                 ("grpc.initial_reconnect_backoff_ms", 50),
-                ("grpc.min_reconnect_backoff_ms", 50),
+                # How long an attempt to connect may take: a machine that is busy answers late.
+                ("grpc.min_reconnect_backoff_ms", 2_000),
                 ("grpc.max_reconnect_backoff_ms", 250),
                 ("grpc.max_receive_message_length", -1),
                 ("grpc.max_send_message_length", -1),

@@ -76,7 +76,7 @@ class Stubs:
             options=(
                 ("grpc.use_local_subchannel_pool", 1),
                 ("grpc.initial_reconnect_backoff_ms", 50),
-                ("grpc.min_reconnect_backoff_ms", 10_000 if credentials else 50),
+                ("grpc.min_reconnect_backoff_ms", 10_000 if credentials else 2_000),
                 ("grpc.max_reconnect_backoff_ms", 250),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_receive_message_length", -1),
