@@ -19,6 +19,7 @@ from support.models import save_tiny
 from support.stubs import START_S
 
 from firetitan_daemon.core.errors import FiretitanError
+from firetitan_daemon.engine import pretrained
 from firetitan_daemon.engine.api import ModelSpec
 from firetitan_daemon.engine.models import load_model
 
@@ -306,6 +307,8 @@ def test_an_attention_from_elsewhere_is_not_fetched(tmp_path: Path, key: str) ->
     bombs.edit(folder / "config.json", **{key: "evil/kernels"})
     loaded = load_model(ModelSpec(str(folder), device="cpu"))
     assert "evil" not in str(loaded.model.config._attn_implementation)
+    empty = pretrained.empty_model(folder, "model")
+    assert "evil" not in str(empty.config._attn_implementation)
 
 
 def _tokenizer_code(folder: Path, canary: Path) -> None:
