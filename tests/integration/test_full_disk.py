@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from firetitan.v1 import operation_service_pb2, training_service_pb2
+from firetitan.v1 import checkpoint_service_pb2, operation_service_pb2, training_service_pb2
 from support.commands import GOOD, toy_datum
 from support.daemon import DaemonProcess
 from support.disks import Disk, needs_root
@@ -37,6 +37,17 @@ class World:
         """Digest of weights, optimizer and gradients; the daemon and its workers."""
         saved = self.stubs.done(self.lane.save_state("probe")).checkpoint
         return saved.digest, [self.daemon.process.pid, *self.daemon.worker_pids()]
+
+    def listed(self) -> list[str]:
+        """Ids of the checkpoints and snapshots there are."""
+        calls = self.stubs.checkpoints
+        checkpoints = calls.ListCheckpoints(
+            checkpoint_service_pb2.ListCheckpointsRequest(parent=self.lane.session)
+        ).checkpoints
+        snapshots = calls.ListSnapshots(
+            checkpoint_service_pb2.ListSnapshotsRequest(parent=self.lane.session)
+        ).snapshots
+        return [one.name.rpartition("/")[2] for one in (*checkpoints, *snapshots)]
 
 
 @pytest.fixture
@@ -108,10 +119,14 @@ def test_no_room_for_a_save(world: World, method: str) -> None:
     assert "Traceback" not in str(ended.error)
     world.lane.seen_failure = operation.seq
     assert not list((world.disk.folder / "staging").iterdir())
+    assert world.listed() == ["probe"]
     world.disk.free()
     assert world.state() == before
     world.stubs.done(save("more"))
+    assert len(world.listed()) == 2
     assert world.lane.step().optim_step.metrics["step"] == 2
+    world.disk.fill()
+    assert world.stubs.done(world.lane.load_state("probe")).load.step == 1, "the old one loads"
 
 
 @pytest.mark.parametrize("world", ["store"], indirect=True)
