@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,7 +119,10 @@ def test_no_room_for_a_save(world: World, method: str) -> None:
         assert text in ended.error.message
     assert "Traceback" not in str(ended.error)
     world.lane.seen_failure = operation.seq
-    assert not list((world.disk.folder / "staging").iterdir())
+    deadline = time.monotonic() + 20  # it is removed once the failure is written down
+    while list((world.disk.folder / "staging").iterdir()):
+        assert time.monotonic() < deadline, "what was half written stays"
+        time.sleep(0.02)
     assert world.listed() == ["probe"]
     world.disk.free()
     assert world.state() == before
