@@ -1,22 +1,28 @@
-"""No secret is in a log, a command line or a worker's environment (R28), whatever goes wrong."""
+"""No secret is in a log, a command line or a worker's environment (R28), whatever goes wrong.
+
+The daemon serves over its socket and over TCP, with a token and keys of its own making.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from firetitan.v1 import checkpoint_service_pb2, trainer_service_pb2, training_service_pb2
+from support.sizes import figure
 from support.stubs import TOY, LaneClient, Stubs
-from support.tcp import TcpDaemon
+from support.tcp import TcpDaemon, raw_call
 
 from firetitan_client import (
     DeploymentManager,
@@ -45,12 +51,16 @@ VARIABLES = {
 API_KEY, HEADER, NOTE = secret("api-key"), secret("header"), secret("note")
 HEADERS = {"Authorization": f"Bearer {HEADER}"}
 ADDRESS_PASSWORD, ADDRESS_QUERY = secret("password"), secret("signature")
+TOKEN = f"ft_{secret('token')}"
+"""Of another daemon."""
 LIST_TOY = training_service_pb2.ListSessionsRequest(parent="trainers/toy")
-ALL = [*VARIABLES.values(), API_KEY, HEADER, NOTE, ADDRESS_PASSWORD, ADDRESS_QUERY]
+ALL = [*VARIABLES.values(), API_KEY, HEADER, NOTE, TOKEN, ADDRESS_PASSWORD, ADDRESS_QUERY]
 
 
 @pytest.fixture
-def told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Told]:
+def told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Told]:
     caplog.set_level(logging.DEBUG)
     daemon = TcpDaemon(
         tmp_path / "home",
@@ -64,7 +74,7 @@ def told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Told]:
     )
     daemon.start()
     try:
-        yield Told(daemon, caplog)
+        yield Told(daemon, caplog, capfd)
     finally:
         daemon.stop()
 
@@ -72,8 +82,13 @@ def told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Told]:
 class Told:
     """Everything that daemon, workers and client say and show of themselves."""
 
-    def __init__(self, daemon: TcpDaemon, caplog: pytest.LogCaptureFixture) -> None:
-        self.daemon, self._caplog = daemon, caplog
+    def __init__(
+        self,
+        daemon: TcpDaemon,
+        caplog: pytest.LogCaptureFixture,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        self.daemon, self._caplog, self._capfd = daemon, caplog, capfd
         self.errors: list[str] = []
         """What callers were told."""
 
@@ -85,6 +100,7 @@ class Told:
             "daemon's log": self.daemon.log,
             "daemon.json": (home / "daemon.json").read_text(),
             "client's log": self._caplog.text,
+            "client's output": "".join(self._capfd.readouterr()),
             "errors": "\n".join(self.errors),
             "daemon's command line": _proc(process.pid, "cmdline"),
         }
@@ -120,6 +136,7 @@ class Told:
         with pytest.raises(Exception) as caught:
             call(*arguments)  # type: ignore[operator]
         error = caught.value
+        assert not isinstance(error, AttributeError | NameError), error  # of this test itself
         details = error.details() if isinstance(error, grpc.RpcError) else ""
         self.errors.append(f"{error!r} {error} {details} {vars(error)}")
 
@@ -129,14 +146,14 @@ def _proc(pid: int, name: str) -> str:
 
 
 def test_secrets_stay_out_of_what_is_written_down(
-    told: Told, monkeypatch: pytest.MonkeyPatch
+    told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in VARIABLES.items():
         monkeypatch.setenv(name, value)
     stubs = Stubs(told.daemon.address)
     _through_the_client(told)
     _through_the_protocol(told, stubs)
-    _over_tcp(told)
+    _over_tcp(told, tmp_path / "copied")
     # A worker that dies leaves a log, and a replacement.
     toy = trainer_service_pb2.GetTrainerRequest(name="trainers/toy")
     os.kill(stubs.trainers.GetTrainer(toy).trainer.worker_pid, signal.SIGKILL)
@@ -145,16 +162,25 @@ def test_secrets_stay_out_of_what_is_written_down(
     stubs.done(lane.save_state("after"))
     shown = told.everything()
     assert "serving address=" in shown["daemon's log"] and len(told.errors) > 10
+    secrets = [*ALL, *_of_the_daemon(told.daemon)]
+    figure("R28", secrets=len(secrets), places=len(shown), errors=len(told.errors))
     leaks = [
         f"{one.rpartition('-')[0]} in {where}"
         for where, text in shown.items()
-        for one in [*ALL, told.daemon.token]
+        for one in secrets
         if one in text
     ]
     assert not leaks, leaks
     for pid in told.daemon.worker_pids():
         assert VARIABLES["HF_TOKEN"] in _proc(pid, "environ"), "needed to download a gated model"
     stubs.channel.close()
+
+
+def _of_the_daemon(daemon: TcpDaemon) -> list[str]:
+    """Its token, and its keys' lines."""
+    keys = [daemon.home / "ca.key", daemon.credentials / "client.key"]
+    lines = [line for key in keys for line in key.read_text().split("\n")]
+    return [daemon.token, *(line for line in lines if line and not line.startswith("-----"))]
 
 
 def _through_the_client(told: Told) -> None:
@@ -177,7 +203,7 @@ def _through_the_client(told: Told) -> None:
     ):
         told.errors.append(repr(manager))
     told.fails(lambda: TrainerJobManager(**keys).get("nothing"))
-    told.fails(lambda: DeploymentManager(**keys).get_info("../x"))
+    told.fails(lambda: DeploymentManager(**keys).get("../x"))
     with FiretitanServiceClient.from_firetitan_config(
         **keys, base_model=TOY, lora_rank=0, deployment_id="toy", create_deployment=True
     ) as other:
@@ -217,23 +243,41 @@ def _through_the_protocol(told: Told, stubs: Stubs) -> None:
     told.errors.append(str(stubs.wait(lane.send(broken).name).error))
 
 
-def _over_tcp(told: Told) -> None:
-    """The daemon's own token, right and wrong, by calls that work and calls that fail."""
+def _over_tcp(told: Told, copied: Path) -> None:
+    """Tokens that are right, another's, and none; keys that are none; a daemon that has none."""
     daemon = told.daemon
-    over_tcp = daemon.stubs()
-    request = trainer_service_pb2.GetTrainerRequest(name="trainers/toy")
-    assert over_tcp.trainers.GetTrainer(request).trainer.name == "trainers/toy"
-    nothing = trainer_service_pb2.GetTrainerRequest(name="../x")
-    told.fails(lambda: over_tcp.trainers.GetTrainer(nothing))
-    over_tcp.channel.close()
-    wrong = grpc.composite_channel_credentials(
-        daemon.tls(certificate=True), grpc.access_token_call_credentials(HEADER)
-    )
-    with grpc.secure_channel(daemon.target, wrong) as channel:
-        call = channel.unary_unary("/firetitan.v1.TrainerService/GetTrainer")
-        told.fails(lambda: call(nothing.SerializeToString(), timeout=20))
-    keys = {"address": daemon.target, "credentials": str(daemon.credentials)}
-    for token in (daemon.token, f"ft_{API_KEY}"):
-        manager = TrainerJobManager(api_key=token, **keys)
-        told.errors.append(repr(manager))
-        told.fails(lambda manager=manager: manager.get("nothing"))
+    shutil.copytree(daemon.credentials, copied)
+    at = {"address": daemon.target, "credentials": copied}
+    right = TrainerJobManager(**at, api_key=daemon.token)
+    assert right.get("toy")
+    told.errors.append(repr(right))
+    told.fails(lambda: right.get("nothing"))
+    for token in (TOKEN, f"ft_{API_KEY}\r\nx: {API_KEY}", f"ft_{API_KEY}\u20ac"):
+        wrong = TrainerJobManager(**at, api_key=token)
+        told.errors.append(repr(wrong))
+        told.fails(wrong.get, "toy")
+        told.fails(DeploymentManager(**at, api_key=token).get, "toy")
+        told.fails(FiretitanServiceClient(**at, api_key=token).get_server_capabilities)
+    shown: list[Any] = [
+        (("authorization", TOKEN),),
+        (("authorization", f"Basic {API_KEY}"),),
+        (("authorization", f"Bearer {daemon.token}"), ("authorization", f"Bearer {HEADER}")),
+        (("x-api-key", API_KEY),),
+    ]
+    with grpc.secure_channel(daemon.target, daemon.tls()) as channel:
+        for metadata in shown:
+            told.fails(raw_call, channel, "/firetitan.v1.TrainerService/ListTrainers", metadata)
+        path = f"/firetitan.v1.TrainerService/{TOKEN}?authorization={HEADER}"
+        told.fails(raw_call, channel, path)
+        told.fails(raw_call, channel, path, (("authorization", f"Bearer {daemon.token}"),))
+    for name in ("client.key", "client.crt", "ca.crt", "token"):
+        (copied / name).write_text(f"-----BEGIN {TOKEN}\n{API_KEY}\n")
+        told.fails(lambda: TrainerJobManager(**at).get("toy"))
+    # The token's file is damaged: the next daemon does not start, and says why.
+    told.daemon.kill()
+    token = daemon.token
+    (daemon.credentials / "token").write_text(f"{API_KEY}\n")
+    told.fails(daemon.start)
+    assert "holds no token" in daemon.log
+    (daemon.credentials / "token").write_text(f"{token}\n")
+    daemon.start()
