@@ -72,7 +72,8 @@ def resolve(base_url: str | None = None, address: str | None = None) -> Endpoint
         base_url, _, fragment = base_url.removeprefix(_ENDPOINT).partition("#")
         trainer_id = fragment or None
     elif base_url and base_url.startswith(("http://", "https://")):
-        logger.info("base_url=%s is not dialled: the local daemon serves", base_url)
+        # Without what may be before the host: a password.
+        logger.info("base_url: %s is not dialled, the daemon serves", base_url.rpartition("@")[2])
         base_url = None
     given = address or base_url or os.environ.get("FIRETITAN_ADDRESS")
     return Endpoint(_normalise(given) if given else _local_address(), trainer_id)
@@ -87,7 +88,8 @@ def _normalise(address: str) -> str:
         else (address.removeprefix("unix:"))
     )
     if path.startswith(("/", "~", "./")):
-        return f"unix:{Path(path).expanduser().absolute()}"
+        # os.path: pathlib raises for a home of nobody.
+        return f"unix:{Path(os.path.expanduser(path)).absolute()}"  # noqa: PTH111
     target = address.removeprefix(_TCP)
     if _HOST_PORT.fullmatch(target) and target.partition(":")[0] not in _SCHEMES:
         return f"{_TCP}{target}"

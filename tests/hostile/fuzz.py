@@ -33,7 +33,7 @@ with atheris.instrument_imports(include=["firetitan_daemon", "firetitan_client"]
     from support.hostile import methods
     from support.hostile_world import GOOD, World, name_of, tamed
 
-    from firetitan_client import errors, references
+    from firetitan_client import address, errors, references
     from firetitan_client.sampler_handles import SamplerHandle
     from firetitan_daemon import durable
     from firetitan_daemon.app import Daemon
@@ -44,6 +44,7 @@ with atheris.instrument_imports(include=["firetitan_daemon", "firetitan_client"]
     from firetitan_daemon.engine.raw import read_safetensors
     from firetitan_daemon.launch.in_process import InProcessLauncher
     from firetitan_daemon.rpc.binding import is_command
+    from firetitan_daemon.rpc.tcp import check_location
     from firetitan_daemon.worker import convert, convert_sampling
 
 METHODS = [method for method in methods() if name_of(method) != "SystemService/Drain"]
@@ -57,7 +58,7 @@ NAMES = (
 REFERENCES: tuple[Callable[[Any], Any], ...] = (
     references.check_name, references.checkpoint_reference, references.adapter_reference,
     references.parse_tinker_path, references.snapshot_reference, references.snapshot_kind,
-    SamplerHandle.parse,
+    SamplerHandle.parse, address.resolve,
 )  # fmt: skip
 
 
@@ -95,7 +96,7 @@ class Target:
         durable.seal_folder(self._sealed, {"kind": "state"})
         self._files: list[Callable[[bytes], object]] = [
             self._peft, self._safetensors, self._manifest, self._names, self._references,
-            self._values, self._sampling, self._status,
+            self._values, self._sampling, self._status, self._location,
         ]  # fmt: skip
 
     def seeds(self) -> list[bytes]:
@@ -110,6 +111,7 @@ class Target:
             GOOD["TrainingService/Forward"](self._world.toy).SerializeToString(),
             GOOD["SamplingService/Sample"](self._world.toy).SerializeToString(),
             b"",
+            bytes(self._adapter),
         ]  # fmt: skip
         bodies = [request.SerializeToString() for request in requests] + files
         return [bytes([index]) + body for index, body in enumerate(bodies)]
@@ -186,6 +188,13 @@ class Target:
 
         errors.from_status(_parsed(status_pb2.Status, body))
 
+    def _location(self, body: bytes) -> None:
+        """What may be named over TCP is below the root, or a name that is no path."""
+        text, root = body.decode("utf-8", "surrogateescape"), self._adapter.parent
+        check_location("adapter", text, (root,))
+        if text.startswith("/"):
+            assert Path(text).resolve().is_relative_to(root.resolve()), text
+
 
 def _parsed(kind: Any, body: bytes) -> Any:
     try:
@@ -215,7 +224,8 @@ def main() -> None:
             return
         options = [
             f"-max_total_time={given.seconds}", f"-artifact_prefix={given.out}/", "-timeout=60",
-            "-max_len=4096", "-rss_limit_mb=4096", "-print_final_stats=1", str(corpus),
+            "-max_len=4096", "-len_control=0", "-rss_limit_mb=4096", "-print_final_stats=1",
+            str(corpus),
         ]  # fmt: skip
         atheris.Setup([sys.argv[0], *options], target)
         atheris.Fuzz()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from firetitan_client import address
 from firetitan_client.references import adapter_reference
 from firetitan_daemon.control import exports
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -32,6 +33,11 @@ def test_a_kind_of_shape_that_is_none() -> None:
 @pytest.mark.parametrize("text", [LONG, f"{LONG}/x", "~nobody-has-this-name/x"])
 def test_an_adapter_whose_name_can_be_no_path(text: str) -> None:
     assert adapter_reference(text) == text
+
+
+def test_an_address_in_the_home_of_nobody() -> None:
+    found = address.resolve("~nobody-has-this-name/x.sock").address
+    assert found == f"unix:{Path.cwd()}/~nobody-has-this-name/x.sock"
 
 
 @pytest.mark.parametrize("text", [LONG, f"/{LONG}", "~nobody-has-this-name/x"])

@@ -145,23 +145,23 @@ class World:
                 list(self.stubs.channel.unary_stream(path_of(method))(raw, timeout=DEADLINE_S))
             else:
                 answer = self.stubs.channel.unary_unary(path_of(method))(raw, timeout=DEADLINE_S)
-                return self._ended(method, answer)
+                return self._ended(method, answer, raw)
         except grpc.RpcError as error:
             if method.client_streaming and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 return None
-            return self.told(error)
+            return self._told(error, raw)
         return None
 
-    def told(self, error: grpc.RpcError) -> Refusal:
+    def _told(self, error: grpc.RpcError, sent: bytes) -> Refusal:
         """Read a failed call."""
         for key, value in error.trailing_metadata() or ():
             if key == "grpc-status-details-bin":
                 status = status_pb2.Status.FromString(value)
                 assert status.message == error.details()
-                return refusal(status, [str(self.daemon.home)])
+                return refusal(status, [str(self.daemon.home)], sent=sent)
         raise AssertionError(f"without details: {error}")
 
-    def _ended(self, method: MethodDescriptor, answer: bytes) -> Refusal | None:
+    def _ended(self, method: MethodDescriptor, answer: bytes, sent: bytes) -> Refusal | None:
         response = GetMessageClass(method.output_type).FromString(answer)
         accepted = getattr(response, "operation", None)
         if not isinstance(accepted, operation_pb2.Operation) or not accepted.name:
@@ -169,7 +169,7 @@ class World:
         ended = self.stubs.wait(accepted.name)
         if not ended.HasField("error"):
             return None
-        return refusal(ended.error, [str(self.daemon.home)])
+        return refusal(ended.error, [str(self.daemon.home)], sent=sent)
 
 
 def _prompt(request: sampling.SampleRequest) -> sampling.SampleRequest:

@@ -60,9 +60,11 @@ def test_argument_then_environment_then_home(home: Path, monkeypatch: pytest.Mon
     assert address.resolve(address="/argument.sock").address == "unix:/argument.sock"
 
 
-def test_cloud_urls_mean_the_local_daemon(home: Path) -> None:
-    found = address.resolve("https://api.fireworks.ai")
+def test_cloud_urls_mean_the_local_daemon(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    found = address.resolve("https://user:QZQZ@api.fireworks.ai")
     assert found.address == f"unix:{home}/run/firetitan.sock"
+    assert "api.fireworks.ai is not dialled" in caplog.text and "QZQZ" not in caplog.text
 
 
 def test_endpoints_carry_the_trainer() -> None:
