@@ -155,10 +155,13 @@ def test_secrets_stay_out_of_what_is_written_down(
     _through_the_protocol(told, stubs)
     _over_tcp(told, tmp_path / "copied")
     # A worker that dies leaves a log, and a replacement.
-    toy = trainer_service_pb2.GetTrainerRequest(name="trainers/toy")
-    os.kill(stubs.trainers.GetTrainer(toy).trainer.worker_pid, signal.SIGKILL)
     (session,) = stubs.training.ListSessions(LIST_TOY).sessions
     lane = LaneClient(stubs, session.name)
+    stubs.done(lane.save_state("before"))  # the new daemon has found the worker
+    toy = trainer_service_pb2.GetTrainerRequest(name="trainers/toy")
+    worker = stubs.trainers.GetTrainer(toy).trainer.worker_pid
+    assert worker in told.daemon.worker_pids("trainer")
+    os.kill(worker, signal.SIGKILL)
     stubs.done(lane.save_state("after"))
     shown = told.everything()
     assert "serving address=" in shown["daemon's log"] and len(told.errors) > 10
