@@ -35,8 +35,9 @@ from firetitan_daemon.control.trainers import TrainerManager
 from firetitan_daemon.control.weight_sync import WeightSyncer
 from firetitan_daemon.control.workers import WorkerPool
 from firetitan_daemon.core.model_names import ModelNames
-from firetitan_daemon.core.ports import Clock, WorkerLauncher
+from firetitan_daemon.core.ports import Clock
 from firetitan_daemon.core.shapes import Shapes
+from firetitan_daemon.core.worker_ports import WorkerLauncher
 from firetitan_daemon.host import count_gpus
 from firetitan_daemon.launch.export import ProcessExporter
 from firetitan_daemon.launch.local import LocalLauncher

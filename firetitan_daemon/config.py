@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from firetitan_daemon.core.model_names import NamedModel
+from firetitan_daemon.core.model_records import Shape
 from firetitan_daemon.core.ports import Limits
-from firetitan_daemon.core.records import Shape
 from firetitan_daemon.core.recovery import RecoveryLimits
 from firetitan_daemon.core.shapes import DEVICES, DTYPES, MODES
 

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from firetitan_daemon.control.services import Services
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.ports import ADAPTERS, LoadSource
-from firetitan_daemon.core.records import Model, Session
+from firetitan_daemon.core.model_records import Model
+from firetitan_daemon.core.ports import ADAPTERS
+from firetitan_daemon.core.records import Session
+from firetitan_daemon.core.worker_ports import LoadSource
 
 _FORMAT = "peft_adapter"
 

@@ -16,9 +16,10 @@ from firetitan_daemon.control.services import Services
 from firetitan_daemon.core import chain, names
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.expiry import begin, check_ttl
-from firetitan_daemon.core.ports import Ledger, LoadSource, Outcome, SavedFiles, SaveTarget, Store
-from firetitan_daemon.core.records import Checkpoint, Operation, Session, Snapshot
+from firetitan_daemon.core.ports import Ledger, Store
+from firetitan_daemon.core.records import Checkpoint, LoadedFrom, Operation, Session, Snapshot
 from firetitan_daemon.core.texts import check_metadata
+from firetitan_daemon.core.worker_ports import LoadSource, Outcome, SavedFiles, SaveTarget
 
 SAVES = ("SaveState", "SaveSnapshot")
 
@@ -41,6 +42,13 @@ class Prepared:
     """What the user should know of a snapshot."""
     user_metadata: Mapping[str, str] = field(default_factory=dict)
     """The user's own notes on what is saved."""
+
+    @property
+    def loaded(self) -> LoadedFrom | None:
+        """What a load reads."""
+        if self.load is None:
+            return None
+        return LoadedFrom(str(self.load.folder), self.load.digest)
 
     @property
     def obsolete(self) -> tuple[str, ...]:

@@ -33,17 +33,17 @@ from firetitan_daemon.control.session_rows import SessionRows
 from firetitan_daemon.core import chain
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
-from firetitan_daemon.core.ports import Change, Command, Outcome, Worker
+from firetitan_daemon.core.ports import Change
 from firetitan_daemon.core.records import (
     ErrorRecord,
     Lane,
-    LoadedFrom,
     Operation,
     OperationState,
     Session,
     SessionState,
 )
 from firetitan_daemon.core.sequencer import SessionSequencer
+from firetitan_daemon.core.worker_ports import Command, Outcome, Worker
 
 logger = logging.getLogger("firetitan.commands")
 _DISK_RETRY_S = 1.0
@@ -273,7 +273,7 @@ class CommandPipeline:
             dispatched = replace(dispatched, staging=str(prepared.save.staging))
             await self._rows.write_operation(dispatched)
         elif prepared.load is not None:
-            dispatched = replace(dispatched, loaded=_loaded(prepared))
+            dispatched = replace(dispatched, loaded=prepared.loaded)
             await self._rows.write_operation(dispatched)
         failpoint("commands.dispatched")
         return dispatched
@@ -496,10 +496,3 @@ class CommandPipeline:
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
-
-
-def _loaded(prepared: Prepared) -> LoadedFrom | None:
-    """What a load read."""
-    if prepared.load is None:
-        return None
-    return LoadedFrom(str(prepared.load.folder), prepared.load.digest)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from firetitan_daemon.control import provisioning
 from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.model_records import Shape
 from firetitan_daemon.core.ports import Limits
-from firetitan_daemon.core.records import Deployment, HotloadTransition, Shape
+from firetitan_daemon.core.records import Deployment, HotloadTransition
 from firetitan_daemon.core.shapes import unversioned
 
 

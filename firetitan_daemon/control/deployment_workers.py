@@ -25,16 +25,17 @@ from firetitan_daemon.control.workers import WorkerPool
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
-from firetitan_daemon.core.ports import Change, Worker
+from firetitan_daemon.core.model_records import ModelInfo
+from firetitan_daemon.core.ports import Change
 from firetitan_daemon.core.records import (
     Deployment,
     ErrorRecord,
-    ModelInfo,
     Operation,
     ResourceState,
     WorkerKind,
     WorkerSpec,
 )
+from firetitan_daemon.core.worker_ports import Worker
 
 METHOD = "CreateDeployment"
 _RESTARTS = 3

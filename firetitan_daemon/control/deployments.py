@@ -30,7 +30,7 @@ from firetitan_daemon.control.provisioning import (
 )
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.ports import Change, Ledger, Worker
+from firetitan_daemon.core.ports import Change, Ledger
 from firetitan_daemon.core.records import (
     Deployment,
     ErrorRecord,
@@ -40,6 +40,7 @@ from firetitan_daemon.core.records import (
 )
 from firetitan_daemon.core.shapes import DEPLOYMENT, Wish
 from firetitan_daemon.core.texts import check_text
+from firetitan_daemon.core.worker_ports import Worker
 
 
 class DeploymentManager(DeploymentWorkers):

@@ -19,8 +19,9 @@ from firetitan_daemon.control.trainers import TrainerManager
 from firetitan_daemon.core import chain, names
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.model_names import ModelId, NamedModel, check_location, parse_model_id
+from firetitan_daemon.core.model_records import Model
 from firetitan_daemon.core.ports import Change, Ledger
-from firetitan_daemon.core.records import Model, Snapshot
+from firetitan_daemon.core.records import Snapshot
 
 
 @dataclass(frozen=True)

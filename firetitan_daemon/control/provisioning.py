@@ -14,14 +14,13 @@ from dataclasses import replace
 from firetitan_daemon.control.services import Services
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.model_names import check_location
+from firetitan_daemon.core.model_records import ModelInfo, Shape
 from firetitan_daemon.core.records import (
     Deployment,
     ErrorRecord,
-    ModelInfo,
     Operation,
     OperationState,
     ResourceState,
-    Shape,
     SpoolRef,
     Trainer,
 )

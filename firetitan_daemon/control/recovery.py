@@ -16,13 +16,8 @@ from pathlib import Path
 from firetitan_daemon.control.services import Services
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
-from firetitan_daemon.core.ports import Change, Command, LoadSource, Outcome, Worker
-from firetitan_daemon.core.records import (
-    Operation,
-    RecoveryPoint,
-    Session,
-    SpoolRef,
-)
+from firetitan_daemon.core.ports import Change
+from firetitan_daemon.core.records import Operation, RecoveryPoint, Session, SpoolRef
 from firetitan_daemon.core.recovery import (
     BOUNDARIES,
     LOADS,
@@ -32,6 +27,7 @@ from firetitan_daemon.core.recovery import (
     plan_replay,
     same_result,
 )
+from firetitan_daemon.core.worker_ports import Command, LoadSource, Outcome, Worker
 
 logger = logging.getLogger("firetitan.recovery")
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator
 from firetitan_daemon.control.deployments import DeploymentManager
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.ports import Worker
+from firetitan_daemon.core.worker_ports import Worker
 
 
 class SamplingRouter:

@@ -19,10 +19,11 @@ from firetitan_daemon.control.operations import OperationRegistry
 from firetitan_daemon.control.pins import Pins
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.model_names import ModelNames
-from firetitan_daemon.core.ports import Clock, Folders, Limits, Spool, Store, WorkerLauncher
+from firetitan_daemon.core.ports import Clock, Folders, Limits, Spool, Store
 from firetitan_daemon.core.records import ErrorRecord
 from firetitan_daemon.core.recovery import RecoveryLimits
 from firetitan_daemon.core.shapes import Shapes
+from firetitan_daemon.core.worker_ports import WorkerLauncher
 
 logger = logging.getLogger("firetitan.control")
 DISK_RETRY_S = 1.0

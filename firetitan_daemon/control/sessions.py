@@ -21,17 +21,12 @@ from firetitan_daemon.control.services import Services, when_there_is_space
 from firetitan_daemon.control.session_settings import Wanted, check_same, check_trainer
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.ports import Change, Ledger, Worker
-from firetitan_daemon.core.records import (
-    BaseFacts,
-    Lane,
-    Operation,
-    Session,
-    SessionState,
-    Trainer,
-)
+from firetitan_daemon.core.model_records import BaseFacts
+from firetitan_daemon.core.ports import Change, Ledger
+from firetitan_daemon.core.records import Lane, Operation, Session, SessionState, Trainer
 from firetitan_daemon.core.sequencer import SessionSequencer
 from firetitan_daemon.core.texts import check_text
+from firetitan_daemon.core.worker_ports import Worker
 
 _ANSWER_S = 20.0
 """How long the opening of a session waits for a worker before it says that it does."""

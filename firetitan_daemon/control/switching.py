@@ -23,8 +23,8 @@ from firetitan_daemon.control.services import Services, logger
 from firetitan_daemon.core import chain, names
 from firetitan_daemon.core.errors import Reason
 from firetitan_daemon.core.failpoints import failpoint
-from firetitan_daemon.core.ports import PREPARE, SnapshotLayer, Worker, WorkerStatus
 from firetitan_daemon.core.records import Deployment, HotloadTransition, Snapshot
+from firetitan_daemon.core.worker_ports import PREPARE, SnapshotLayer, Worker, WorkerStatus
 
 _T = TypeVar("_T")
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from firetitan_daemon.control import provisioning
 from firetitan_daemon.control.provisioning import check_request
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.records import Shape, Trainer
+from firetitan_daemon.core.model_records import Shape
+from firetitan_daemon.core.records import Trainer
 from firetitan_daemon.core.texts import check_text
 
 

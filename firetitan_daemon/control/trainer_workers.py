@@ -23,8 +23,9 @@ from firetitan_daemon.control.workers import WorkerPool
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
-from firetitan_daemon.core.ports import Change, Worker
+from firetitan_daemon.core.ports import Change
 from firetitan_daemon.core.records import ErrorRecord, ResourceState, Trainer, WorkerKind
+from firetitan_daemon.core.worker_ports import Worker
 
 METHOD = "CreateTrainer"
 _REPLACE_PAUSES_S = (0.0, 0.2, 1.0, 3.0)

@@ -22,15 +22,10 @@ from firetitan_daemon.control.trainer_workers import METHOD, TrainerWorkers
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
-from firetitan_daemon.core.ports import Change, Ledger, Worker
-from firetitan_daemon.core.records import (
-    ErrorRecord,
-    Operation,
-    ResourceState,
-    Trainer,
-    WorkerKind,
-)
+from firetitan_daemon.core.ports import Change, Ledger
+from firetitan_daemon.core.records import ErrorRecord, Operation, ResourceState, Trainer, WorkerKind
 from firetitan_daemon.core.shapes import FORWARD_MODE, FULL_MODE, LORA_MODE, TRAINING, Wish
+from firetitan_daemon.core.worker_ports import Worker
 
 
 class TrainerManager(TrainerWorkers):

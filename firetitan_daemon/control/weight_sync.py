@@ -20,7 +20,7 @@ from firetitan_daemon.control.switching import Switch, Switcher
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
-from firetitan_daemon.core.ports import Change, Worker
+from firetitan_daemon.core.ports import Change
 from firetitan_daemon.core.records import (
     Deployment,
     ErrorRecord,
@@ -30,6 +30,7 @@ from firetitan_daemon.core.records import (
     Snapshot,
 )
 from firetitan_daemon.core.texts import check_text
+from firetitan_daemon.core.worker_ports import Worker
 
 METHOD = "HotloadSnapshot"
 _MAX_DEATHS = 2

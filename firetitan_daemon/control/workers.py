@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 from firetitan_daemon.control.services import Services, internal_error
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.ports import Change, Ledger, Worker
-from firetitan_daemon.core.records import ModelInfo, Shape, WorkerKind, WorkerSpec
+from firetitan_daemon.core.model_records import ModelInfo, Shape
+from firetitan_daemon.core.ports import Change, Ledger
+from firetitan_daemon.core.records import WorkerKind, WorkerSpec
+from firetitan_daemon.core.worker_ports import Worker
 
 logger = logging.getLogger("firetitan.workers")
 _ADOPT_RETRY_S = 1.0

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.records import Model
+from firetitan_daemon.core.model_records import Model
 
 LOCAL = "local"
 """The account everything here belongs to."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.records import ModelInfo, Shape
+from firetitan_daemon.core.model_records import ModelInfo, Shape
 
 LORA_MODE = "LORA_TRAINER"
 FULL_MODE = "POLICY_TRAINER"

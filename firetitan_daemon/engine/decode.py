@@ -23,12 +23,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from firetitan_daemon.engine.api import Float32Array, Int32Array, PromptScores
+from firetitan_daemon.engine.api import Float32Array, Int32Array
 from firetitan_daemon.engine.attention import KVCache, Segments
 from firetitan_daemon.engine.lora import Adapter
 from firetitan_daemon.engine.models import LoadedModel
 from firetitan_daemon.engine.routing import routes_tokens
 from firetitan_daemon.engine.rows import RowQuantum, linear_shapes
+from firetitan_daemon.engine.sample_api import PromptScores
 from firetitan_daemon.engine.score import NOTHING, PromptScorer, Scoring
 
 _CHUNK = 512

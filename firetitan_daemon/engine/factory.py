@@ -6,7 +6,8 @@ so a toy worker never loads torch.
 
 from __future__ import annotations
 
-from firetitan_daemon.engine.api import ModelSpec, SampleEngine, TrainEngine
+from firetitan_daemon.engine.api import ModelSpec, TrainEngine
+from firetitan_daemon.engine.sample_api import SampleEngine
 
 TOY_MODEL = "firetitan/toy"
 

@@ -12,12 +12,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import (
-    ModelInfo,
-    ModelSpec,
-    SessionProgress,
-    SessionSpec,
-)
+from firetitan_daemon.engine.api import ModelInfo, ModelSpec, SessionProgress, SessionSpec
 from firetitan_daemon.engine.batch import Batch, Limits
 from firetitan_daemon.engine.checks import check_base_only
 from firetitan_daemon.engine.embeddings import KeptEmbeddings

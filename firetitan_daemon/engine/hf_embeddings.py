@@ -16,13 +16,7 @@ from dataclasses import replace
 
 import torch
 
-from firetitan_daemon.engine.api import (
-    Datum,
-    Float32Array,
-    ForwardOutput,
-    LossConfig,
-    Pooling,
-)
+from firetitan_daemon.engine.api import Datum, Float32Array, ForwardOutput, LossConfig, Pooling
 from firetitan_daemon.engine.batch import Sequences, make_sequences
 from firetitan_daemon.engine.embedding_loss import (
     choose_embedding_loss,

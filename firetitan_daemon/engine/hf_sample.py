@@ -20,14 +20,12 @@ from firetitan_daemon.engine.api import (
     HotloadTransition,
     ModelInfo,
     ModelSpec,
-    Progress,
-    SampleRequest,
-    SampleResult,
     SnapshotFormat,
     SnapshotLayer,
 )
 from firetitan_daemon.engine.decode import make_decoder
 from firetitan_daemon.engine.models import load_model
+from firetitan_daemon.engine.sample_api import Progress, SampleRequest, SampleResult
 from firetitan_daemon.engine.scheduler import SamplerConfig, Scheduler
 from firetitan_daemon.engine.score import check_scoring
 from firetitan_daemon.engine.stops import eos_token_ids

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from firetitan_daemon.engine.api import (
-    Float32Array,
+from firetitan_daemon.engine.api import Float32Array
+from firetitan_daemon.engine.decode import Branch, Prefill
+from firetitan_daemon.engine.draw import Drawn, DrawParams, draw, uniform
+from firetitan_daemon.engine.sample_api import (
     NewTokens,
     Progress,
     SampledSequence,
@@ -25,8 +27,6 @@ from firetitan_daemon.engine.api import (
     StopReason,
     TokenLogprobs,
 )
-from firetitan_daemon.engine.decode import Branch, Prefill
-from firetitan_daemon.engine.draw import Drawn, DrawParams, draw, uniform
 from firetitan_daemon.engine.score import joined, top_logprobs
 from firetitan_daemon.engine.stops import Decode, StopStrings
 from firetitan_daemon.engine.versions import Version

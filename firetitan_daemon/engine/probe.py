@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.records import ModelInfo
+from firetitan_daemon.core.model_records import ModelInfo
 from firetitan_daemon.engine.attention import ATTENTION
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from firetitan_daemon.engine.api import Int32Array, PromptScores
+from firetitan_daemon.engine.api import Int32Array
 from firetitan_daemon.engine.decode import Prefill
+from firetitan_daemon.engine.sample_api import PromptScores
 from firetitan_daemon.engine.score import NOTHING, Scoring
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.records import RoutingShape
+from firetitan_daemon.core.model_records import RoutingShape
 
 OWN_CHOICE = -1
 """In the place of an expert's index: the router chooses."""

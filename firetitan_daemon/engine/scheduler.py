@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import Progress, SampleRequest, SampleResult
 from firetitan_daemon.engine.decode import Decoder, Prefill, Stepped
 from firetitan_daemon.engine.jobs import Job, Part
 from firetitan_daemon.engine.prompts import PromptCache
+from firetitan_daemon.engine.sample_api import Progress, SampleRequest, SampleResult
 from firetitan_daemon.engine.score import scoring_of
 from firetitan_daemon.engine.stops import Decode
 from firetitan_daemon.engine.versions import Version, VersionTable

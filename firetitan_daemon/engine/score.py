@@ -15,14 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import (
-    Float32Array,
-    Int32Array,
-    Int64Array,
-    PromptScores,
-    SampleRequest,
-    TokenLogprobs,
-)
+from firetitan_daemon.engine.api import Float32Array, Int32Array, Int64Array
 from firetitan_daemon.engine.draw import (
     DrawParams,
     draw,
@@ -31,6 +24,7 @@ from firetitan_daemon.engine.draw import (
     top_tokens,
     uniform,
 )
+from firetitan_daemon.engine.sample_api import PromptScores, SampleRequest, TokenLogprobs
 
 NOT_SCORED = -99999.0
 _MOST_CELLS = 1 << 25

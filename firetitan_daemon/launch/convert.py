@@ -1,7 +1,7 @@
 """Records and port values to and from the worker protocol, on the daemon's side.
 
-Knows: core.records, core.ports, firetitan.worker.v1. Must not know: processes, sockets. Requests
-and results pass as bytes: the daemon never decodes a tensor.
+Knows: core.records, core.worker_ports, firetitan.worker.v1. Must not know: processes, sockets.
+Requests and results pass as bytes: the daemon never decodes a tensor.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ from firetitan.v1 import trainer_pb2
 from firetitan.worker.v1 import worker_pb2
 
 from firetitan_daemon import handshake, status
-from firetitan_daemon.core.ports import (
+from firetitan_daemon.core.model_records import ModelInfo, RoutingShape
+from firetitan_daemon.core.records import (
+    HotloadTransition,
+    RecoveryPoint,
+    ReplayCheck,
+    Session,
+    WorkerSpec,
+)
+from firetitan_daemon.core.worker_ports import (
     Command,
     Outcome,
     SavedFiles,
@@ -20,15 +28,6 @@ from firetitan_daemon.core.ports import (
     WorkerSession,
     WorkerStatus,
     WrittenPoint,
-)
-from firetitan_daemon.core.records import (
-    HotloadTransition,
-    ModelInfo,
-    RecoveryPoint,
-    ReplayCheck,
-    RoutingShape,
-    Session,
-    WorkerSpec,
 )
 
 

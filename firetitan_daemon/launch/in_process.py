@@ -74,7 +74,7 @@ class InProcess:
 
 
 class InProcessLauncher:
-    """Starts workers in this event loop (see `core.ports.WorkerLauncher`).
+    """Starts workers in this event loop (see `core.worker_ports.WorkerLauncher`).
 
     Args:
         run: Folder of the sockets.

@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 
 
 class LocalLauncher:
-    """Starts, finds and forgets worker processes (see `core.ports.WorkerLauncher`).
+    """Starts, finds and forgets worker processes (see `core.worker_ports.WorkerLauncher`).
 
     Args:
         workers: Folder of the bundles, `$FIRETITAN_HOME/workers`.

@@ -1,4 +1,4 @@
-"""A worker behind its socket, as the daemon's rules see it (`core.ports.Worker`).
+"""A worker behind its socket, as the daemon's rules see it (`core.worker_ports.Worker`).
 
 Knows: the worker protocol, its process's end. Must not know: how the process was started. Asking
 who it is and asking it to end have deadlines. Every other call is a part of an operation, or of a
@@ -19,20 +19,15 @@ from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
 
 from firetitan_daemon import handshake, status
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.ports import (
+from firetitan_daemon.core.model_records import ModelInfo
+from firetitan_daemon.core.records import HotloadTransition, RecoveryPoint, Session, WorkerSpec
+from firetitan_daemon.core.worker_ports import (
     Command,
     Outcome,
     SnapshotLayer,
     WorkerSession,
     WorkerStatus,
     WrittenPoint,
-)
-from firetitan_daemon.core.records import (
-    HotloadTransition,
-    ModelInfo,
-    RecoveryPoint,
-    Session,
-    WorkerSpec,
 )
 from firetitan_daemon.launch import convert
 from firetitan_daemon.launch.process import Process
@@ -51,7 +46,7 @@ STREAM_END_S = 1.0
 
 
 class RemoteWorker:
-    """One worker (see `core.ports.Worker`).
+    """One worker (see `core.worker_ports.Worker`).
 
     Args:
         spec: What it was started for.

@@ -28,18 +28,16 @@ from firetitan_daemon.control.session_settings import Wanted
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.expiry import expire_time
+from firetitan_daemon.core.model_records import Model, ModelInfo, Shape
 from firetitan_daemon.core.records import (
     Checkpoint,
     Deployment,
     HotloadTransition,
     LoraSettings,
-    Model,
-    ModelInfo,
     Operation,
     ResourceState,
     Session,
     SessionState,
-    Shape,
     Snapshot,
     Trainer,
 )

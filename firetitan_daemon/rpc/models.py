@@ -11,7 +11,7 @@ from firetitan_daemon.control.exports import ExportManager
 from firetitan_daemon.control.models import ModelRegistry, Promotion
 from firetitan_daemon.control.supervisor import Supervisor
 from firetitan_daemon.core.model_names import NamedModel
-from firetitan_daemon.core.records import Model
+from firetitan_daemon.core.model_records import Model
 from firetitan_daemon.rpc import convert
 from firetitan_daemon.rpc.paging import page
 

@@ -23,7 +23,8 @@ from typing import ParamSpec, TypeVar
 
 from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.ports import ADAPTERS, Folders, LoadSource
+from firetitan_daemon.core.ports import ADAPTERS, Folders
+from firetitan_daemon.core.worker_ports import LoadSource
 from firetitan_daemon.store.adapters import fetch_adapter, readable_name
 from firetitan_daemon.store.disk import cannot_write
 

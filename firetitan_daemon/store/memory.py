@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from firetitan_daemon.core.model_records import Model
 from firetitan_daemon.core.ports import Change, Ledger, Store
 from firetitan_daemon.core.records import (
     Checkpoint,
@@ -15,7 +16,6 @@ from firetitan_daemon.core.records import (
     Deployment,
     Lane,
     Lease,
-    Model,
     Operation,
     RecoveryPoint,
     Session,

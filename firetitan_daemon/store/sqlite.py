@@ -20,6 +20,7 @@ from typing import ParamSpec, TypeVar
 
 from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.model_records import Model
 from firetitan_daemon.core.ports import Change, Ledger, Store
 from firetitan_daemon.core.records import (
     Checkpoint,
@@ -27,7 +28,6 @@ from firetitan_daemon.core.records import (
     Deployment,
     Lane,
     Lease,
-    Model,
     Operation,
     OperationState,
     RecoveryPoint,

@@ -1,7 +1,7 @@
 """SampleRequest and its answers to and from the engine's plain values.
 
-Knows: firetitan.v1's sampling messages, engine.api. Must not know: how requests arrive or what
-engines do with them.
+Knows: firetitan.v1's sampling messages, engine.sample_api. Must not know: how requests arrive or
+what engines do with them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 from firetitan.v1 import sampling_service_pb2, tensor_pb2
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import (
-    Int64Array,
+from firetitan_daemon.engine.api import Int64Array
+from firetitan_daemon.engine.sample_api import (
     NewTokens,
     SampleRequest,
     SampleResult,

@@ -18,16 +18,14 @@ from google.protobuf.message import DecodeError, Message
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
-from firetitan_daemon.core.ports import PREPARE
+from firetitan_daemon.core.worker_ports import PREPARE
 from firetitan_daemon.engine.api import (
     HotloadTransition,
-    NewTokens,
-    SampleEngine,
-    SampleRequest,
     SnapshotFormat,
     SnapshotKind,
     SnapshotLayer,
 )
+from firetitan_daemon.engine.sample_api import NewTokens, SampleEngine, SampleRequest
 from firetitan_daemon.worker import convert_sampling
 from firetitan_daemon.worker.servicer import EngineHost
 

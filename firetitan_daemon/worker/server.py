@@ -11,7 +11,8 @@ from pathlib import Path
 import grpc
 from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
 
-from firetitan_daemon.engine.api import SampleEngine, TrainEngine
+from firetitan_daemon.engine.api import TrainEngine
+from firetitan_daemon.engine.sample_api import SampleEngine
 from firetitan_daemon.worker.sampler import SamplerServicer
 from firetitan_daemon.worker.servicer import (
     EngineHost,

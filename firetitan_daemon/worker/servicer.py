@@ -18,7 +18,8 @@ from firetitan.worker.v1 import worker_pb2, worker_pb2_grpc
 
 from firetitan_daemon import handshake, status
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import ModelInfo, ModelSpec, SampleEngine, TrainEngine
+from firetitan_daemon.engine.api import ModelInfo, ModelSpec, TrainEngine
+from firetitan_daemon.engine.sample_api import SampleEngine
 from firetitan_daemon.worker import convert
 
 EngineT = TypeVar("EngineT", bound=TrainEngine | SampleEngine)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.commands import CommandWriter
 
-from firetitan_daemon.core.ports import Worker
+from firetitan_daemon.core.worker_ports import Worker
 from firetitan_daemon.engine.api import ModelSpec, TrainEngine
 from firetitan_daemon.engine.factory import TOY_MODEL, make_train_engine
 from firetitan_daemon.launch.local import LocalLauncher

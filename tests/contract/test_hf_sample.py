@@ -13,8 +13,9 @@ import pytest
 from support.sampling import bits
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import ModelSpec, NewTokens, SampleRequest, StopReason
+from firetitan_daemon.engine.api import ModelSpec
 from firetitan_daemon.engine.hf_sample import HfSampleEngine
+from firetitan_daemon.engine.sample_api import NewTokens, SampleRequest, StopReason
 from firetitan_daemon.engine.scheduler import SamplerConfig
 
 pytestmark = pytest.mark.timeout(60)

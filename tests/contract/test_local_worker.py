@@ -18,7 +18,7 @@ from support.commands import SESSION, TRAINER_SPEC, CommandWriter
 
 from firetitan_daemon import handshake
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.ports import Worker
+from firetitan_daemon.core.worker_ports import Worker
 from firetitan_daemon.launch import convert
 from firetitan_daemon.launch.bundle import Bundle
 from firetitan_daemon.launch.local import LocalLauncher, start

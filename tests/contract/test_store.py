@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.model_records import ModelInfo
 from firetitan_daemon.core.ports import Change, Store
 from firetitan_daemon.core.records import (
     Checkpoint,
@@ -18,7 +19,6 @@ from firetitan_daemon.core.records import (
     Lane,
     LoadedFrom,
     LoraSettings,
-    ModelInfo,
     Operation,
     OperationState,
     ResourceState,

@@ -20,7 +20,8 @@ from support.commands import (
 )
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.ports import (
+from firetitan_daemon.core.records import LoraSettings
+from firetitan_daemon.core.worker_ports import (
     PREPARE,
     Command,
     Outcome,
@@ -28,7 +29,6 @@ from firetitan_daemon.core.ports import (
     Worker,
     WorkerLauncher,
 )
-from firetitan_daemon.core.records import LoraSettings
 from firetitan_daemon.launch.in_process import InProcessLauncher
 from firetitan_daemon.launch.local import LocalLauncher
 

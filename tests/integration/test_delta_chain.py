@@ -17,15 +17,10 @@ from support.daemon import DaemonProcess
 from support.models import save_tiny
 
 from firetitan_client import FiretitanServiceClient, FiretitanTrainingClient
-from firetitan_daemon.engine.api import (
-    ModelSpec,
-    SampleRequest,
-    SnapshotFormat,
-    SnapshotKind,
-    SnapshotLayer,
-)
+from firetitan_daemon.engine.api import ModelSpec, SnapshotFormat, SnapshotKind, SnapshotLayer
 from firetitan_daemon.engine.export import write_full
 from firetitan_daemon.engine.hf_sample import HfSampleEngine
+from firetitan_daemon.engine.sample_api import SampleRequest
 
 pytestmark = pytest.mark.timeout(400)
 SAVES = 20

@@ -14,7 +14,7 @@ from support.models import VOCAB_SIZE, save_tiny
 from support.sampling import plain_logprobs, plain_model
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.records import RoutingShape
+from firetitan_daemon.core.model_records import RoutingShape
 from firetitan_daemon.engine.api import (
     AdamParams,
     Datum,
@@ -22,8 +22,6 @@ from firetitan_daemon.engine.api import (
     ModelSpec,
     Normalization,
     Pooling,
-    SampleRequest,
-    SampleResult,
     SessionSpec,
     SnapshotKind,
     SnapshotLayer,
@@ -31,6 +29,7 @@ from firetitan_daemon.engine.api import (
 from firetitan_daemon.engine.hf_sample import HfSampleEngine
 from firetitan_daemon.engine.hf_train import HfTrainEngine
 from firetitan_daemon.engine.raw import read_safetensors
+from firetitan_daemon.engine.sample_api import SampleRequest, SampleResult
 from firetitan_daemon.engine.scheduler import SamplerConfig
 from firetitan_daemon.engine.tensors import from_raw
 

@@ -14,14 +14,9 @@ from support.models import save_tiny
 from support.sampling import Snapshots, bits, plain_model
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import (
-    HotloadTransition,
-    ModelSpec,
-    NewTokens,
-    SampleRequest,
-    SnapshotRange,
-)
+from firetitan_daemon.engine.api import HotloadTransition, ModelSpec
 from firetitan_daemon.engine.hf_sample import HfSampleEngine
+from firetitan_daemon.engine.sample_api import NewTokens, SampleRequest, SnapshotRange
 from firetitan_daemon.engine.scheduler import SamplerConfig
 
 pytestmark = pytest.mark.timeout(180)

@@ -22,7 +22,6 @@ from firetitan_daemon.engine.api import (
     LoraSpec,
     ModelSpec,
     Normalization,
-    SampleRequest,
     SavedSnapshot,
     SessionSpec,
     SnapshotFormat,
@@ -32,6 +31,7 @@ from firetitan_daemon.engine.api import (
 from firetitan_daemon.engine.hf_sample import HfSampleEngine
 from firetitan_daemon.engine.hf_train import HfTrainEngine
 from firetitan_daemon.engine.resolve import resolve_model
+from firetitan_daemon.engine.sample_api import SampleRequest
 
 pytestmark = [
     pytest.mark.timeout(120),

@@ -13,8 +13,9 @@ from support.models import save_tiny
 from support.sampling import plain_model
 
 from firetitan_daemon.core.errors import FiretitanError
-from firetitan_daemon.engine.api import ModelSpec, SampleRequest
+from firetitan_daemon.engine.api import ModelSpec
 from firetitan_daemon.engine.hf_sample import HfSampleEngine
+from firetitan_daemon.engine.sample_api import SampleRequest
 
 pytestmark = pytest.mark.timeout(180)
 

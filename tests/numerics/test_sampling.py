@@ -14,8 +14,9 @@ from support.experts import chosen, forced
 from support.models import VOCAB_SIZE, save_tiny
 from support.sampling import bits, plain_logprobs, plain_model, random_requests
 
-from firetitan_daemon.engine.api import ModelSpec, SampleRequest, StopReason
+from firetitan_daemon.engine.api import ModelSpec
 from firetitan_daemon.engine.hf_sample import HfSampleEngine
+from firetitan_daemon.engine.sample_api import SampleRequest, StopReason
 from firetitan_daemon.engine.scheduler import SamplerConfig
 
 ROUTED = ["qwen3_moe", "mixtral"]

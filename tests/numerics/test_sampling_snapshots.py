@@ -18,8 +18,9 @@ from support.models import save_tiny
 from support.sampling import Snapshots, bits, plain_logprobs, plain_model, random_requests
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import ModelSpec, SampleRequest, SnapshotLayer
+from firetitan_daemon.engine.api import ModelSpec, SnapshotLayer
 from firetitan_daemon.engine.hf_sample import HfSampleEngine
+from firetitan_daemon.engine.sample_api import SampleRequest
 from firetitan_daemon.engine.scheduler import SamplerConfig
 from firetitan_daemon.engine.versions import Version
 

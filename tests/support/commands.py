@@ -17,7 +17,6 @@ from firetitan.v1 import (
     training_service_pb2,
 )
 
-from firetitan_daemon.core.ports import Command, LoadSource, SaveTarget
 from firetitan_daemon.core.records import (
     LoraSettings,
     Session,
@@ -26,6 +25,7 @@ from firetitan_daemon.core.records import (
     WorkerKind,
     WorkerSpec,
 )
+from firetitan_daemon.core.worker_ports import Command, LoadSource, SaveTarget
 
 SESSION = Session(
     name="trainers/t/sessions/s",

@@ -9,14 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from firetitan_daemon.engine.adapter import write_adapter
-from firetitan_daemon.engine.api import (
-    SampleRequest,
-    SampleResult,
-    SavedSnapshot,
-    SnapshotKind,
-    SnapshotLayer,
-)
+from firetitan_daemon.engine.api import SavedSnapshot, SnapshotKind, SnapshotLayer
 from firetitan_daemon.engine.export import SnapshotWriter
+from firetitan_daemon.engine.sample_api import SampleRequest, SampleResult
 
 
 def random_requests(count: int, seed: int, longest: int = 40) -> list[SampleRequest]:

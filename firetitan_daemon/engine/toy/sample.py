@@ -22,21 +22,23 @@ from firetitan_daemon.engine.api import (
     HotloadTransition,
     ModelInfo,
     ModelSpec,
+    SnapshotKind,
+    SnapshotLayer,
+)
+from firetitan_daemon.engine.delta import apply_delta
+from firetitan_daemon.engine.draw import DrawParams, draw, uniform
+from firetitan_daemon.engine.raw import RawTensors, read_safetensors, result_digest
+from firetitan_daemon.engine.sample_api import (
     NewTokens,
     Progress,
     SampledSequence,
     SampleRequest,
     SampleResult,
     SampleTimes,
-    SnapshotKind,
-    SnapshotLayer,
     SnapshotRange,
     StopReason,
     TokenLogprobs,
 )
-from firetitan_daemon.engine.delta import apply_delta
-from firetitan_daemon.engine.draw import DrawParams, draw, uniform
-from firetitan_daemon.engine.raw import RawTensors, read_safetensors, result_digest
 from firetitan_daemon.engine.score import (
     PromptScorer,
     check_scoring,

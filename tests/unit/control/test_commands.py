@@ -19,9 +19,10 @@ from firetitan_daemon.control.commands import CommandPipeline
 from firetitan_daemon.control.operations import OperationRegistry
 from firetitan_daemon.control.services import Services
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.ports import Change, Limits, Worker
+from firetitan_daemon.core.ports import Change, Limits
 from firetitan_daemon.core.records import Operation, OperationState, SessionState
 from firetitan_daemon.core.sequencer import SessionSequencer
+from firetitan_daemon.core.worker_ports import Worker
 from firetitan_daemon.launch.in_process import InProcessLauncher
 from firetitan_daemon.rpc.codec import ProtobufCodec, read_header
 from firetitan_daemon.store.folders import FileFolders

@@ -33,7 +33,7 @@ from firetitan_daemon.control.trainers import TrainerManager
 from firetitan_daemon.control.weight_sync import WeightSyncer
 from firetitan_daemon.control.workers import WorkerPool
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.ports import Change, Limits, Worker
+from firetitan_daemon.core.ports import Change, Limits
 from firetitan_daemon.core.records import (
     Deployment,
     Operation,
@@ -45,6 +45,7 @@ from firetitan_daemon.core.records import (
     Trainer,
     WorkerKind,
 )
+from firetitan_daemon.core.worker_ports import Worker
 from firetitan_daemon.launch.in_process import InProcessLauncher
 from firetitan_daemon.rpc.codec import ProtobufCodec, read_header
 from firetitan_daemon.store.folders import FileFolders

@@ -14,8 +14,9 @@ from firetitan_daemon.control.pins import Pins
 from firetitan_daemon.control.replica_set import ReplicaSet
 from firetitan_daemon.control.switching import Switch, Switcher
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.ports import PREPARE, Change, SnapshotLayer, WorkerStatus
+from firetitan_daemon.core.ports import Change
 from firetitan_daemon.core.records import Deployment, ResourceState, Snapshot
+from firetitan_daemon.core.worker_ports import PREPARE, SnapshotLayer, WorkerStatus
 from firetitan_daemon.store.memory import MemoryStore
 
 pytestmark = pytest.mark.timeout(30)

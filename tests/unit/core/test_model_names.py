@@ -6,7 +6,7 @@ import pytest
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.model_names import ModelNames, NamedModel, parse_model_id
-from firetitan_daemon.core.records import Model
+from firetitan_daemon.core.model_records import Model
 
 MINE = Model("mine", "me", "hf_full", "snapshots/s", "base", 0, "/store/mine", "d", "r", 1, 0.0)
 NAMES = ModelNames(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.records import ModelInfo, Shape
+from firetitan_daemon.core.model_records import ModelInfo, Shape
 from firetitan_daemon.core.shapes import (
     DEPLOYMENT,
     FULL_MODE,

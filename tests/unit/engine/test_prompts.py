@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from firetitan_daemon.engine.api import PromptScores
 from firetitan_daemon.engine.decode import Prefill
 from firetitan_daemon.engine.prompts import PromptCache
+from firetitan_daemon.engine.sample_api import PromptScores
 from firetitan_daemon.engine.score import Scoring
 
 ROW = np.zeros(3, np.float32)

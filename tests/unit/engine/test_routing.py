@@ -10,11 +10,12 @@ import torch
 import transformers
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.records import RoutingShape
-from firetitan_daemon.engine.api import Datum, LoraSpec, ModelSpec, SampleRequest, SessionSpec
+from firetitan_daemon.core.model_records import RoutingShape
+from firetitan_daemon.engine.api import Datum, LoraSpec, ModelSpec, SessionSpec
 from firetitan_daemon.engine.hf_sample import HfSampleEngine
 from firetitan_daemon.engine.hf_train import HfTrainEngine
 from firetitan_daemon.engine.routing import OWN_CHOICE, Recording, experts_of
+from firetitan_daemon.engine.sample_api import SampleRequest
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -23,13 +23,11 @@ from firetitan_daemon.engine.api import (
     LoraSpec,
     ModelSpec,
     Normalization,
-    SampleRequest,
-    SampleResult,
     SessionSpec,
     SnapshotKind,
     SnapshotLayer,
-    StopReason,
 )
+from firetitan_daemon.engine.sample_api import SampleRequest, SampleResult, StopReason
 from firetitan_daemon.engine.toy import TOY_MODEL, ToySampleEngine, ToyTrainEngine, model
 
 SPEC = ModelSpec(TOY_MODEL)

@@ -8,9 +8,8 @@ from firetitan.v1 import sampling_service_pb2, tensor_pb2, training_service_pb2
 from google.protobuf import struct_pb2
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.api import (
-    ForwardOutput,
-    Normalization,
+from firetitan_daemon.engine.api import ForwardOutput, Normalization
+from firetitan_daemon.engine.sample_api import (
     PromptScores,
     SampledSequence,
     SampleResult,

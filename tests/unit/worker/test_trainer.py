@@ -12,7 +12,7 @@ import pytest
 from support.commands import SESSION, TRAINER_SPEC, CommandWriter
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.ports import Worker
+from firetitan_daemon.core.worker_ports import Worker
 from firetitan_daemon.engine.api import (
     AdamParams,
     ModelSpec,
