@@ -72,6 +72,8 @@ def datums(draw: st.DrawFn) -> Datum:
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[str, Callable[[TrainEngine, Path], object]]:
     """One call of an engine, most of them wrong somewhere."""
+    # First: what is drawn late is mostly the simplest.
+    kind = draw(st.integers(0, 7))
     data = [*draw(st.lists(st.just(good()), max_size=2)), *draw(st.lists(datums(), max_size=2))]
     loss = draw(st.sampled_from(LOSSES))
     config = draw(
@@ -104,30 +106,25 @@ def calls(draw: st.DrawFn) -> tuple[str, Callable[[TrainEngine, Path], object]]:
         assert kept is not None
         return engine.backward(kept, grads)
 
-    return draw(
-        st.sampled_from(
-            [
-                ("forward", lambda engine, _: engine.forward(data, loss, config)),
-                ("forward_backward", lambda engine, _: engine.forward_backward(data, loss, config)),
-                (
-                    "embeddings",
-                    lambda engine, _: engine.forward_backward_embeddings(
-                        data, pooling, loss, config
-                    ),
-                ),
-                ("backward", backward),
-                ("optim_step", lambda engine, _: engine.optim_step(adam, normalization, step)),
-                ("load_state", lambda engine, empty: engine.load_state(empty, with_optimizer=True)),
-                ("load_adapter", lambda engine, empty: engine.load_adapter(empty)),
-                (
-                    "save_snapshot",
-                    lambda engine, empty: engine.save_snapshot(
-                        empty, "s", SnapshotKind.DELTA, "no-such-parent"
-                    ),
-                ),
-            ]
-        )
-    )
+    acts = [
+        ("forward", lambda engine, _: engine.forward(data, loss, config)),
+        ("forward_backward", lambda engine, _: engine.forward_backward(data, loss, config)),
+        (
+            "embeddings",
+            lambda engine, _: engine.forward_backward_embeddings(data, pooling, loss, config),
+        ),
+        ("backward", backward),
+        ("optim_step", lambda engine, _: engine.optim_step(adam, normalization, step)),
+        ("load_state", lambda engine, empty: engine.load_state(empty, with_optimizer=True)),
+        ("load_adapter", lambda engine, empty: engine.load_adapter(empty)),
+        (
+            "save_snapshot",
+            lambda engine, empty: engine.save_snapshot(
+                empty, "s", SnapshotKind.DELTA, "no-such-parent"
+            ),
+        ),
+    ]
+    return acts[kind]
 
 
 @SESSIONS
@@ -165,8 +162,7 @@ def test_a_refused_call_changes_nothing(
         state["now"] = fingerprint(engine, tmp_path)
 
     run()
-    # How draws spread over the calls is hypothesis's affair: most of them is enough.
-    assert len(refused) >= 5, refused
+    assert len(refused) >= 6, refused
 
 
 def fingerprint(engine: TrainEngine, tmp_path: Path) -> tuple[str, object]:
