@@ -48,20 +48,22 @@ class Switcher:
     async def restore(self, deployment: Deployment, worker: Worker) -> None:
         """Make a fresh or adopted sampler serve what its deployment is recorded to serve.
 
-        Adapters that clients have pinned are loaded first; of whole models only one is held.
+        What clients have pinned is loaded first: every adapter, and in a fresh sampler the latest
+        whole model, as two live at most. One that is adopted let go of it because a third came.
         """
+        found = [await self._services.store.snapshot(one) for one in self._pinned(deployment)]
+        pinned = sorted(filter(None, found), key=lambda one: one.create_time)
         status = await worker.describe()
-        for pinned in self._pins.snapshots(deployment.id):
-            snapshot = await self._services.store.snapshot(pinned)
-            if (
-                snapshot is not None
-                and snapshot.lora_rank
-                and snapshot.kind != chain.MERGED_BASE
-                and (snapshot.name not in status.loaded_snapshots)
-            ):
-                await self._bring(deployment, worker, Switch(pinned))
+        whole = [one for one in pinned if not _is_adapter(one) and not status.active_snapshot]
+        for snapshot in [*filter(_is_adapter, pinned), *whole[-1:]]:
+            if snapshot.name not in status.loaded_snapshots:
+                await self._bring(deployment, worker, Switch(snapshot.id))
         if deployment.active_snapshot:
             await self._bring(deployment, worker, Switch(deployment.active_snapshot))
+
+    def _pinned(self, deployment: Deployment) -> list[str]:
+        pinned = self._pins.snapshots(deployment.id)
+        return [one for one in pinned if one != deployment.active_snapshot]
 
     async def switch(self, deployment: Deployment, replicas: ReplicaSet, switch: Switch) -> None:
         """Make every sampler of a deployment serve a snapshot, or none.
@@ -163,6 +165,10 @@ class Switcher:
             )
             for one in chain.plan(snapshot_id, loaded, known.get)
         ]
+
+
+def _is_adapter(snapshot: Snapshot) -> bool:
+    return bool(snapshot.lora_rank) and snapshot.kind != chain.MERGED_BASE
 
 
 async def _all(work: Iterable[Awaitable[_T]]) -> list[_T]:

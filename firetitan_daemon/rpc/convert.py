@@ -196,12 +196,17 @@ def trainer(record: Trainer, worker_pid: int, session: str) -> trainer_pb2.Train
 def deployment(record: Deployment, replicas: Sequence[ReplicaInfo]) -> deployment_pb2.Deployment:
     """A deployment."""
     active = names.snapshot_name(record.active_snapshot) if record.active_snapshot else ""
+    ready = sum(one.state is ResourceState.ACTIVE for one in replicas)
+    state = record.state
+    if state is ResourceState.ACTIVE and not ready:
+        # Its last sampler has just ended; the row that says so is being written.
+        state = ResourceState.RECOVERING
     message = deployment_pb2.Deployment(
         name=record.name,
         base_model=record.base_model,
         max_context_length=record.max_context_length,
         trainer=names.trainer_name(record.trainer_id) if record.trainer_id else "",
-        state=_DEPLOYMENT_STATES[record.state],
+        state=_DEPLOYMENT_STATES[state],
         active_snapshot=active,
         etag=record.etag,
         create_time=timestamp(record.create_time),
@@ -210,7 +215,7 @@ def deployment(record: Deployment, replicas: Sequence[ReplicaInfo]) -> deploymen
         requires_sync=record.requires_sync,
         inactivity_timeout=duration(record.inactivity_s),
         replicas=record.replicas,
-        ready_replicas=sum(one.state is ResourceState.ACTIVE for one in replicas),
+        ready_replicas=ready,
         workers=[
             deployment_pb2.Replica(
                 worker=one.worker_id,

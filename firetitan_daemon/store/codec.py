@@ -16,6 +16,12 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Record = TypeVar("Record")
 _Convert = Callable[[Any], Any]
+_SHOWN = 80
+"""Characters of an unreadable text in an error."""
+
+
+class UnreadableRecordError(Exception):
+    """A text that `encode` did not write, or that was damaged since."""
 
 
 def encode(record: object) -> str:
@@ -24,8 +30,16 @@ def encode(record: object) -> str:
 
 
 def decode(kind: type[Record], text: str) -> Record:
-    """The record of a kind that `encode` wrote."""
-    record: Record = _build(kind, json.loads(text))
+    """The record of a kind that `encode` wrote.
+
+    Raises:
+        UnreadableRecordError: It is none.
+    """
+    try:
+        record: Record = _build(kind, json.loads(text))
+    except (ValueError, TypeError, AttributeError) as error:
+        shown = text[:_SHOWN]
+        raise UnreadableRecordError(f"{shown!r} is no {kind.__name__}: {error}") from error
     return record
 
 

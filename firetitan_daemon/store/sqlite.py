@@ -38,7 +38,7 @@ from firetitan_daemon.core.records import (
     WorkerSpec,
 )
 from firetitan_daemon.store import schema
-from firetitan_daemon.store.codec import decode, encode
+from firetitan_daemon.store.codec import UnreadableRecordError, decode, encode
 from firetitan_daemon.store.disk import Ballast, disk_full, not_writable
 from firetitan_daemon.store.rules import clamp, in_use, reused, stood_on, trainer_of, unknown_page
 
@@ -194,7 +194,7 @@ class SqliteStore(Store):
         future = self._thread.submit(call, *args, **kwargs)
         try:
             return await asyncio.shield(asyncio.wrap_future(future))
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnreadableRecordError) as error:
             raise self._failure(error) from error
 
     def _open(self) -> sqlite3.Connection:
@@ -474,7 +474,7 @@ class SqliteStore(Store):
         except sqlite3.Error as error:
             raise self._failure(error) from error
 
-    def _failure(self, error: sqlite3.Error) -> FiretitanError:
+    def _failure(self, error: sqlite3.Error | UnreadableRecordError) -> FiretitanError:
         name = getattr(error, "sqlite_errorname", "")
         if name == "SQLITE_FULL":
             return disk_full(self._path.parent)
@@ -482,6 +482,8 @@ class SqliteStore(Store):
             return not_writable(self._path, str(error))
         if name.startswith("SQLITE_BUSY"):
             why = "another process has it open; end that first"
+        elif isinstance(error, UnreadableRecordError):
+            why = f"{error}; save a copy, check the disk, restore a backup or use another home"
         else:
             why = f"{error}; see that the disk is sound and the folder writable"
         return FiretitanError(Reason.INTERNAL, f"the ledger {self._path} cannot be used: {why}")

@@ -140,6 +140,33 @@ def test_a_sampler_that_dies_while_it_is_restored_is_replaced_too(home: DaemonPr
     stubs.channel.close()
 
 
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_what_was_pinned_is_in_its_successor(
+    home: DaemonProcess, tiny_llama: Path, lora_rank: int
+) -> None:
+    home.start()
+    stubs = Stubs(home.address)
+    stubs.create_trainer(base_model=str(tiny_llama), rank=lora_rank)
+    stubs.create_deployment(base_model=str(tiny_llama))
+    base, delta, last = snapshots(stubs, LaneClient(stubs, stubs.session(), "script"))
+    for snapshot in (base, delta):
+        assert not stubs.hotload("deployments/d", snapshot).HasField("error")
+    stubs.deployments.PinSnapshot(
+        deployment_service_pb2.PinSnapshotRequest(
+            deployment="deployments/d", snapshot=delta, holder="h"
+        )
+    )
+    assert not stubs.hotload("deployments/d", last).HasField("error")
+    before = [stubs.sample(snapshot=delta), stubs.sample()]
+    kill_sampler(stubs)
+    until_active(stubs)
+    after = [stubs.sample(snapshot=delta), stubs.sample()]
+    assert [one.snapshot for one in after] == [delta, last]
+    assert [one.sequences for one in after] == [one.sequences for one in before]
+    assert before[0].sequences != before[1].sequences
+    stubs.channel.close()
+
+
 def test_a_request_in_flight_fails_by_name_and_gives_the_same_tokens_again(
     home: DaemonProcess,
 ) -> None:

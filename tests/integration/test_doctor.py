@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from firetitan.v1 import system_service_pb2
 from support.daemon import DaemonProcess
-from support.stubs import Stubs
+from support.stubs import LaneClient, Stubs
 
 from firetitan_daemon.doctor import Report, examine
 from firetitan_daemon.launch.bundle import Bundle
@@ -165,3 +166,34 @@ def test_a_running_daemon_looks_its_ledger_over(tmp_path: Path) -> None:
         assert report.state == "running" and "backup" in named(report, "damaged")
     finally:
         daemon.stop()
+
+
+def test_few_open_files(tmp_path: Path) -> None:
+    daemon = DaemonProcess(tmp_path / "home", max_files=256)
+    daemon.start()
+    try:
+        assert "ulimit" in named(look(daemon), "RLIMIT_NOFILE", "256 open files allowed")
+    finally:
+        daemon.stop()
+
+
+def test_a_large_debt_of_commands_to_replay(daemon: DaemonProcess) -> None:
+    stubs = Stubs(daemon.address)
+    stubs.create_trainer()
+    session = stubs.session()
+    stubs.done(LaneClient(stubs, session).forward_backward())
+    told = stubs.system.GetSystemInfo(system_service_pb2.GetSystemInfoRequest())
+    (recovery,) = told.recoveries
+    assert recovery.kept_bytes
+    settings = daemon.home / "config.toml"
+    settings.write_text(f"[recovery]\nmax_spool_bytes = {int(recovery.kept_bytes * 1.1)}\n")
+    todo = named(look(daemon), session, "of recovery.max_spool_bytes")
+    assert "save_state" in todo
+    settings.unlink()
+    assert not look(daemon).findings
+
+
+def test_gpus_that_torch_cannot_use(daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("firetitan_daemon.doctor.count_gpus", lambda: 2)
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "2.11.0+cpu")
+    assert "CUDA" in named(look(daemon), "torch", "2.11.0+cpu", "2 GPUs")

@@ -125,6 +125,21 @@ async def test_something_else_is_refused(tmp_path: Path) -> None:
     assert caught.value.reason == Reason.STATE_NOT_WRITABLE
 
 
+@pytest.mark.parametrize("body", ['{"id": "t', "[1]", "{}", '{"id": 1, "state": "flying"}'])
+async def test_a_damaged_row_is_named(tmp_path: Path, body: str) -> None:
+    path = tmp_path / "state.db"
+    await SqliteStore(path).close()
+    db = sqlite3.connect(path)
+    db.execute("INSERT INTO trainers (id, body) VALUES ('t', ?)", (body,))
+    db.commit()
+    db.close()
+    store = SqliteStore(path)
+    with pytest.raises(FiretitanError, match=r"state\.db cannot be used.*is no Trainer") as caught:
+        await store.load()
+    assert caught.value.reason == Reason.INTERNAL and body[:20] in str(caught.value)
+    await store.close()
+
+
 async def test_an_older_file_is_copied_then_brought_up(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
     store = SqliteStore(path)
