@@ -49,8 +49,18 @@ class Endpoint:
 
 
 def home() -> Path:
-    """`$FIRETITAN_HOME`, else `~/.firetitan`."""
-    return Path(os.environ.get("FIRETITAN_HOME") or "~/.firetitan").expanduser().absolute()
+    """`$FIRETITAN_HOME`, else `~/.firetitan`.
+
+    Raises:
+        ValueError: It lies in the home of a user whom there is not.
+    """
+    text = os.environ.get("FIRETITAN_HOME") or "~/.firetitan"
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(
+            f"FIRETITAN_HOME: {text!r} lies in the home of no user; give a folder"
+        ) from error
 
 
 def resolve(base_url: str | None = None, address: str | None = None) -> Endpoint:

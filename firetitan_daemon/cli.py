@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from firetitan_daemon.config import ConfigError, DaemonConfig, default_home, load_config
+from firetitan_daemon.config import ConfigError, DaemonConfig, home_folder, load_config
 from firetitan_daemon.places import PlaceError, Places
 from firetitan_daemon.processes import listener, state_of
 
@@ -303,7 +303,10 @@ def _config(home: Path | None, flags: dict[str, object]) -> DaemonConfig:
 
 
 def _places(home: Path | None) -> Places:
-    return Places(home.expanduser().absolute() if home else default_home())
+    try:
+        return Places(home_folder(home))
+    except ConfigError as error:
+        _fail(str(error), EXIT_USAGE)
 
 
 def _running(places: Places) -> dict[str, Any]:

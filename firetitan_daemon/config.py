@@ -164,10 +164,21 @@ class Setting:
     """`default`, the file's path, the variable's name or `command line`."""
 
 
-def default_home(environment: Mapping[str, str] | None = None) -> Path:
-    """`$FIRETITAN_HOME`, else `~/.firetitan`."""
+def home_folder(given: Path | None = None, environment: Mapping[str, str] | None = None) -> Path:
+    """`given`, else `$FIRETITAN_HOME`, else `~/.firetitan`.
+
+    Raises:
+        ConfigError: It lies in the home of a user whom there is not.
+    """
     variables = os.environ if environment is None else environment
-    return Path(variables.get("FIRETITAN_HOME") or "~/.firetitan").expanduser().absolute()
+    home = Path(given or variables.get("FIRETITAN_HOME") or "~/.firetitan")
+    try:
+        return home.expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"home: {str(home)!r} lies in the home of no user; give a folder, by --home or "
+            "FIRETITAN_HOME"
+        ) from error
 
 
 def load_config(
@@ -190,7 +201,7 @@ def load_config(
         ConfigError: Unknown key, wrong type, value out of range, or unreadable file.
     """
     variables = os.environ if environment is None else environment
-    root = home.expanduser().absolute() if home else default_home(variables)
+    root = home_folder(home, variables)
     given = _read_file(root / "config.toml")
     given.update(_read_environment(variables))
     given.update({key: Setting(key, value, "command line") for key, value in (flags or {}).items()})

@@ -53,6 +53,12 @@ def test_address_comes_from_the_daemons_record(home: Path) -> None:
     assert address.resolve().address == "unix:/elsewhere.sock"
 
 
+def test_a_home_of_nobody_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIRETITAN_HOME", "~no-such-user/x")
+    with pytest.raises(ValueError, match=r"FIRETITAN_HOME: '~no-such-user/x' .* give a folder"):
+        address.resolve()
+
+
 def test_argument_then_environment_then_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "daemon.json").write_text('{"address": "unix:/home.sock"}')
     monkeypatch.setenv("FIRETITAN_ADDRESS", "unix:/environment.sock")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from firetitan_daemon.config import ConfigError, default_home, load_config
+from firetitan_daemon.config import ConfigError, home_folder, load_config
 
 
 def origin(settings: list, key: str) -> tuple[object, str]:
@@ -55,8 +55,11 @@ def test_an_unknown_variable_of_a_section_is_named(tmp_path: Path) -> None:
 
 
 def test_home_comes_from_the_environment() -> None:
-    assert default_home({"FIRETITAN_HOME": "/a/b"}) == Path("/a/b")
-    assert default_home({}) == Path.home() / ".firetitan"
+    assert home_folder(None, {"FIRETITAN_HOME": "/a/b"}) == Path("/a/b")
+    assert home_folder(Path("c"), {"FIRETITAN_HOME": "/a/b"}) == Path("c").absolute()
+    assert home_folder(None, {}) == Path.home() / ".firetitan"
+    with pytest.raises(ConfigError, match=r"home: '~no-such-user/x' .*--home or FIRETITAN_HOME"):
+        home_folder(None, {"FIRETITAN_HOME": "~no-such-user/x"})
 
 
 def test_names_of_models_are_read_from_their_table(tmp_path: Path) -> None:
