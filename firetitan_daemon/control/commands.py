@@ -86,7 +86,7 @@ class CommandPipeline:
 
     @property
     def session(self) -> Session:
-        """The session's record as it is stored, but for its state while it recovers."""
+        """The session's record as it is stored, but RECOVERING while it waits for a worker."""
         return self._rows.session
 
     @property
@@ -188,7 +188,7 @@ class CommandPipeline:
     def start(self, worker: Worker) -> None:
         """Begin to run commands on a worker; those not settled are sent again, in order."""
         self._worker, self._pausing = worker, False
-        self._rows.session = replace(self.session, state=SessionState.ACTIVE)
+        self._rows.resume()
         waiting = sorted(
             (one for one in self._rows.open_operations() if one.commit_seq),
             key=lambda one: one.commit_seq,
@@ -385,7 +385,7 @@ class CommandPipeline:
 
     async def suspend(self) -> None:
         """The worker is gone and another is wanted: commands wait, new ones answer RECOVERING."""
-        self._rows.session = replace(self.session, state=SessionState.RECOVERING)
+        self._rows.suspend()
         await self._leave_worker()
         ended_in, self._ended_in = self._ended_in, None
         found = self._services.operations.current(ended_in.id) if ended_in is not None else None

@@ -44,13 +44,32 @@ class Accepted:
 
 
 class SessionRows:
-    """Owns a session's record and its sequencer."""
+    """Owns a session's record and its sequencer.
+
+    That its worker is away is no part of the record: no write that began before may undo it.
+    """
 
     def __init__(self, session: Session, sequencer: SessionSequencer, services: Services) -> None:
-        self.session = session
+        self._suspended = session.state is SessionState.RECOVERING
+        self._stored = replace(session, state=SessionState.ACTIVE) if self._suspended else session
         self._sequencer = sequencer
         self._services = services
         self._lock = asyncio.Lock()
+
+    @property
+    def session(self) -> Session:
+        """The record as it is stored, but RECOVERING while the session waits for a worker."""
+        if self._suspended and self._stored.state is SessionState.ACTIVE:
+            return replace(self._stored, state=SessionState.RECOVERING)
+        return self._stored
+
+    def suspend(self) -> None:
+        """Its worker is away."""
+        self._suspended = True
+
+    def resume(self) -> None:
+        """It has a worker."""
+        self._suspended = False
 
     @property
     def current(self) -> Session:
@@ -203,7 +222,7 @@ class SessionRows:
                     durable=bool(change.checkpoints or change.snapshots),
                 )
             )
-            self.session = session
+            self._stored = session
 
     async def cancel(self, operation_id: str, running: str | None) -> Operation:
         """Cancel a command that has not been sent to the worker.
@@ -220,11 +239,11 @@ class SessionRows:
                 return found
             error = ErrorRecord(str(Reason.CANCELLED), f"{found.name} was cancelled before it ran")
             cancelled = self.ended(found, OperationState.CANCELLED, error)
-            session = self._reached(self.session, found.commit_seq)
+            session = self._reached(self._stored, found.commit_seq)
             await self._services.operations.write(
                 Change(operations=[cancelled], sessions=[session])
             )
-            self.session = session
+            self._stored = session
             if not found.commit_seq:
                 self._sequencer.cancel(found.client_id, found.seq)
             return cancelled
@@ -262,7 +281,7 @@ class SessionRows:
             epoch, lanes = self._sequencer.restart()
             error = await self._loss(cause, left)
             session = replace(
-                chain.reset(self.session),
+                chain.reset(self._stored),
                 state=SessionState.LOST,
                 origin_commit_seq=self._sequencer.last_commit_seq,
                 epoch=epoch,
@@ -276,7 +295,7 @@ class SessionRows:
                     durable=True,
                 )
             )
-            self.session = session
+            self._stored = session
         logger.error("session lost session=%s cause=%s", session.name, cause)
 
     async def _loss(self, cause: str, lost: Iterable[Operation]) -> ErrorRecord:
@@ -315,17 +334,17 @@ class SessionRows:
     async def cut_chain(self) -> None:
         """The worker does not hold the last snapshot: the next one is a base."""
         async with self._lock:
-            session = chain.cut(self.session)
-            if session != self.session:
+            session = chain.cut(self._stored)
+            if session != self._stored:
                 await self._services.operations.write(Change(sessions=[session]))
-                self.session = session
+                self._stored = session
 
     async def restart(self) -> None:
         """After a loss: ready again, at step 0."""
         async with self._lock:
-            session = replace(self.session, state=SessionState.ACTIVE, step=0)
+            session = replace(self._stored, state=SessionState.ACTIVE, step=0)
             await self._services.operations.write(Change(sessions=[session], durable=True))
-            self.session = session
+            self._stored = session
 
     async def close(self, error: FiretitanError) -> None:
         """Closed for good; what is still open ends with an error."""
@@ -336,11 +355,11 @@ class SessionRows:
             ]
             # Lanes go on behind what was held: whoever watches one waits for no gap.
             _, lanes = self._sequencer.restart()
-            session = replace(self.session, state=SessionState.CLOSED)
+            session = replace(self._stored, state=SessionState.CLOSED)
             await self._services.operations.write(
                 Change(operations=left, sessions=[session], lanes=lanes, durable=True)
             )
-            self.session = session
+            self._stored = session
 
     def ended(
         self, operation: Operation, state: OperationState, error: ErrorRecord | None
@@ -357,9 +376,9 @@ class SessionRows:
         )
 
     def _reached(self, session: Session, commit_seq: int) -> Session:
-        # The state is this record's: the worker may have ended since the command was run.
+        # Its state is none of a command's.
         return replace(
             session,
-            state=self.session.state,
-            commit_seq=max(commit_seq, self.session.commit_seq),
+            state=self._stored.state,
+            commit_seq=max(commit_seq, self._stored.commit_seq),
         )

@@ -163,6 +163,34 @@ async def test_a_worker_that_ends_while_its_command_is_settled_is_waited_for(
     assert (await bench.ended(await bench.forward_backward())).error is None
 
 
+async def test_a_worker_that_ends_while_a_row_is_being_written_is_waited_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, written = asyncio.Event(), asyncio.Event()
+    write = bench.store.write
+
+    async def slow(change: Change) -> None:
+        if any(one.done for one in change.operations):
+            begun.set()
+            await written.wait()
+        await write(change)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.store, "write", slow)
+        operation = await bench.forward_backward()
+        await begun.wait()
+        suspended = asyncio.create_task(bench.pipeline.suspend())
+        await asyncio.sleep(0)
+        assert bench.pipeline.session.state is SessionState.RECOVERING
+        written.set()
+        await suspended
+    assert (await bench.ended(operation)).error is None
+    assert bench.pipeline.session.state is SessionState.RECOVERING
+    await bench.pipeline.resume(bench.worker, exact=True)
+    assert bench.pipeline.session.state is SessionState.ACTIVE
+    assert (await bench.ended(await bench.forward_backward())).error is None
+
+
 async def test_a_save_that_cannot_be_published_fails_and_the_next_stands_alone(
     bench: Bench,
 ) -> None:
