@@ -58,7 +58,10 @@ class Result:
     disturbed_s: float
     undisturbed_s: float
     recoveries: list[dict[str, float]]
-    """Of the trainer: seconds from its end until its session went on, loading and replaying."""
+    """Of the trainer: seconds from its end until its session went on, loading and replaying. One in
+    whose midst the daemon was killed is not told of: the next daemon went on with it."""
+    trainers: int
+    """Processes that were the trainer, one after another."""
     digests: tuple[str, str]
     same: bool
     void: bool
@@ -108,6 +111,7 @@ def chaos(settings: Settings, folder: Path) -> Result:
         disturbed_s=disturbed_s,
         undisturbed_s=undisturbed_s,
         recoveries=_recoveries(daemon.log),
+        trainers=len(set(re.findall(r"worker=(trainer-\w+)", daemon.log))),
         digests=(disturbed.digest, undisturbed.digest),
         same=disturbed == undisturbed,
         void=taken < settings.steps or not killer.enough(settings.kills, settings.of_each),

@@ -22,7 +22,7 @@ from support.stubs import LaneClient, Stubs, reason, retry_delay_s
 
 CAPACITY = 4
 FLOODERS = 10 * CAPACITY
-SECONDS = size(8, 60)
+SECONDS = size(15, 60)
 READERS = 32
 ROUNDS, STEPS = size(3, 10), size(15, 100)
 LONG = toy_datum([1] * 4096, [2] * 4096)

@@ -139,8 +139,10 @@ def test_all_of_them_are_taken_over_and_those_taken_away_are_not(home: DaemonPro
     os.kill(pids[1], signal.SIGKILL)
     until_ready(stubs, 3, other_than=pids[1])
     message = deployment_service_pb2.ScaleDeploymentRequest(name="deployments/d", replicas=1)
-    stubs.deployments.ScaleDeployment.future(message)
+    # A future that nobody holds is cancelled.
+    call = stubs.deployments.ScaleDeployment.future(message)
     home.wait_exit()
+    assert call.exception() is not None
     home.start({"FIRETITAN_FAILPOINTS": ""})
     (left,) = until_ready(stubs, 1)
     deadline = time.monotonic() + 30

@@ -16,7 +16,7 @@ from support.history_client import Training
 from support.sizes import figure, size
 from support.stubs import Stubs
 
-SECONDS = size(30, 600)
+SECONDS = size(45, 600)
 CLIENTS = size(12, 64)
 FEWEST_COMMANDS_A_SECOND = 5
 MOST_GROWTH_MIB_A_MINUTE = size(24, 1)
