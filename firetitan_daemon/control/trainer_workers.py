@@ -7,9 +7,12 @@ asked to be. Each of these is a task of the trainer's, of which there is one at 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-from collections.abc import Coroutine
+from collections import defaultdict
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
+from typing import Any
 
 from firetitan_daemon.control.provisioning import log_shape, settled
 from firetitan_daemon.control.services import (
@@ -23,8 +26,15 @@ from firetitan_daemon.control.workers import WorkerPool
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
+from firetitan_daemon.core.model_records import ModelInfo
 from firetitan_daemon.core.ports import Change
-from firetitan_daemon.core.records import ErrorRecord, ResourceState, Trainer, WorkerKind
+from firetitan_daemon.core.records import (
+    ErrorRecord,
+    ResourceState,
+    Trainer,
+    WorkerKind,
+    WorkerSpec,
+)
 from firetitan_daemon.core.worker_ports import Worker
 
 METHOD = "CreateTrainer"
@@ -40,7 +50,8 @@ logger = logging.getLogger("firetitan.trainers")
 class TrainerWorkers:
     """The workers of every trainer.
 
-    Owns the records; each changes in memory when its row is written.
+    Owns the records; each changes in memory when its row is written, and only in `_update` or under
+    its lock of `_rows`: no row is written from a record that another write has just changed.
     """
 
     def __init__(self, services: Services, pool: WorkerPool, sessions: SessionManager) -> None:
@@ -50,6 +61,7 @@ class TrainerWorkers:
         self._trainers: dict[str, Trainer] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._rows: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._replaced: dict[str, list[float]] = {}
         """When workers of a trainer were replaced, monotonic seconds, of late."""
         self._wake_after: dict[str, float] = {}
@@ -78,32 +90,60 @@ class TrainerWorkers:
         try:
             worker, model = await self._pool.start(spec)
         except FiretitanError as error:
-            await self._failed(trainer, error_record(error))
+            await self._failed(trainer_id, error_record(error))
             return
         except Exception as error:  # a supervisor: the trainer fails, the daemon goes on
-            await self._failed(trainer, error_record(internal_error(trainer.name, error)))
+            await self._failed(trainer_id, error_record(internal_error(trainer.name, error)))
             return
         failpoint("create.loaded")
-        active = replace(trainer, state=ResourceState.ACTIVE, model=model, error=None)
-        self._services.activity.touch(active.name)  # loading was no idle time
-        await self._write(active)
-        log_shape(active.name, active.shape, model)
-        self._watch(trainer_id, worker)
+        await self._serves(trainer_id, worker, model)
+        log_shape(trainer.name, trainer.shape, model)
 
-    async def _failed(self, trainer: Trainer, error: ErrorRecord) -> None:
-        await self._write(
-            replace(trainer, state=ResourceState.FAILED, error=error, worker_id=None), error
-        )
+    async def _serves(self, trainer_id: str, worker: Worker, model: ModelInfo) -> None:
+        self._services.activity.touch(names.trainer_name(trainer_id))  # loading was no idle time
+        if await self._write(trainer_id, state=ResourceState.ACTIVE, model=model, error=None):
+            self._watch(trainer_id, worker)
 
-    async def _write(self, trainer: Trainer, error: ErrorRecord | None = None) -> None:
-        now = self._services.clock.now()
-        operations = [
-            settled(one, now, error)
-            for one in self._services.operations.open_of(trainer.name, METHOD)
-        ]
-        change = Change(trainers=[trainer], operations=operations, durable=True)
-        await when_there_is_space(trainer.name, lambda: self._services.operations.write(change))
-        self._trainers[trainer.id] = trainer
+    async def _failed(self, trainer_id: str, error: ErrorRecord) -> None:
+        await self._write(trainer_id, state=ResourceState.FAILED, error=error, worker_id=None)
+
+    async def _write(self, trainer_id: str, **changes: Any) -> bool:
+        """As `_update`, for what has happened and must be told."""
+        update = functools.partial(self._update, trainer_id, **changes)
+        return await when_there_is_space(f"trainers/{trainer_id}", update)
+
+    async def _update(
+        self, trainer_id: str, *, workers: Sequence[WorkerSpec] = (), **changes: Any
+    ) -> bool:
+        """Change fields of a trainer's record; one that is being deleted stays as it is.
+
+        Operations that wait for its creation end with it, unless its worker is being replaced.
+
+        Args:
+            trainer_id: Which.
+            workers: Specifications to write with it.
+            changes: Fields of the record.
+
+        Returns:
+            False where it is deleted.
+        """
+        async with self._rows[trainer_id]:
+            former = self._trainers.get(trainer_id)
+            if former is None or former.state is ResourceState.DELETING:
+                return False
+            trainer = replace(former, **changes)
+            operations = []
+            if trainer.state is not ResourceState.RECOVERING:
+                now = self._services.clock.now()
+                operations = [
+                    settled(one, now, trainer.error)
+                    for one in self._services.operations.open_of(trainer.name, METHOD)
+                ]
+            await self._services.operations.write(
+                Change(trainers=[trainer], workers=workers, operations=operations, durable=True)
+            )
+            self._trainers[trainer_id] = trainer
+            return True
 
     def _watch(self, trainer_id: str, worker: Worker) -> None:
         async def exited(cause: str) -> None:
@@ -137,12 +177,12 @@ class TrainerWorkers:
                 await asyncio.sleep(pause_s)
                 started = self._services.clock.monotonic()
                 try:
-                    worker = await when_there_is_space(
+                    worker, model = await when_there_is_space(
                         f"a new worker of trainers/{trainer_id}",
                         lambda: self._start_again(trainer_id),
                     )
                     start_s = self._services.clock.monotonic() - started
-                    await self._resume(trainer_id, worker)
+                    await self._resume(trainer_id, worker, model)
                 except FiretitanError as error:
                     problem = error.message
                     await self._pool.stop(self._trainers[trainer_id].worker_id)
@@ -160,7 +200,7 @@ class TrainerWorkers:
             await self._pool.stop(self._trainers[trainer_id].worker_id)
         await self._lost(trainer_id, f"{cause}; {problem}")
 
-    async def _start_again(self, trainer_id: str) -> Worker:
+    async def _start_again(self, trainer_id: str) -> tuple[Worker, ModelInfo]:
         """A new worker for a trainer, its model loaded.
 
         Raises:
@@ -176,11 +216,13 @@ class TrainerWorkers:
             trainer.max_context_length,
             trainer.shape,
         )
-        trainer = replace(trainer, state=ResourceState.RECOVERING, worker_id=spec.worker_id)
-        await self._services.operations.write(
-            Change(trainers=[trainer], workers=[spec], durable=True)
-        )
-        self._trainers[trainer_id] = trainer
+        if not await self._update(
+            trainer_id,
+            workers=[spec],
+            state=ResourceState.RECOVERING,
+            worker_id=spec.worker_id,
+        ):
+            raise FiretitanError(Reason.CLOSED, f"{trainer.name} is being deleted")
         worker, model = await self._pool.start(spec)
         failpoint("recovery.launched")
         if trainer.model is not None and trainer.model.fingerprint != model.fingerprint:
@@ -189,23 +231,17 @@ class TrainerWorkers:
                 f"the files of {trainer.base_model!r} are others now than when the trainer began: "
                 f"fingerprint {model.fingerprint[:12]}, was {trainer.model.fingerprint[:12]}",
             )
-        self._trainers[trainer_id] = replace(trainer, model=model)
-        return worker
+        return worker, model
 
-    async def _resume(self, trainer_id: str, worker: Worker) -> None:
+    async def _resume(self, trainer_id: str, worker: Worker, model: ModelInfo) -> None:
         """Let a trainer's sessions go on in a worker.
 
         Raises:
             FiretitanError: As `SessionManager.resume`.
         """
-        model = self._trainers[trainer_id].model
         # On other devices than the CPU, sums may come in another order.
-        exact = model is None or model.device == "cpu"
-        await self._sessions.resume(trainer_id, worker, exact=exact)
-        active = replace(self._trainers[trainer_id], state=ResourceState.ACTIVE, error=None)
-        self._services.activity.touch(active.name)  # loading was no idle time
-        await self._write(active)
-        self._watch(trainer_id, worker)
+        await self._sessions.resume(trainer_id, worker, exact=model.device == "cpu")
+        await self._serves(trainer_id, worker, model)
 
     async def stop(self, trainer_id: str) -> bool:
         """Stop the worker of a trainer that nobody uses; the next use starts it where it was.
@@ -225,7 +261,7 @@ class TrainerWorkers:
                 return False
             # Until the row is written, it is a trainer whose worker ended: that is made good.
             await self._pool.stop(trainer.worker_id)
-            await self._write(replace(trainer, state=ResourceState.STOPPED, worker_id=None))
+            await self._write(trainer_id, state=ResourceState.STOPPED, worker_id=None)
             logger.info("trainer stopped trainer=%s", trainer_id)
             if self._sessions.busy(trainer_id):
                 self.wake(trainer_id)
@@ -243,7 +279,7 @@ class TrainerWorkers:
     async def _wake(self, trainer_id: str) -> None:
         trainer = self._trainers[trainer_id]
         try:
-            await self._resume(trainer_id, await self._start_again(trainer_id))
+            await self._resume(trainer_id, *await self._start_again(trainer_id))
             self._wake_after.pop(trainer_id, None)
             return
         except FiretitanError as error:
@@ -257,9 +293,8 @@ class TrainerWorkers:
         logger.error("trainer not started again trainer=%s: %s", trainer_id, problem)
         self._wake_after[trainer_id] = self._services.clock.monotonic() + _WAKE_PAUSE_S
         await self._sessions.suspend(trainer_id)
-        record = error_record(problem)
         await self._write(
-            replace(trainer, state=ResourceState.STOPPED, error=record, worker_id=None), record
+            trainer_id, state=ResourceState.STOPPED, error=error_record(problem), worker_id=None
         )
 
     async def _lost(self, trainer_id: str, cause: str) -> None:
@@ -280,7 +315,7 @@ class TrainerWorkers:
             {"cause": cause},
         )
         await self._pool.forget(trainer.worker_id)
-        await self._failed(trainer, error)
+        await self._failed(trainer_id, error)
 
     async def close(self) -> None:
         """Stop provisioning; what is half done is finished at the next start."""

@@ -166,23 +166,27 @@ class TrainerManager(TrainerWorkers):
                 made_by=existing.made_by if existing is not None else request.request_id,
                 inactivity_s=inactivity_s(request.inactivity_s, existing, services),
             )
-            await services.operations.write(
-                Change(trainers=[trainer], workers=[spec], operations=[operation], durable=True)
-            )
-            self._trainers[trainer.id] = trainer
+            async with self._rows[trainer.id]:
+                await services.operations.write(
+                    Change(trainers=[trainer], workers=[spec], operations=[operation], durable=True)
+                )
+                self._trainers[trainer.id] = trainer
             self._begin(trainer.id, self._provision(trainer.id))
             return operation
 
     async def _join(
         self, existing: Trainer, inactivity: float | None, operation: Operation
     ) -> Operation:
-        if existing.state in (ResourceState.ACTIVE, ResourceState.RECOVERING):
-            operation = settled(operation, self._services.clock.now())
-        joined = existing
-        if inactivity is not None:
-            joined = replace(existing, inactivity_s=inactivity)
-        await self._services.operations.write(Change(trainers=[joined], operations=[operation]))
-        self._trainers[joined.id] = joined
+        async with self._rows[existing.id]:
+            joined = self._trainers[existing.id]
+            if joined.state in (ResourceState.ACTIVE, ResourceState.RECOVERING):
+                operation = settled(operation, self._services.clock.now())
+            if joined.state is ResourceState.FAILED:
+                operation = settled(operation, self._services.clock.now(), joined.error)
+            if inactivity is not None:
+                joined = replace(joined, inactivity_s=inactivity)
+            await self._services.operations.write(Change(trainers=[joined], operations=[operation]))
+            self._trainers[joined.id] = joined
         self._wake_after.pop(joined.id, None)
         self.wake(joined.id)
         return operation
@@ -203,8 +207,8 @@ class TrainerManager(TrainerWorkers):
             failpoint("adopt.adopted")
             try:
                 # One that was to take a dead one's place may not have got so far.
-                await worker.load_model()
-                await self._resume(trainer_id, worker)
+                model = await worker.load_model()
+                await self._resume(trainer_id, worker, model)
             except FiretitanError as error:
                 await self._pool.stop(trainer.worker_id)
                 cause = f"it could not be taken over: {error.message}"
@@ -227,9 +231,10 @@ class TrainerManager(TrainerWorkers):
             trainer = self._trainers.get(trainer_id)
             if trainer is None:
                 return
-            deleting = replace(trainer, state=ResourceState.DELETING)
-            await self._services.store.write(Change(trainers=[deleting], durable=True))
-            self._trainers[trainer_id] = deleting
+            async with self._rows[trainer_id]:
+                trainer = replace(self._trainers[trainer_id], state=ResourceState.DELETING)
+                await self._services.store.write(Change(trainers=[trainer], durable=True))
+                self._trainers[trainer_id] = trainer
             task = self._tasks.get(trainer_id)
             if task is not None:
                 task.cancel()

@@ -372,6 +372,33 @@ async def test_a_dead_worker_does_not_bring_a_deleted_trainer_back(
     assert row.state is ResourceState.DELETING
 
 
+async def test_who_asks_for_a_trainer_while_its_row_is_written_takes_nothing_back(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, written = asyncio.Event(), asyncio.Event()
+    write = managers.store.write
+
+    async def slow(change: Change) -> None:
+        if any(one.state is ResourceState.ACTIVE for one in change.trainers):
+            begun.set()
+            await written.wait()
+        await write(change)
+
+    monkeypatch.setattr(managers.store, "write", slow)
+    first = await managers.trainers.create(TrainerRequest("t", TOY, 0, 0, "auto", "a", "digest"))
+    await begun.wait()
+    request = TrainerRequest("t", TOY, 0, 0, "auto", "b", "digest", inactivity_s=60.0)
+    second = asyncio.create_task(managers.trainers.create(request))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    written.set()
+    for operation in (first, await second):
+        assert (await managers.done(operation)).error is None
+    (row,) = (await managers.store.load()).trainers
+    assert row == managers.trainers.get("t")
+    assert (row.state, row.inactivity_s) == (ResourceState.ACTIVE, 60.0)
+
+
 async def test_a_worker_that_is_slow_to_answer_while_it_loads_is_waited_for(
     managers: Managers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
