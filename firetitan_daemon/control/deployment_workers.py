@@ -141,7 +141,8 @@ class DeploymentWorkers:
     ) -> Deployment:
         """Change a deployment's fields under a new etag.
 
-        Operations that wait for its creation end with it where it then stands ACTIVE or FAILED.
+        Operations that wait for its creation end with it where it then stands ACTIVE or FAILED,
+        `operation` too where it is one.
 
         Args:
             deployment_id: Which.
@@ -161,13 +162,12 @@ class DeploymentWorkers:
             deployment = replace(former, **{**changes, **revised, "etag": new_etag()})
             operations = [operation] if operation is not None else []
             if deployment.state in (ResourceState.ACTIVE, ResourceState.FAILED):
-                now = self._services.clock.now()
-                failed = deployment.state is ResourceState.FAILED
                 operations += [
-                    settled(one, now, deployment.error if failed else None)
+                    one
                     for one in self._services.operations.open_of(deployment.name, METHOD)
                     if operation is None or one.id != operation.id
                 ]
+                operations = [self._answered(one, deployment) for one in operations]
             await self._services.operations.write(
                 Change(
                     deployments=[deployment], workers=workers, operations=operations, durable=True
@@ -175,6 +175,23 @@ class DeploymentWorkers:
             )
             self._deployments[deployment.id] = deployment
             return deployment
+
+    def _answered(self, operation: Operation, deployment: Deployment) -> Operation:
+        """An operation that waits for a creation, ended unless that goes on; others as they are."""
+        if operation.done or operation.method != METHOD:
+            return operation
+        if deployment.state is ResourceState.CREATING:
+            return operation
+        failed = deployment.state is ResourceState.FAILED
+        now = self._services.clock.now()
+        return settled(operation, now, deployment.error if failed else None)
+
+    async def _answer(self, deployment_id: str, operation: Operation) -> Operation:
+        """Write an operation that asks for a deployment as it is."""
+        async with self._rows:
+            operation = self._answered(operation, self.get(deployment_id))
+            await self._services.operations.write(Change(operations=[operation]))
+            return operation
 
     def _new_specs(self, deployment: Deployment, count: int) -> list[WorkerSpec]:
         return [

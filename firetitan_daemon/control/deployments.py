@@ -214,8 +214,7 @@ class DeploymentManager(DeploymentWorkers):
             changes["inactivity_s"] = request.inactivity_s
         if request.transition not in (None, existing.transition):
             changes["transition"] = request.transition
-        if existing.state is not ResourceState.CREATING:
-            operation = settled(operation, self._services.clock.now())
+        operation = self._answered(operation, existing)
         replicas = max(existing.replicas, request.replicas)
         if existing.state is ResourceState.STOPPED:
             # As many start with the next use.
@@ -223,10 +222,9 @@ class DeploymentManager(DeploymentWorkers):
         elif replicas > len(existing.worker_ids):
             await self._grow(existing, replicas, operation=operation, **changes)
             return operation
-        if changes:
-            await self.update(existing.id, operation=operation, **changes)
-        else:
-            await self._services.operations.write(Change(operations=[operation]))
+        if not changes:
+            return await self._answer(existing.id, operation)
+        await self.update(existing.id, operation=operation, **changes)
         return operation
 
     async def recover(self, deployment_id: str) -> None:

@@ -399,6 +399,37 @@ async def test_who_asks_for_a_trainer_while_its_row_is_written_takes_nothing_bac
     assert (row.state, row.inactivity_s) == (ResourceState.ACTIVE, 60.0)
 
 
+@pytest.mark.parametrize("inactivity_s", [None, 60.0])
+async def test_who_asks_for_a_deployment_while_its_row_is_written_is_answered(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch, inactivity_s: float | None
+) -> None:
+    begun, written = asyncio.Event(), asyncio.Event()
+    write = managers.store.write
+
+    async def slow(change: Change) -> None:
+        if any(one.state is ResourceState.ACTIVE for one in change.deployments):
+            begun.set()
+            await written.wait()
+        await write(change)
+
+    monkeypatch.setattr(managers.store, "write", slow)
+    first = await managers.deployments.create(
+        DeploymentRequest("d", TOY, 0, "", "auto", None, "a", "digest")
+    )
+    await begun.wait()
+    request = DeploymentRequest(
+        "d", TOY, 0, "", "auto", None, "b", "digest", inactivity_s=inactivity_s
+    )
+    second = asyncio.create_task(managers.deployments.create(request))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    written.set()
+    for operation in (first, await second):
+        assert (await managers.done(operation)).error is None
+    (row,) = (await managers.store.load()).deployments
+    assert row == managers.deployments.get("d") and row.state is ResourceState.ACTIVE
+
+
 async def test_a_worker_that_is_slow_to_answer_while_it_loads_is_waited_for(
     managers: Managers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
