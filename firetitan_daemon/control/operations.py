@@ -21,6 +21,8 @@ from firetitan_daemon.core.texts import check_text
 
 _RETRY_AFTER_S = "0.2"
 _FAILURES_KEPT = 20
+_READ_AHEAD = 64
+"""Operations read at once for who watches a lane; a reader that is stuck holds no more of them."""
 _NOT_THE_SENDERS = frozenset({"INTERNAL", "DATA_LOSS", "RESOURCE_EXHAUSTED", "UNAVAILABLE"})
 """Codes of failures that whoever looks after the daemon should hear of."""
 
@@ -227,13 +229,17 @@ class OperationRegistry:
             # Taken before the rows are read: what comes later is not among them.
             to_come = self._lowest_to_come(key)
             # Who watches a lane wakes with all others. Until it moves again, one reads for all.
-            read = partial(self._store.lane_operations, session, client_id, cursor)
-            for operation in await self._lane_reads.read((moved, cursor), read):
+            read = partial(self._store.lane_operations, session, client_id, cursor, _READ_AHEAD)
+            page = await self._lane_reads.read((moved, cursor), read)
+            for operation in page:
                 if operation.seq != cursor + 1 and operation.seq > to_come:
+                    await moved.wait()
                     break
                 cursor = operation.seq
                 yield operation
-            await moved.wait()
+            else:
+                if len(page) < _READ_AHEAD:
+                    await moved.wait()
 
     async def acknowledge(self, session: str, client_id: str, through_seq: int) -> None:
         """The lane has taken its results up to a seq: forget them."""

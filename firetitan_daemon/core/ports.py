@@ -133,9 +133,9 @@ class Store(Protocol):
         """The operation at a place in a lane."""
 
     async def lane_operations(
-        self, session: str, client_id: str, after_seq: int
+        self, session: str, client_id: str, after_seq: int, limit: int | None = None
     ) -> Sequence[Operation]:
-        """Done operations of a lane with a higher seq, by seq."""
+        """Done operations of a lane with a higher seq, by seq; the first so many, or all."""
 
     async def done_operations(self, session: str, after_commit_seq: int) -> Sequence[Operation]:
         """Done operations of a session with a higher commit_seq, by commit_seq."""

@@ -128,11 +128,11 @@ class MemoryStore(Store):
         )
 
     async def lane_operations(
-        self, session: str, client_id: str, after_seq: int
+        self, session: str, client_id: str, after_seq: int, limit: int | None = None
     ) -> Sequence[Operation]:
-        """Done operations of a lane with a higher seq, by seq."""
+        """Done operations of a lane with a higher seq, by seq; the first so many, or all."""
         lane = self._lane(session, client_id)
-        return [one for one in lane if one.done and one.seq > after_seq]
+        return [one for one in lane if one.done and one.seq > after_seq][:limit]
 
     async def done_operations(self, session: str, after_commit_seq: int) -> Sequence[Operation]:
         """Done operations of a session with a higher commit_seq, by commit_seq."""

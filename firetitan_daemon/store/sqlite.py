@@ -117,14 +117,15 @@ class SqliteStore(Store):
         return await self._run(self._one, Operation, where, target, client_id, seq)
 
     async def lane_operations(
-        self, session: str, client_id: str, after_seq: int
+        self, session: str, client_id: str, after_seq: int, limit: int | None = None
     ) -> Sequence[Operation]:
-        """Done operations of a lane with a higher seq, by seq."""
+        """Done operations of a lane with a higher seq, by seq; the first so many, or all."""
         where = (
             "operations WHERE target = ? AND client_id = ? AND seq > ? AND client_id <> ''"
-            " AND done = 1 ORDER BY seq"
+            " AND done = 1 ORDER BY seq LIMIT ifnull(?, -1)"
         )
-        return await self._run(self._all, Operation, where, session, client_id, clamp(after_seq))
+        after_seq = clamp(after_seq)
+        return await self._run(self._all, Operation, where, session, client_id, after_seq, limit)
 
     async def done_operations(self, session: str, after_commit_seq: int) -> Sequence[Operation]:
         """Done operations of a session with a higher commit_seq, by commit_seq."""

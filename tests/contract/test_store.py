@@ -195,6 +195,7 @@ async def test_done_operations_of_a_lane_come_by_seq(store: Store) -> None:
         )
     )
     assert [one.seq for one in await store.lane_operations(S, "c", 1)] == [2, 3]
+    assert [one.seq for one in await store.lane_operations(S, "c", 0, 2)] == [1, 2]
     assert await store.lane_operations(S, "c", 2**64 - 1) == []
     assert await store.lane_operations(S, "", 0) == []
 

@@ -70,14 +70,17 @@ class SlowReads(MemoryStore):
     def __init__(self) -> None:
         super().__init__()
         self.reads = 0
+        self.most = 0
+        """Rows of the longest read."""
         self.going = asyncio.Event()
         self.going.set()
 
     async def lane_operations(
-        self, session: str, client_id: str, after_seq: int
+        self, session: str, client_id: str, after_seq: int, limit: int | None = None
     ) -> Sequence[Operation]:
         self.reads += 1
-        rows = await super().lane_operations(session, client_id, after_seq)
+        rows = await super().lane_operations(session, client_id, after_seq, limit)
+        self.most = max(self.most, len(rows))
         await self.going.wait()
         return rows
 
@@ -101,6 +104,22 @@ async def test_who_watches_the_same_lane_shares_what_is_read(spool: FileSpool) -
     assert store.reads == 2
     for watch in watches:
         await watch.aclose()
+
+
+async def test_a_long_lane_is_read_bit_by_bit(spool: FileSpool) -> None:
+    # Who does not read must not hold a whole run's rows.
+    store = SlowReads()
+    registry = OperationRegistry(store, spool, Limits())
+    await registry.write(Change(operations=[done(operation(seq)) for seq in range(1, 201)]))
+    watch = registry.watch(SESSION, "a", 0)
+    assert [(await anext(watch)).seq for _ in range(200)] == list(range(1, 201))
+    assert store.most <= 64 and store.reads <= 5
+    following = asyncio.ensure_future(anext(watch))
+    await asyncio.sleep(0.01)
+    assert store.reads <= 5, "it waits, and does not look again and again"
+    await registry.write(Change(operations=[done(operation(201))]))
+    assert (await following).seq == 201
+    await watch.aclose()
 
 
 async def test_what_ends_while_a_lane_is_read_is_read_again(spool: FileSpool) -> None:
