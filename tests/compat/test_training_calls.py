@@ -149,7 +149,9 @@ def test_builtin_losses(llama: FiretitanTrainingClient, name: str) -> None:
     (output,) = result.loss_fn_outputs
     logprobs = output["logprobs"].to_numpy()
     assert logprobs.shape == (4,) and logprobs.dtype == np.float32
-    assert result.metrics["loss:sum"] == pytest.approx(expected(name, logprobs, datum), rel=1e-4)
+    # Its terms are of the order of 1, in fp32, and may cancel.
+    wanted = pytest.approx(expected(name, logprobs, datum), rel=1e-4, abs=2e-6)
+    assert result.metrics["loss:sum"] == wanted
     assert "response_tokens" not in result.metrics
     weighted = llama.forward_backward(ragged_data(seed=1, count=2), "cross_entropy").result()
     assert weighted.metrics["response_tokens"] > 0
