@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from firetitan.v1 import checkpoint_service_pb2, operation_pb2, training_service_pb2
 from support.commands import GOOD, SESSION, TRAINER_SPEC
+from support.held_writes import HeldWrites
 from support.stubs import optim_request
 
 from firetitan_daemon.app import SystemClock
@@ -166,23 +167,16 @@ async def test_a_worker_that_ends_while_its_command_is_settled_is_waited_for(
 async def test_a_worker_that_ends_while_a_row_is_being_written_is_waited_for(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, written = asyncio.Event(), asyncio.Event()
-    write = bench.store.write
-
-    async def slow(change: Change) -> None:
-        if any(one.done for one in change.operations):
-            begun.set()
-            await written.wait()
-        await write(change)
-
     with monkeypatch.context() as patch:
-        patch.setattr(bench.store, "write", slow)
+        ends = HeldWrites(
+            bench.store, patch, lambda change: any(one.done for one in change.operations)
+        )
         operation = await bench.forward_backward()
-        await begun.wait()
+        await ends.begun.wait()
         suspended = asyncio.create_task(bench.pipeline.suspend())
         await asyncio.sleep(0)
         assert bench.pipeline.session.state is SessionState.RECOVERING
-        written.set()
+        ends.going.set()
         await suspended
     assert (await bench.ended(operation)).error is None
     assert bench.pipeline.session.state is SessionState.RECOVERING

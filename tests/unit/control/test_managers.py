@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from firetitan.v1 import training_service_pb2
 from support.commands import GOOD, SESSION
+from support.held_writes import HeldWrites
 
 from firetitan_daemon.app import SystemClock
 from firetitan_daemon.control.checkpoints import CheckpointManager
@@ -375,23 +376,18 @@ async def test_a_dead_worker_does_not_bring_a_deleted_trainer_back(
 async def test_who_asks_for_a_trainer_while_its_row_is_written_takes_nothing_back(
     managers: Managers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, written = asyncio.Event(), asyncio.Event()
-    write = managers.store.write
-
-    async def slow(change: Change) -> None:
-        if any(one.state is ResourceState.ACTIVE for one in change.trainers):
-            begun.set()
-            await written.wait()
-        await write(change)
-
-    monkeypatch.setattr(managers.store, "write", slow)
+    active = HeldWrites(
+        managers.store,
+        monkeypatch,
+        lambda change: any(one.state is ResourceState.ACTIVE for one in change.trainers),
+    )
     first = await managers.trainers.create(TrainerRequest("t", TOY, 0, 0, "auto", "a", "digest"))
-    await begun.wait()
+    await active.begun.wait()
     request = TrainerRequest("t", TOY, 0, 0, "auto", "b", "digest", inactivity_s=60.0)
     second = asyncio.create_task(managers.trainers.create(request))
     for _ in range(20):
         await asyncio.sleep(0)
-    written.set()
+    active.going.set()
     for operation in (first, await second):
         assert (await managers.done(operation)).error is None
     (row,) = (await managers.store.load()).trainers
@@ -403,27 +399,22 @@ async def test_who_asks_for_a_trainer_while_its_row_is_written_takes_nothing_bac
 async def test_who_asks_for_a_deployment_while_its_row_is_written_is_answered(
     managers: Managers, monkeypatch: pytest.MonkeyPatch, inactivity_s: float | None
 ) -> None:
-    begun, written = asyncio.Event(), asyncio.Event()
-    write = managers.store.write
-
-    async def slow(change: Change) -> None:
-        if any(one.state is ResourceState.ACTIVE for one in change.deployments):
-            begun.set()
-            await written.wait()
-        await write(change)
-
-    monkeypatch.setattr(managers.store, "write", slow)
+    active = HeldWrites(
+        managers.store,
+        monkeypatch,
+        lambda change: any(one.state is ResourceState.ACTIVE for one in change.deployments),
+    )
     first = await managers.deployments.create(
         DeploymentRequest("d", TOY, 0, "", "auto", None, "a", "digest")
     )
-    await begun.wait()
+    await active.begun.wait()
     request = DeploymentRequest(
         "d", TOY, 0, "", "auto", None, "b", "digest", inactivity_s=inactivity_s
     )
     second = asyncio.create_task(managers.deployments.create(request))
     for _ in range(20):
         await asyncio.sleep(0)
-    written.set()
+    active.going.set()
     for operation in (first, await second):
         assert (await managers.done(operation)).error is None
     (row,) = (await managers.store.load()).deployments
