@@ -7,6 +7,7 @@ which the daemon does not load; what is in a folder.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 from collections.abc import Iterable, Mapping
@@ -64,7 +65,20 @@ def look_at(folder: Path) -> Folder:
         disk = os.statvfs(folder)
     except OSError:
         return Folder(folder, exists=False, writable=False, free_bytes=0)
-    return Folder(folder, True, os.access(folder, os.W_OK), disk.f_bavail * disk.f_frsize)
+    return Folder(folder, True, _can_write(folder), disk.f_bavail * disk.f_frsize)
+
+
+def _can_write(folder: Path) -> bool:
+    """Whether files can be made; a disk that has failed tells only who tries."""
+    if not os.access(folder, os.W_OK):
+        return False
+    try:
+        # Without a name: nothing is seen of it.
+        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o600))
+    except OSError as error:
+        # A full disk is told by its free bytes; some file systems know no files without a name.
+        return error.errno not in (errno.EROFS, errno.EIO)
+    return True
 
 
 def one_a_disk(folders: Iterable[Path]) -> list[Folder]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,9 @@ from firetitan.v1 import operation_pb2, operation_service_pb2
 from support.daemon import DaemonProcess
 from support.disks import Disk, needs_root
 from support.stubs import LaneClient, Stubs, reason, status_reason
+
+from firetitan_daemon.doctor import examine
+from firetitan_daemon.places import Places
 
 pytestmark = pytest.mark.timeout(120)
 SLOW = {"FIRETITAN_FAILPOINTS": "engine.step=4*off->1*delay(1500)"}
@@ -115,3 +121,39 @@ def test_a_folder_that_is_read_only_for_a_while(world: World, tmp_path: Path, fo
     finally:
         world.close()
         disk.unmount()
+
+
+@needs_root
+def test_a_disk_that_fails_under_the_whole_home(tmp_path: Path) -> None:
+    disk = Disk(tmp_path / "home", tmp_path / "image", 65536)
+    world = World(disk.folder)
+    # What is not fsynced is lost as with the power.
+    world.daemon.environment["FIRETITAN_SERVER_FSYNC_OPERATIONS"] = "true"
+    try:
+        world.start()
+        sent = world.send()
+        disk.fail()
+        world.check_refused(disk.folder)
+        not_done(world, sent[1], 2.5)
+        found = examine(Places(disk.folder), {}).findings
+        assert any("cannot be written to" in one.what for one in found), found
+        # Its file system can only be mounted anew, so all who use it end.
+        kill_all(world.daemon)
+        disk.repair()
+        world.daemon.start()
+        world.check_done(sent)
+        assert world.stubs.sample().sequences == world.before
+    finally:
+        world.close()
+        disk.unmount()
+
+
+def kill_all(daemon: DaemonProcess) -> None:
+    pids = daemon.worker_pids()
+    daemon.kill()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while daemon.worker_pids():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

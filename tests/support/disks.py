@@ -27,21 +27,25 @@ class Disk:
 
     def __init__(self, folder: Path, image: Path, size_kb: int) -> None:
         self.folder = folder
+        self._image = image
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with image.open("wb") as file:
             file.truncate(size_kb * 1024)
         make = ["mkfs.ext4", "-q", "-b", "1024", "-m", "0", "-N", "512", "-O", "^has_journal"]
         subprocess.run([*make, str(image)], check=True)
+        self._mount()
+        folder.chmod(0o700)
+        (folder / "lost+found").rmdir()
+
+    def _mount(self) -> None:
         mounted = subprocess.run(
-            ["mount", "-o", "loop", str(image), str(folder)],
+            ["mount", "-o", "loop,errors=remount-ro", str(self._image), str(self.folder)],
             capture_output=True,
             text=True,
             check=False,
         )
         if mounted.returncode:
             pytest.skip(f"no loop device can be mounted here: {mounted.stderr.strip()}")
-        folder.chmod(0o700)
-        (folder / "lost+found").rmdir()
 
     @property
     def free_bytes(self) -> int:
@@ -66,6 +70,22 @@ class Disk:
         """Refuse every write, or take them again."""
         option = f"remount,{'ro' if on else 'rw'}"
         subprocess.run(["mount", "-o", option, str(self.folder)], check=True)
+
+    def fail(self) -> None:
+        """Make the kernel find an error in it: from now on it is read-only, with open files too."""
+        find = ["findmnt", "-n", "-o", "SOURCE", str(self.folder)]
+        device = subprocess.run(find, check=True, capture_output=True, text=True).stdout.strip()
+        trigger = Path("/sys/fs/ext4", Path(device).name, "trigger_fs_error")
+        if not trigger.exists():
+            pytest.skip(f"this kernel has no {trigger}")
+        trigger.write_text("an error of a test")
+
+    def repair(self) -> None:
+        """Check and mount it again; nobody uses it."""
+        subprocess.run(["umount", str(self.folder)], check=True)
+        checked = subprocess.run(["e2fsck", "-f", "-y", str(self._image)], capture_output=True)
+        assert checked.returncode <= 1, checked.stdout
+        self._mount()
 
     def unmount(self) -> None:
         """Take it away, whoever still uses it."""
