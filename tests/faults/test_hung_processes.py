@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 from firetitan.v1 import (
+    deployment_service_pb2,
+    operation_service_pb2,
     system_service_pb2,
     trainer_pb2,
     trainer_service_pb2,
@@ -73,6 +75,34 @@ def test_a_trainer_that_hangs_is_shown_and_goes_on(daemon: DaemonProcess, daemon
     until(stubs, "trainer", "ready")
     assert [int(stubs.done(one).optim_step.metrics.get("step", 0)) for one in sent] == [0, 2]
     assert worker(stubs, "trainer").pid == pid
+    stubs.channel.close()
+
+
+def test_a_hotload_waits_for_a_sampler_that_hangs(daemon: DaemonProcess) -> None:
+    stubs = Stubs(daemon.address)
+    stubs.create_trainer()
+    stubs.create_deployment()
+    lane = LaneClient(stubs, stubs.session())
+    first, second = (
+        stubs.done(lane.save_snapshot(name)).snapshot.name for name in ("first", "second")
+    )
+    assert not stubs.hotload("deployments/d", first).HasField("error")
+    pid = worker(stubs, "sampler").pid
+    with stopped(pid):
+        loading = stubs.deployments.HotloadSnapshot(
+            deployment_service_pb2.HotloadSnapshotRequest(
+                deployment="deployments/d", snapshot=second, request_id="hung"
+            )
+        ).operation
+        until(stubs, "sampler", "unresponsive")
+        # Training, and whatever else the daemon does, goes on.
+        lane.step()
+        ask = operation_service_pb2.WaitOperationRequest(name=loading.name)
+        ask.timeout.FromMilliseconds(500)
+        assert not stubs.operations.WaitOperation(ask).operation.done
+        assert daemon.worker_pids("sampler") == [pid], "it is not to be ended"
+    assert not stubs.wait(loading.name).HasField("error")
+    assert stubs.sample().snapshot == second and worker(stubs, "sampler").pid == pid
     stubs.channel.close()
 
 
