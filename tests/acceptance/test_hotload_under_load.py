@@ -168,7 +168,8 @@ def test_lora(daemon: DaemonProcess, tiny_llama: Path, make_service: Callable[[i
         names = []
         for index in range(4):
             for repeat in range(3):
-                train(policy, seed=10 * index + repeat, learning_rate=5e-2)
+                # Steeper models would have logits so large that fp32 itself is off by SAME.
+                train(policy, seed=10 * index + repeat, learning_rate=2e-2)
             names.append(policy.save_weights_for_sampler(f"step-{index}").result().path)
         sampler = service.create_sampling_client(model_path=names[0])
         with Load(sampler) as load:
