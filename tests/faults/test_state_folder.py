@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,7 +136,7 @@ def test_a_disk_that_fails_under_the_whole_home(tmp_path: Path) -> None:
         found = examine(Places(disk.folder), {}).findings
         assert any("cannot be written to" in one.what for one in found), found
         # Its file system can only be mounted anew, so all who use it end.
-        kill_all(world.daemon)
+        end_all(world.daemon)
         disk.repair()
         world.daemon.start()
         world.check_done(sent)
@@ -148,11 +146,9 @@ def test_a_disk_that_fails_under_the_whole_home(tmp_path: Path) -> None:
         disk.unmount()
 
 
-def kill_all(daemon: DaemonProcess) -> None:
-    pids = daemon.worker_pids()
+def end_all(daemon: DaemonProcess) -> None:
     daemon.kill()
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+    daemon.stop()  # what is left of it: the workers
     deadline = time.monotonic() + 30
     while daemon.worker_pids():
         assert time.monotonic() < deadline
