@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,12 @@ class Disk:
         trigger.write_text("an error of a test")
 
     def repair(self) -> None:
-        """Check and mount it again; nobody uses it."""
-        subprocess.run(["umount", str(self.folder)], check=True)
+        """Check and mount it again; who used it has been ended."""
+        # A process that ends has no command line any more while its files are still being closed.
+        deadline = time.monotonic() + 30
+        while subprocess.run(["umount", str(self.folder)], capture_output=True).returncode:
+            assert time.monotonic() < deadline, f"{self.folder} is still in use"
+            time.sleep(0.02)
         checked = subprocess.run(["e2fsck", "-f", "-y", str(self._image)], capture_output=True)
         assert checked.returncode <= 1, checked.stdout
         self._mount()
