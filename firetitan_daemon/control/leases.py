@@ -154,7 +154,8 @@ class LeaseManager:
     async def _release(
         self, client_id: str, uses: Mapping[str, Cleanup], everything: bool
     ) -> list[Outcome]:
-        asked = await self._leave(client_id, uses, everything)
+        async with self._lock:
+            asked = await self._leave(client_id, uses, everything)
         if everything:
             await self._release_pins(self.alive)
         outcomes = []
@@ -172,31 +173,30 @@ class LeaseManager:
     async def _leave(
         self, client_id: str, uses: Mapping[str, Cleanup], everything: bool
     ) -> dict[str, Cleanup]:
-        """Write down that a client left, and what it asks for."""
-        async with self._lock:
-            lease = self._table.lease(client_id)
-            asked = dict(uses)
-            if everything and lease is not None:
-                asked.update((n, c) for n, c in lease.uses.items() if n not in uses)
-            label = lease.label if lease is not None else client_id
-            cleanups = self._table.wanted(asked, label, self._services.clock.now())
-            left = None
-            if lease is not None and not everything:
-                left = self._table.without(lease, asked)
-            gone = [client_id] if lease is not None and left is None else []
-            await self._services.store.write(
-                Change(
-                    leases=[left] if left is not None else [],
-                    deleted_leases=gone,
-                    cleanups=cleanups,
-                    durable=bool(cleanups),
-                )
+        """Write down that a client left, and what it asks for; under the lock."""
+        lease = self._table.lease(client_id)
+        asked = dict(uses)
+        if everything and lease is not None:
+            asked.update((n, c) for n, c in lease.uses.items() if n not in uses)
+        label = lease.label if lease is not None else client_id
+        cleanups = self._table.wanted(asked, label, self._services.clock.now())
+        left = None
+        if lease is not None and not everything:
+            left = self._table.without(lease, asked)
+        gone = [client_id] if lease is not None and left is None else []
+        await self._services.store.write(
+            Change(
+                leases=[left] if left is not None else [],
+                deleted_leases=gone,
+                cleanups=cleanups,
+                durable=bool(cleanups),
             )
-            if left is not None:
-                self._table.hold(left, self._now())
-            else:
-                self._table.end(client_id)
-            self._table.defer(cleanups)
+        )
+        if left is not None:
+            self._table.hold(left, self._now())
+        else:
+            self._table.end(client_id)
+        self._table.defer(cleanups)
         return {name: cleanup for name, cleanup in asked.items() if cleanup is not Cleanup.KEEP}
 
     # -- what happens by itself ----------------------------------------------------------------
@@ -204,8 +204,13 @@ class LeaseManager:
     async def expire(self) -> None:
         """End the leases that were not renewed; begin the clean-ups that are due."""
         for lease in self._table.expired(self._now()):
-            logger.warning("client is gone client=%s label=%s", lease.client_id, lease.label)
-            await self._leave(lease.client_id, {}, everything=True)
+            async with self._lock:
+                # It may have been renewed while this waited for the lock.
+                if lease in self._table.expired(self._now()):
+                    logger.warning(
+                        "client is gone client=%s label=%s", lease.client_id, lease.label
+                    )
+                    await self._leave(lease.client_id, {}, everything=True)
         await self._release_pins(self.alive)
         self._begin_due()
 

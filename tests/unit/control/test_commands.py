@@ -12,23 +12,21 @@ import pytest
 from firetitan.v1 import checkpoint_service_pb2, operation_pb2, training_service_pb2
 from support.commands import GOOD, SESSION, TRAINER_SPEC
 from support.held_writes import HeldWrites
+from support.services import services_in
 from support.stubs import optim_request
 
-from firetitan_daemon.app import SystemClock
 from firetitan_daemon.control.checkpoints import CheckpointManager
 from firetitan_daemon.control.commands import CommandPipeline
 from firetitan_daemon.control.operations import OperationRegistry
-from firetitan_daemon.control.services import Services
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Change, Limits
 from firetitan_daemon.core.records import Operation, OperationState, SessionState
 from firetitan_daemon.core.sequencer import SessionSequencer
 from firetitan_daemon.core.worker_ports import Worker
 from firetitan_daemon.launch.in_process import InProcessLauncher
-from firetitan_daemon.rpc.codec import ProtobufCodec, read_header
+from firetitan_daemon.rpc.codec import read_header
 from firetitan_daemon.store.folders import FileFolders
 from firetitan_daemon.store.memory import MemoryStore
-from firetitan_daemon.store.spool import FileSpool
 
 pytestmark = pytest.mark.timeout(30)
 FULL = FiretitanError(Reason.STATE_DISK_FULL, "the disk is full")
@@ -69,18 +67,14 @@ class Bench:
         self.store = FullStore()
         self.folders = FullFolders(root / "folders")
         self.spool_root = root / "spool"
-        self.spool = FileSpool(self.spool_root)
-        limits = Limits(gap_timeout_s=0.2)
-        self.services = Services(
+        self.services = services_in(
+            root,
+            limits=Limits(gap_timeout_s=0.2),
             store=self.store,
-            spool=self.spool,
             folders=self.folders,
             launcher=launcher,
-            clock=SystemClock(),
-            codec=ProtobufCodec(),
-            limits=limits,
-            operations=OperationRegistry(self.store, self.spool, limits),
         )
+        self.spool = self.services.spool
         self.worker = worker
         self.pipeline = CommandPipeline(
             SESSION,

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.commands import SESSION
+from support.services import TurnedClock, services_in
 
 from firetitan_daemon.control.checkpoints import CheckpointManager, hold_snapshot
 from firetitan_daemon.control.deployments import DeploymentManager
-from firetitan_daemon.control.operations import OperationRegistry
 from firetitan_daemon.control.removal import SavedRemover
-from firetitan_daemon.control.services import Services
 from firetitan_daemon.control.sessions import SessionManager
 from firetitan_daemon.control.workers import WorkerPool
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.core.ports import Change, Ledger, Limits
+from firetitan_daemon.core.ports import Change, Ledger
 from firetitan_daemon.core.records import (
     Checkpoint,
     Deployment,
@@ -30,32 +29,9 @@ from firetitan_daemon.core.records import (
     Snapshot,
     SpoolRef,
 )
-from firetitan_daemon.launch.in_process import InProcessLauncher
-from firetitan_daemon.rpc.codec import ProtobufCodec
-from firetitan_daemon.store.folders import FileFolders
-from firetitan_daemon.store.memory import MemoryStore
-from firetitan_daemon.store.spool import FileSpool
 
 DAY = 86400.0
 OPERATION = Operation("op", "LoadState", "x", "r", "d", OperationState.ACCEPTED, 0.0)
-
-
-@dataclass
-class TurnedClock:
-    """A clock that is turned by hand."""
-
-    wall: float = 1000.0
-    running: float = 50.0
-    boot: str = "first"
-
-    def now(self) -> float:
-        return self.wall
-
-    def monotonic(self) -> float:
-        return self.running
-
-    def boot_id(self) -> str:
-        return self.boot
 
 
 class Bench:
@@ -63,18 +39,8 @@ class Bench:
 
     def __init__(self, root: Path) -> None:
         self.clock = TurnedClock()
-        self.store, self.folders = MemoryStore(), FileFolders(root / "folders")
-        spool = FileSpool(root / "spool")
-        self.services = Services(
-            store=self.store,
-            spool=spool,
-            folders=self.folders,
-            launcher=InProcessLauncher(root),
-            clock=self.clock,
-            codec=ProtobufCodec(),
-            limits=Limits(),
-            operations=OperationRegistry(self.store, spool, Limits()),
-        )
+        self.services = services_in(root, clock=self.clock)
+        self.store, self.folders = self.services.store, self.services.folders
         self.checkpoints = CheckpointManager(self.services)
         self.sessions = SessionManager(self.services, self.checkpoints)
         self.deployments = DeploymentManager(self.services, WorkerPool(self.services))

@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from firetitan_daemon.app import SystemClock
-from firetitan_daemon.control.operations import OperationRegistry
+from support.services import services_in
+
 from firetitan_daemon.control.retention import Retention
-from firetitan_daemon.control.services import Services
-from firetitan_daemon.core.ports import Change, Limits
+from firetitan_daemon.core.ports import Change
 from firetitan_daemon.core.records import Operation, OperationState
-from firetitan_daemon.store.memory import MemoryStore
-from firetitan_daemon.store.spool import FileSpool
 
 
 class Alive:
@@ -23,17 +20,8 @@ class Alive:
 
 
 async def test_results_of_clients_that_are_gone_are_forgotten(tmp_path: Path) -> None:
-    store, spool = MemoryStore(), FileSpool(tmp_path / "spool")
-    services = Services(
-        store=store,
-        spool=spool,
-        folders=cast(Any, None),
-        launcher=cast(Any, None),
-        clock=SystemClock(),
-        codec=cast(Any, None),
-        limits=Limits(),
-        operations=OperationRegistry(store, spool, Limits()),
-    )
+    services = services_in(tmp_path)
+    store, spool = services.store, services.spool
     rows = [
         Operation(
             id=client,

@@ -1,0 +1,145 @@
+"""Trainers where workers die, the disk is full and others come between."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from support.held_writes import HeldWrites
+from support.managers import TOY, Managers, forward_backward
+
+from firetitan_daemon.control.session_settings import Wanted
+from firetitan_daemon.control.trainer_requests import TrainerRequest
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.ports import Change
+from firetitan_daemon.core.records import (
+    OperationState,
+    ResourceState,
+    SessionState,
+)
+from firetitan_daemon.core.worker_ports import Worker
+
+pytestmark = pytest.mark.timeout(30)
+
+
+async def test_a_dead_worker_does_not_bring_a_deleted_trainer_back(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, worker = await managers.trainer()
+    forget, forgetting = managers.pool.forget, asyncio.Event()
+
+    async def slow_forget(worker_id: str | None) -> None:
+        if not forgetting.is_set():
+            forgetting.set()
+            await asyncio.sleep(0.2)
+        await forget(worker_id)
+
+    monkeypatch.setattr(managers.pool, "forget", slow_forget)
+    worker._process.kill()
+    await forgetting.wait()
+    await managers.trainers.delete("t")
+    await asyncio.sleep(0.5)
+    assert not managers.trainers.all()
+    (row,) = (await managers.store.load()).trainers
+    assert row.state is ResourceState.DELETING
+
+
+async def test_who_asks_for_a_trainer_while_its_row_is_written_takes_nothing_back(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    active = HeldWrites(
+        managers.store,
+        monkeypatch,
+        lambda change: any(one.state is ResourceState.ACTIVE for one in change.trainers),
+    )
+    first = await managers.trainers.create(TrainerRequest("t", TOY, 0, 0, "auto", "a", "digest"))
+    await active.begun.wait()
+    request = TrainerRequest("t", TOY, 0, 0, "auto", "b", "digest", inactivity_s=60.0)
+    second = asyncio.create_task(managers.trainers.create(request))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    active.going.set()
+    for operation in (first, await second):
+        assert (await managers.done(operation)).error is None
+    (row,) = (await managers.store.load()).trainers
+    assert row == managers.trainers.get("t")
+    assert (row.state, row.inactivity_s) == (ResourceState.ACTIVE, 60.0)
+
+
+async def test_a_worker_that_is_slow_to_answer_while_it_loads_is_waited_for(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, worker = await managers.trainer()
+    adopt, tries = managers.services.launcher.adopt, 0
+
+    async def busy(spec: object) -> Worker | None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise FiretitanError(Reason.WORKER_UNAVAILABLE, "lives but did not answer")
+        return await adopt(spec)
+
+    managers.pool._live.clear()  # as a new daemon has it
+    monkeypatch.setattr(managers.services.launcher, "adopt", busy)
+    found, _ = await managers.pool.start(worker.spec)
+    assert found.pid == worker.pid and tries == 2
+
+
+async def test_a_full_disk_delays_what_has_happened_and_loses_none_of_it(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firetitan_daemon.control.services.DISK_RETRY_S", 0.02)
+    write, refused = managers.store.write, 0
+
+    async def full(change: Change) -> None:
+        nonlocal refused
+        ended = any(one.done for one in change.operations)
+        lost = any(one.state is SessionState.LOST for one in change.sessions)
+        if (ended or lost) and refused % 3 != 2:
+            refused += 1
+            raise FiretitanError(Reason.STATE_DISK_FULL, "the disk is full")
+        refused += 1 if ended or lost else 0
+        await write(change)
+
+    monkeypatch.setattr(managers.store, "write", full)
+    monkeypatch.setattr("firetitan_daemon.control.trainer_workers._MAX_RESTARTS", 0)
+    trainer, worker = await managers.trainer()
+    await managers.deployment()
+    session, _ = await managers.sessions.create(trainer, worker, Wanted(), "s")
+    worker._process.kill()
+    for _ in range(250):
+        if managers.trainers.get("t").state is ResourceState.FAILED:
+            break
+        await asyncio.sleep(0.02)
+    assert managers.sessions.get(session.name).state is SessionState.LOST
+    assert refused >= 9
+
+
+async def test_a_full_disk_delays_a_new_worker_and_the_session_goes_on(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firetitan_daemon.control.services.DISK_RETRY_S", 0.02)
+    write, refused = managers.store.write, 0
+
+    async def full(change: Change) -> None:
+        nonlocal refused
+        if any(one.state is ResourceState.RECOVERING for one in change.trainers) and refused < 3:
+            refused += 1
+            raise FiretitanError(Reason.STATE_DISK_FULL, "the disk is full")
+        await write(change)
+
+    monkeypatch.setattr(managers.store, "write", full)
+    trainer, worker = await managers.trainer()
+    session, _ = await managers.sessions.create(trainer, worker, Wanted(), "s")
+    first = await managers.sessions.submit(*forward_backward(session, seq=1))
+    assert (await managers.done(first)).state is OperationState.DONE
+    worker._process.kill()
+    for _ in range(250):
+        if managers.trainers.get("t").worker_id != worker.spec.worker_id and (
+            managers.sessions.get(session.name).state is SessionState.ACTIVE
+        ):
+            break
+        await asyncio.sleep(0.02)
+    assert refused == 3
+    second = await managers.sessions.submit(*forward_backward(session, seq=2))
+    assert (await managers.done(second)).state is OperationState.DONE
