@@ -48,7 +48,8 @@ test-slow: setup $(PROTO_READY) ## Run the tests that take minutes
 # Each test prints its seed; FIRETITAN_TEST_SEED repeats it.
 test-reliability: setup ## Kill, flood and starve the daemon for hours; out/reliability.jsonl has the figures
 	@mkdir -p out
-	@FIRETITAN_TEST_SIZE=nightly FIRETITAN_TEST_FIGURES=out/reliability.jsonl $(PYTEST) -s tests/faults
+	@FIRETITAN_TEST_SIZE=nightly FIRETITAN_TEST_FIGURES=out/reliability.jsonl $(PYTEST) -s \
+		tests/faults tests/hostile tests/contract/test_rejected_calls.py
 
 test-tinker: setup $(TINKERS:%=.venv-tinker-%/.ready) ## Run the compatibility tests against each tinker
 	@for version in $(TINKERS); do \

@@ -37,8 +37,11 @@ def flip(point: Path) -> None:
 
 
 def truncate(point: Path) -> None:
-    largest = max(point.iterdir(), key=lambda file: file.stat().st_size)
-    os.truncate(largest, largest.stat().st_size // 2)
+    halve(max(point.iterdir(), key=lambda file: file.stat().st_size))
+
+
+def halve(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
 
 
 def empty_manifest(point: Path) -> None:
@@ -110,6 +113,22 @@ class Run:
         sent = [self.lane.forward_backward(), self.lane.optim_step()]
         os.kill(pid, signal.SIGKILL)
         return sent
+
+    def send_and_lose_power(self) -> operation_pb2.Operation:
+        """A command that is accepted and not run; then everything is dead."""
+        (pid,) = self.daemon.worker_pids()
+        os.kill(pid, signal.SIGSTOP)
+        sent = self.lane.forward_backward()
+        self.daemon.kill()
+        os.kill(pid, signal.SIGKILL)
+        return sent
+
+    def payload(self, seq: int) -> Path:
+        """Where a command waits, or is kept for a replay."""
+        spool = self.daemon.home / "spool"
+        told = f"{self.lane.client_id}-{seq}".encode()
+        (found,) = [one for one in spool.iterdir() if told in one.read_bytes()]
+        return found
 
     def end(self) -> str:
         """Digest of the state after what was sent."""
@@ -201,6 +220,43 @@ def test_with_every_point_damaged_the_loss_is_told_exactly(run: Run) -> None:
     again = LaneClient(run.stubs, run.stubs.session())
     assert run.stubs.done(again.load_state(saved.name)).load.step == 3
     assert again.step().optim_step.metrics["step"] == 4
+
+
+@pytest.mark.parametrize("damage", [halve, os.unlink])
+def test_a_replay_that_lacks_a_payload_is_a_loss_that_names_it(
+    run: Run, damage: Callable[[Path], None]
+) -> None:
+    """What a loss of power may leave: all processes are dead, not all of the spool is there."""
+    run.begin(NEVER)
+    run.steps(1)
+    saved = run.stubs.done(run.lane.save_state("good")).checkpoint
+    run.steps(1)
+    sent = run.send_and_lose_power()
+    lost = run.payload(2)
+    damage(lost)
+    run.daemon.start(NEVER)
+    loss = loss_of(run.stubs.wait(sent.name))
+    assert (loss.restored_step, loss.lost_steps, loss.lost_backwards) == (1, 1, 0)
+    assert loss.restored_from == saved.name and list(loss.lost_operations) == [sent.name]
+    assert "failed in the replay" in loss.cause and lost.name in loss.cause
+
+
+@pytest.mark.parametrize("damage", [halve, os.unlink])
+def test_a_command_whose_payload_is_lost_fails_and_the_session_goes_on(
+    run: Run, undisturbed: str, damage: Callable[[Path], None]
+) -> None:
+    run.begin(NEVER)
+    run.steps(3)
+    sent = run.send_and_lose_power()
+    lost = run.payload(7)
+    damage(lost)
+    run.daemon.start(NEVER)
+    failed = run.stubs.wait(sent.name)
+    assert status_reason(failed.error) == "CHECKSUM_MISMATCH"
+    assert lost.name in failed.error.message
+    run.lane.seen_failure = failed.seq
+    run.steps(1)
+    assert run.end() == undisturbed
 
 
 def loss_of(operation: operation_pb2.Operation) -> error_pb2.SessionLoss:
