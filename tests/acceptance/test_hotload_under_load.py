@@ -179,7 +179,7 @@ def test_lora(daemon: DaemonProcess, tiny_llama: Path, make_service: Callable[[i
         models = {}
         for name in names:
             base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-            folder = one(daemon.home, f"**/*{name}*/adapter_config.json").parent
+            folder = one(daemon.home, f"store/snapshots/{name}-*/adapter_config.json").parent
             models[name] = PeftModel.from_pretrained(base, folder).eval()
         assert check(load.answers, models) == set(names)
 
@@ -200,11 +200,12 @@ def test_full_parameter_chain(
             names.append(policy.save_weights_for_sampler(f"step-{index}").result().path)
             policy.save_state(f"state-{index}").result()
             model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-            weights = load_file(one(daemon.home, f"**/*state-{index}[!0-9]*/weights.safetensors"))
+            saved = one(daemon.home, f"store/checkpoints/state-{index}-*/weights.safetensors")
+            weights = load_file(saved)
             missing, unexpected = model.load_state_dict(weights, strict=False)
             assert not unexpected and set(missing) <= {"lm_head.weight"}
             models[names[-1]] = model.eval()
-        folders = [one(daemon.home, f"**/*{name}*/manifest.json") for name in names]
+        folders = [one(daemon.home, f"store/snapshots/{name}-*/manifest.json") for name in names]
         kinds = [json.loads(path.read_text())["kind"] for path in folders]
         assert kinds[0] == "base" and kinds.count("delta") > len(kinds) / 2
         sampler = service.create_sampling_client(model_path=names[0])

@@ -48,8 +48,8 @@ def second_process(daemon: DaemonProcess, trainer: str, mode: str) -> subprocess
 
 def pending_gradients(home: Path, name: str) -> dict[str, np.ndarray]:
     """The gradients in the checkpoint that was saved last under a name."""
-    folders = sorted(home.glob(f"**/{name}*/gradients.safetensors"), key=os.path.getmtime)
-    return load_file(folders[-1])
+    files = (home / "store" / "checkpoints").glob(f"{name}-*/gradients.safetensors")
+    return load_file(max(files, key=os.path.getmtime))
 
 
 def relative_l2(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -284,7 +285,7 @@ def test_loss_that_raises_the_second_time(
 
 async def test_async_loss_leaves_the_loop_free(service: FiretitanServiceClient) -> None:
     policy = await service.create_training_client_async()
-    ticks = 0
+    ticks, meanwhile = 0, 0
 
     async def tick() -> None:
         nonlocal ticks
@@ -293,15 +294,17 @@ async def test_async_loss_leaves_the_loop_free(service: FiretitanServiceClient) 
             await asyncio.sleep(0.001)
 
     def slow(data: list[Any], logprobs: list[Any]) -> tuple[Any, dict[str, float]]:
-        import time
-
-        time.sleep(0.1)
+        nonlocal meanwhile
+        before, deadline = ticks, time.monotonic() + 30
+        while meanwhile < 20 and time.monotonic() < deadline:
+            time.sleep(0.001)
+            meanwhile = ticks - before
         return cross_entropy(data, logprobs)
 
     ticking = asyncio.create_task(tick())
     output = await (await policy.forward_backward_custom_async(toy_data(), slow))
     ticking.cancel()
-    assert ticks > 20
+    assert meanwhile >= 20
     assert output.metrics["mine"] == 1.5
     future, step = await asyncio.gather(
         policy.forward_backward_custom_async(toy_data(), cross_entropy),

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from firetitan.v1 import system_service_pb2, trainer_service_pb2
 from support.daemon import DaemonProcess
 
 from firetitan_client import FiretitanServiceClient
+from firetitan_daemon import processes
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -37,6 +40,17 @@ def datum(last: int = 4) -> tinker.Datum:
 def trainers_of(service: FiretitanServiceClient) -> list[Any]:
     request = trainer_service_pb2.ListTrainersRequest()
     return list(service.stubs.trainers.ListTrainers(request).trainers)
+
+
+@contextmanager
+def stopped(service: FiretitanServiceClient) -> Iterator[None]:
+    """Nothing is computed meanwhile."""
+    (trainer,) = trainers_of(service)
+    os.kill(trainer.worker_pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(trainer.worker_pid, signal.SIGCONT)
 
 
 @pytest.fixture
@@ -79,9 +93,10 @@ def test_tinkers_words_keep_what_the_service_was_set_to(address: str) -> None:
 def test_calls_are_named_as_they_were_made(address: str) -> None:
     service = FiretitanServiceClient.from_firetitan_config(base_model=TOY, lora_rank=4)
     policy = service.create_training_client()
-    futures = [policy.forward_backward([datum()], "cross_entropy") for _ in range(50)]
-    with pytest.raises(TimeoutError, match=r"^forward_backward: not done within"):
-        futures[-1].result(0.0)
+    with stopped(service):
+        futures = [policy.forward_backward([datum()], "cross_entropy") for _ in range(50)]
+        with pytest.raises(TimeoutError, match=r"^forward_backward: not done within"):
+            futures[-1].result(0.0)
     futures[-1].result()
     assert repr(futures[0]) == f"<APIFuture forward_backward {futures[0].operation} done>"
     with pytest.raises(ValueError, match="loss_fn: is 'ppo'; give a function"):
@@ -113,12 +128,13 @@ def test_ctrl_c_while_waiting_stops_nothing(address: str) -> None:
         base_model=TOY, lora_rank=4, create_deployment=False
     )
     policy = service.create_training_client()
-    futures = [policy.forward_backward([datum()], "cross_entropy") for _ in range(200)]
-    step = policy.optim_step(tinker.AdamParams())
-    timer = threading.Timer(0.05, _thread.interrupt_main)
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        step.result()
+    ctrl_c = (threading.main_thread().ident, signal.SIGINT)
+    with stopped(service):
+        futures = [policy.forward_backward([datum()], "cross_entropy") for _ in range(200)]
+        step = policy.optim_step(tinker.AdamParams())
+        threading.Timer(0.05, signal.pthread_kill, ctrl_c).start()
+        with pytest.raises(KeyboardInterrupt):
+            step.result()
     assert step.result().metrics["step"] == 1
     assert all(future.done() for future in futures)
 
@@ -210,5 +226,8 @@ def test_autostart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         info = service.stubs.system.GetSystemInfo(system_service_pb2.GetSystemInfoRequest())
         assert info.home == str(home)
         os.kill(info.pid, signal.SIGTERM)
+        # It would start another in the place of a worker that is killed before it has stopped.
+        while processes.state_of(info.pid) not in ("", "Z"):
+            time.sleep(0.02)
     finally:
         daemon.stop()

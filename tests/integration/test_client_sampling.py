@@ -222,8 +222,10 @@ def test_sampling_goes_on_over_a_daemon_restart(
     wanted = tokens(sampler.sample(PROMPT, 2, PARAMS).result())
     daemon.kill()
     pending = [sampler.sample(PROMPT, 2, PARAMS) for _ in range(4)]
-    threading.Timer(0.3, daemon.start).start()
+    starting = threading.Timer(0.3, daemon.start)
+    starting.start()
     assert [tokens(future.result(60)) for future in pending] == [wanted] * 4
+    starting.join()
 
 
 class WordTokenizer:

@@ -87,7 +87,8 @@ def collect(chunks: list[SampleChunk], count: int) -> list[list[int]]:
 
 
 def test_a_stream_brings_what_the_whole_answer_holds(stubs: Stubs) -> None:
-    request = stream_request(temperature=0.7)
+    # More than one message holds, however late they are taken.
+    request = stream_request(max_tokens=2000, temperature=0.7)
     request.request.prompt_logprobs = True
     whole = stubs.sampling.Sample(request.request)
     responses = list(stubs.sampling.SampleStream(request, timeout=60))
@@ -106,13 +107,13 @@ def test_a_stream_brings_what_the_whole_answer_holds(stubs: Stubs) -> None:
 
 
 def test_a_stream_goes_on_behind_what_was_received(stubs: Stubs) -> None:
-    request = stream_request()
+    request = stream_request(max_tokens=4000)
     request.request.params.ClearField("seed")
     responses = []
     call = stubs.sampling.SampleStream(request, timeout=60)
     for response in call:
         responses.append(response)
-        if sum(len(new.token_ids) for new in response.tokens) and len(responses) > 10:
+        if sum(len(new.token_ids) for new in response.tokens) and len(responses) > 2:
             break
     call.cancel()
     request.request.params.seed = responses[0].seed
@@ -219,8 +220,10 @@ def test_the_client_goes_on_over_a_restart_of_the_daemon(
     stream = sampler.sample_stream([1, 2], 4, long_params(1500))
     chunks = [next(stream) for _ in range(8)]
     daemon.kill()
-    threading.Timer(0.3, daemon.start).start()
+    starting = threading.Timer(0.3, daemon.start)
+    starting.start()
     chunks += list(stream)
+    starting.join()
     assert collect(chunks, 4) == [sequence.tokens for sequence in wanted.sequences]
     assert len([chunk for chunk in chunks if chunk.stop_reason]) == 4
 

@@ -157,13 +157,13 @@ def test_a_served_snapshot_and_its_ancestors_outlive_their_time(
     control: FireworksClient,
     policy: FiretitanTrainingClient,
 ) -> None:
-    base = policy.save_weights_for_sampler("base", ttl_seconds=1).result().path
+    base = policy.save_weights_for_sampler("base", ttl_seconds=5).result().path
     step(policy)
-    delta = policy.save_weights_for_sampler("delta", ttl_seconds=1).result().path
+    delta = policy.save_weights_for_sampler("delta", ttl_seconds=5).result().path
     service.hotload_sampler_snapshot(delta)
     with pytest.raises(FailedPrecondition, match=r"deployments/d serves it"):
         control.delete_checkpoint(f"accounts/local/rlorTrainerJobs/full/checkpoints/{delta}")
-    time.sleep(2)
+    time.sleep(6)
     assert ids(control) == [base, delta]
     daemon.kill()
     daemon.start()
