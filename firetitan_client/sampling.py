@@ -193,7 +193,7 @@ class FiretitanSamplingClient(SelfFuture[Target]):
             target_prompt_logprobs: Also the logprobs of these tokens: int64 [P - 1, K], dense or
                 CSR; row i is about prompt position i + 1, -1 asks for nothing.
             prompt_alt_tokens_k: Also so many draws at the temperature beside each prompt token but
-                the first.
+                the first; up to 262,144 in all.
             prompt_logprobs_last_n: Score the last so many prompt tokens only; 1 to P - 1, goes
                 with the prompt's logprobs and its likeliest tokens.
             images: Not supported.

@@ -58,51 +58,69 @@ def uniform(seed: int, sample: int, position: int) -> float:
     return (bits >> 11) * 2.0**-53
 
 
-def draw(logits_V: Float32Array, params: DrawParams, number: float) -> Drawn:
-    """Choose a token: temperature, then top-k, then top-p, then one step of an inverse CDF.
+class Distribution:
+    """One row of logits, cut as a request wants it, to draw tokens from.
 
-    Ties are broken by the lower token id everywhere. At temperature 0 the most likely token is
-    taken and both logprobs are the model's own.
+    Temperature, then top-k, then top-p. Ties are broken by the lower token id everywhere. At
+    temperature 0 the most likely token is always drawn and both logprobs are the model's own.
 
     Args:
         logits_V: Logits of one position, shape [V].
         params: How to cut the distribution.
-        number: Uniform in [0, 1), from `uniform`.
 
     Raises:
         FiretitanError: NON_FINITE where the row holds NaN, +inf or nothing finite.
     """
-    top = logits_V.max()
-    if not np.isfinite(top):
-        raise FiretitanError(
-            Reason.NON_FINITE,
-            f"the model's logits hold {top}: the weights served are not usable; "
-            "load another snapshot",
+
+    def __init__(self, logits_V: Float32Array, params: DrawParams) -> None:
+        top = logits_V.max()
+        if not np.isfinite(top):
+            raise FiretitanError(
+                Reason.NON_FINITE,
+                f"the model's logits hold {top}: the weights served are not usable; "
+                "load another snapshot",
+            )
+        self._shifted_V = self._scaled_V = logits_V - top
+        self._mass_V = np.exp(self._shifted_V)
+        self._cumulative = np.cumsum(_block_sums(self._mass_V))
+        self._log_total = self._log_kept = float(np.log(self._cumulative[-1]))
+        self._greedy = int(np.argmax(logits_V)) if params.temperature == 0.0 else None
+        self._kept_K: np.ndarray | None = None
+        if self._greedy is not None:
+            return
+        if params.temperature != 1.0:
+            scale = np.float32(min(1.0 / params.temperature, _LARGEST))
+            with np.errstate(over="ignore"):
+                self._scaled_V = self._shifted_V * scale
+            self._mass_V = np.exp(self._scaled_V)
+            self._cumulative = np.cumsum(_block_sums(self._mass_V))
+        self._kept_K = _kept(self._scaled_V, self._mass_V, float(self._cumulative[-1]), params)
+        if self._kept_K is not None:
+            self._cumulative = np.cumsum(self._mass_V[self._kept_K], dtype=np.float64)
+        self._log_kept = float(np.log(self._cumulative[-1]))
+
+    def draw(self, number: float) -> Drawn:
+        """Choose a token by one step of an inverse CDF.
+
+        Args:
+            number: Uniform in [0, 1), from `uniform`.
+        """
+        if self._greedy is not None:
+            token = self._greedy
+        elif self._kept_K is None:
+            token = _inverse_cdf(self._mass_V, self._cumulative, number)
+        else:
+            token = int(self._kept_K[_first_above(self._cumulative, number * self._cumulative[-1])])
+        return Drawn(
+            token,
+            float(self._scaled_V[token]) - self._log_kept,
+            float(self._shifted_V[token]) - self._log_total,
         )
-    shifted_V = logits_V - top
-    mass_V = np.exp(shifted_V)
-    cumulative = np.cumsum(_block_sums(mass_V))
-    log_total = float(np.log(cumulative[-1]))
-    if params.temperature == 0.0:
-        token = int(np.argmax(logits_V))
-        logprob = float(shifted_V[token]) - log_total
-        return Drawn(token, logprob, logprob)
-    scaled_V = shifted_V
-    if params.temperature != 1.0:
-        scale = np.float32(min(1.0 / params.temperature, _LARGEST))
-        with np.errstate(over="ignore"):
-            scaled_V = shifted_V * scale
-        mass_V = np.exp(scaled_V)
-        cumulative = np.cumsum(_block_sums(mass_V))
-    kept_K = _kept(scaled_V, mass_V, float(cumulative[-1]), params)
-    if kept_K is None:
-        token = _inverse_cdf(mass_V, cumulative, number)
-        log_kept = float(np.log(cumulative[-1]))
-    else:
-        cumulative_K = np.cumsum(mass_V[kept_K], dtype=np.float64)
-        token = int(kept_K[_first_above(cumulative_K, number * cumulative_K[-1])])
-        log_kept = float(np.log(cumulative_K[-1]))
-    return Drawn(token, float(scaled_V[token]) - log_kept, float(shifted_V[token]) - log_total)
+
+
+def draw(logits_V: Float32Array, params: DrawParams, number: float) -> Drawn:
+    """Choose one token of a row; see `Distribution`."""
+    return Distribution(logits_V, params).draw(number)
 
 
 def normalizer(logits_V: Float32Array) -> tuple[np.float32, float]:

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import Float32Array, Int32Array, Int64Array
 from firetitan_daemon.engine.draw import (
+    Distribution,
     DrawParams,
-    draw,
     normalizer,
     token_logprobs,
     top_tokens,
@@ -29,6 +29,8 @@ from firetitan_daemon.engine.sample_api import PromptScores, SampleRequest, Toke
 NOT_SCORED = -99999.0
 _MOST_CELLS = 1 << 25
 """Tokens and logprobs of one kind that one answer may hold."""
+_MOST_DRAWS = 1 << 18
+"""Alternatives that one answer may hold: they are drawn one by one, while nobody else is served."""
 
 
 @dataclass(frozen=True)
@@ -74,21 +76,20 @@ def check_scoring(request: SampleRequest, vocab_size: int) -> None:
         FiretitanError: INVALID_ARGUMENT naming the field.
     """
     length = len(request.prompt)
-    for field, positions in (
-        ("topk_prompt_logprobs", length),
-        ("topk_sample_logprobs", request.num_samples * request.max_tokens),
-        ("prompt_alt_tokens_k", length - 1),
+    for field, positions, most in (
+        ("topk_prompt_logprobs", length, _MOST_CELLS),
+        ("topk_sample_logprobs", request.num_samples * request.max_tokens, _MOST_CELLS),
+        ("prompt_alt_tokens_k", length - 1, _MOST_DRAWS),
     ):
         value = getattr(request, field)
         if value < 0:
             raise _invalid(field, f"is {value}; 0 or more")
         if field != "prompt_alt_tokens_k" and value > vocab_size:
             raise _invalid(field, f"is {value}; at most {vocab_size}, the vocabulary")
-        if value * positions > _MOST_CELLS:
+        if value * positions > most:
             raise _invalid(
                 field,
-                f"is {value}, for {positions} positions; at most {_MOST_CELLS // positions} for so "
-                "many",
+                f"is {value}, for {positions} positions; at most {most // positions} for so many",
             )
     last_n = request.prompt_logprobs_last_n
     if last_n:
@@ -171,13 +172,16 @@ class PromptScorer:
             row = self._target_ids[position - 1]
             asked = row >= 0
             self._targets[position - 1, asked] = raw(row[asked])
-        params = DrawParams(self._wanted.temperature)
-        for index in range(self._wanted.alternatives):
+        if self._wanted.alternatives:
+            distribution = Distribution(logits_V, DrawParams(self._wanted.temperature))
             # Samples have streams from 0 up; these have the ones from the other end.
-            number = uniform(self._wanted.seed, -1 - index, position)
-            token = draw(logits_V, params, number).token
-            self._alternatives.token_ids[position - 1, index] = token
-            self._alternatives.logprobs[position - 1, index] = raw(token)
+            numbers = (
+                uniform(self._wanted.seed, -1 - index, position)
+                for index in range(self._wanted.alternatives)
+            )
+            tokens = np.array([distribution.draw(one).token for one in numbers], np.int32)
+            self._alternatives.token_ids[position - 1] = tokens
+            self._alternatives.logprobs[position - 1] = raw(tokens)
 
     def scores(self) -> PromptScores:
         """What was collected."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import queue
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -372,12 +373,12 @@ def test_what_it_is(make_service: MakeService) -> None:
 
 
 def test_futures(policy: FiretitanTrainingClient, data: list[Any]) -> None:
-    seen: list[Any] = []
+    seen: queue.Queue[Any] = queue.Queue()
     future = policy.forward(data, "cross_entropy")
-    future.add_done_callback(seen.append)
+    future.add_done_callback(seen.put)
     wanted = future.result().metrics
     assert future.done() and future.exception() is None
-    assert seen == [future]
+    assert seen.get(timeout=5) is future and seen.empty()
     assert isinstance(future.future(), concurrent.futures.Future)
     with pytest.raises(TimeoutError, match="it goes on"):
         policy.forward(data, "cross_entropy").result(0)

@@ -214,12 +214,15 @@ async def test_a_foreign_listener_is_refused(
 async def test_a_worker_that_does_not_answer_is_not_called_dead(
     local: LocalLauncher, ends: list[Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("firetitan_daemon.launch.remote.DESCRIBE_TIMEOUT_S", 0.5)
     worker = await local.launch(TRAINER_SPEC)
     ends.append(worker)
     os.kill(worker.pid, signal.SIGSTOP)
     try:
-        with pytest.raises(FiretitanError, match="lives but did not answer") as caught:
+        with (
+            monkeypatch.context() as impatient,
+            pytest.raises(FiretitanError, match="lives but did not answer") as caught,
+        ):
+            impatient.setattr("firetitan_daemon.launch.remote.DESCRIBE_TIMEOUT_S", 0.5)
             await local.adopt(TRAINER_SPEC)
         assert caught.value.reason is Reason.WORKER_UNAVAILABLE
     finally:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from firetitan.v1 import (
 from support.daemon import DaemonProcess
 from support.history_client import training
 from support.sizes import figure
-from support.stubs import LaneClient, Stubs, reason
+from support.stubs import START_S, LaneClient, Stubs, reason
 
 from firetitan_client import transport
 from firetitan_client.errors import FiretitanError
@@ -39,7 +39,9 @@ def stopped(pid: int) -> Iterator[None]:
     try:
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        # One that is being deleted is killed when it does not end by itself.
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def worker(stubs: Stubs, kind: str) -> system_service_pb2.WorkerInfo:
@@ -112,16 +114,21 @@ def test_a_trainer_that_hangs_holds_up_no_other(daemon: DaemonProcess) -> None:
     wanted = training_service_pb2.CreateSessionRequest(trainer="trainers/hung", request_id="wanted")
     with stopped(worker(stubs, "trainer").pid):
         opening = stubs.training.CreateSession.future(wanted, timeout=60)
+        assert stubs.create_trainer("other").trainer.state == trainer_pb2.Trainer.STATE_ACTIVE
         deleting = stubs.trainers.DeleteTrainer.future(
             trainer_service_pb2.DeleteTrainerRequest(name="trainers/hung"), timeout=60
         )
         time.sleep(0.5)
-        assert stubs.create_trainer("other").trainer.state == trainer_pb2.Trainer.STATE_ACTIVE
+        third = stubs.begin_trainer("third")
         LaneClient(stubs, stubs.session("trainers/other")).step()
         stubs.trainers.DeleteTrainer(
             trainer_service_pb2.DeleteTrainerRequest(name="trainers/other"), timeout=20
         )
+        # It is given 10 s to end by itself.
         assert not opening.done() and not deleting.done()
+    made = stubs.wait(third.name, timeout_s=START_S)
+    assert made.trainer.state == trainer_pb2.Trainer.STATE_ACTIVE
+    stubs.trainers.DeleteTrainer(trainer_service_pb2.DeleteTrainerRequest(name="trainers/third"))
     assert deleting.result()
     # Either was first.
     refused = opening.exception()

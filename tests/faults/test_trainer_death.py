@@ -11,7 +11,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -64,10 +64,12 @@ def run(
     kill_at: int = -1,
     both: bool = False,
     idle: bool = False,
+    until: Callable[[system_service_pb2.SessionRecovery], bool] = lambda stats: True,
 ) -> tuple[dict[str, str], system_service_pb2.SessionRecovery]:
     """Send the commands; before command `kill_at` the trainer, or both, are killed by hand.
 
-    With `idle` the trainer has finished what it was sent by then.
+    With `idle` the trainer has finished what it was sent by then. Points are made by themselves: it
+    ends once `until` holds too.
     """
     daemon = DaemonProcess(home, {**OFTEN, **environment})
     daemon.start()
@@ -111,11 +113,17 @@ def run(
             for one in ended
             if one.HasField("snapshot")
         }
-        info = stubs.system.GetSystemInfo(system_service_pb2.GetSystemInfoRequest())
+        deadline = time.monotonic() + 20
+        # Points are made, and older ones removed, by themselves.
+        while len(list((home / "store" / "points").iterdir())) > 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        while not until(stats := recovery_of(stubs)):
+            assert time.monotonic() < deadline, stats
+            time.sleep(0.02)
         assert len(daemon.worker_pids()) == 1
-        assert len(list((home / "store" / "points").iterdir())) <= 3
         stubs.channel.close()
-        return saved, info.recoveries[0]
+        return saved, stats
     finally:
         done.set()
         if guardian.is_alive():
@@ -123,9 +131,16 @@ def run(
         daemon.stop()
 
 
+def recovery_of(stubs: Stubs) -> system_service_pb2.SessionRecovery:
+    request = system_service_pb2.GetSystemInfoRequest()
+    return stubs.retry(stubs.system.GetSystemInfo, request).recoveries[0]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    saved, stats = run(tmp_path_factory.mktemp("undisturbed"), {})
+    saved, stats = run(
+        tmp_path_factory.mktemp("undisturbed"), {}, until=lambda stats: stats.points >= 1
+    )
     assert set(saved) == {"half", "end", "snapshot half", "snapshot end"}
     assert stats.points >= 1 and not stats.recoveries
     return saved
@@ -150,7 +165,9 @@ def test_killed_at_a_place_in_the_worker(
     # A point's place may not come a second time where points overlap: take the first.
     if place.startswith("worker.point"):
         text = f"{place}=kill_once"
-    saved, stats = run(tmp_path, {"FIRETITAN_FAILPOINTS": text})
+    saved, stats = run(
+        tmp_path, {"FIRETITAN_FAILPOINTS": text}, until=lambda stats: stats.recoveries >= 1
+    )
     assert saved == undisturbed
     assert stats.recoveries == 1
 
@@ -159,8 +176,14 @@ def test_killed_at_a_place_in_the_worker(
 def test_the_daemon_dies_too(tmp_path: Path, undisturbed: dict[str, str], place: str) -> None:
     # Between a backward pass and its step, so that there is something to replay.
     kill_at = 8 if place.startswith("recovery") else -1
-    saved, _ = run(tmp_path, {"FIRETITAN_FAILPOINTS": f"{place}=kill_once"}, kill_at, idle=True)
-    assert (tmp_path / f"failpoint-{place}").exists()
+    marker = tmp_path / f"failpoint-{place}"
+    saved, _ = run(
+        tmp_path,
+        {"FIRETITAN_FAILPOINTS": f"{place}=kill_once"},
+        kill_at,
+        idle=True,
+        until=lambda stats: marker.exists(),
+    )
     assert saved == undisturbed
 
 

@@ -165,7 +165,8 @@ def test_a_trainer_that_dies_while_it_is_deleted_is_gone(
     deletion = stubs.trainers.DeleteTrainer.future(
         trainer_service_pb2.DeleteTrainerRequest(name="trainers/t")
     )
-    time.sleep(0.3)
+    while trainer(stubs).state != trainer_pb2.Trainer.STATE_DELETING:
+        time.sleep(0.02)
     assert not deletion.done()
     os.kill(daemon.worker_pids()[0], signal.SIGKILL)
     deletion.result(timeout=20)

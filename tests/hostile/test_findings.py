@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from firetitan_client import address
@@ -12,6 +14,8 @@ from firetitan_daemon.control import exports
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.shapes import Shapes
 from firetitan_daemon.engine.resolve import resolve_model
+from firetitan_daemon.engine.sample_api import SampleRequest
+from firetitan_daemon.engine.score import check_scoring
 from firetitan_daemon.rpc.paging import page
 
 LONG = "x" * 300
@@ -45,6 +49,19 @@ def test_a_base_model_whose_name_can_be_no_path(text: str) -> None:
     with pytest.raises(FiretitanError) as caught:
         resolve_model(text)
     assert (caught.value.reason, caught.value.field) == (Reason.MODEL_NOT_FOUND, "base_model")
+
+
+def test_alternatives_that_would_hold_a_sampler_up_for_minutes() -> None:
+    request = SampleRequest(
+        np.array([1, 2, 3], np.int32), 1, 1, seed=0, prompt_alt_tokens_k=200_000
+    )
+    with pytest.raises(FiretitanError, match=r"2 positions; at most 131072 ") as caught:
+        check_scoring(request, vocab_size=64)
+    assert (caught.value.reason, caught.value.field) == (
+        Reason.INVALID_ARGUMENT,
+        "prompt_alt_tokens_k",
+    )
+    check_scoring(replace(request, prompt_alt_tokens_k=131_072), vocab_size=64)
 
 
 def test_a_folder_to_export_to_whose_name_is_too_long() -> None:

@@ -123,6 +123,13 @@ class Stubs:
         self, trainer_id: str = "t", *, rank: int = 0, base_model: str = TOY, **more: Any
     ) -> operation_pb2.Operation:
         """Create a trainer and wait for it."""
+        making = self.begin_trainer(trainer_id, rank=rank, base_model=base_model, **more)
+        return self.wait(making.name, timeout_s=START_S)
+
+    def begin_trainer(
+        self, trainer_id: str = "t", *, rank: int = 0, base_model: str = TOY, **more: Any
+    ) -> operation_pb2.Operation:
+        """Create a trainer; it is not there yet."""
         request = trainer_service_pb2.CreateTrainerRequest(
             trainer_id=trainer_id,
             base_model=base_model,
@@ -130,8 +137,7 @@ class Stubs:
             request_id=uuid.uuid4().hex,
             **more,
         )
-        made = self.retry(self.trainers.CreateTrainer, request)
-        return self.wait(made.operation.name, timeout_s=START_S)
+        return self.retry(self.trainers.CreateTrainer, request).operation
 
     def create_deployment(
         self, deployment_id: str = "d", *, base_model: str = TOY, **more: Any

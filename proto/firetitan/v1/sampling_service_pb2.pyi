@@ -150,7 +150,9 @@ class SampleRequest(google.protobuf.message.Message):
     topk_sample_logprobs: builtins.int
     """Also return so many of the likeliest tokens of each new position."""
     prompt_alt_tokens_k: builtins.int
-    """Also draw so many alternatives to each token of the prompt but the first, at the temperature."""
+    """Also draw so many alternatives to each token of the prompt but the first, at the temperature; up
+    to 262,144 in all.
+    """
     @property
     def prompt(self) -> firetitan.v1.tensor_pb2.ModelInput:
         """The prompt."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import queue
 import threading
-import time
 
 import pytest
 
@@ -20,14 +20,13 @@ def finish_later(future: APIFuture[int], value: int, after_s: float = 0.05) -> N
 
 def test_result_and_callbacks() -> None:
     future: APIFuture[int] = APIFuture("work")
-    seen: list[int] = []
-    future.add_done_callback(lambda done: seen.append(done.result()))
+    seen: queue.Queue[int] = queue.Queue()
+    future.add_done_callback(lambda done: seen.put(done.result()))
     finish_later(future, 7)
     assert concurrent.futures.wait([future], timeout=5).done == {future}
     assert future.result() == 7
     assert future.future().result(timeout=1) == 7
-    time.sleep(0.01)
-    assert seen == [7]
+    assert seen.get(timeout=5) == 7 and seen.empty()
 
 
 def test_timeout_is_the_builtin_and_stops_nothing() -> None:
