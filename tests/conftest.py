@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from support.daemon import DaemonProcess
 from support.models import save_tiny
@@ -15,6 +16,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A shell has its background jobs ignore Ctrl-C; some tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# A busy machine holds up any call for longer than a deadline that would mean something.
+hypothesis.settings.register_profile("firetitan", deadline=None)
+hypothesis.settings.load_profile("firetitan")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -83,6 +83,8 @@ class SessionRecovery:
     _points: list[RecoveryPoint] = field(default_factory=list)
     _deaths: Counter[int] = field(default_factory=Counter)
     _writing: asyncio.Task[None] | None = None
+    _written: bool = False
+    """The worker has written its files: what is left to do is done, whatever becomes of it."""
 
     def __post_init__(self) -> None:
         self._policy = PointPolicy(self.services.recovery)
@@ -168,6 +170,7 @@ class SessionRecovery:
             await self._discard(staging)
             return
         point = RecoveryPoint(self.session, operation.commit_seq, step, "", "", 0, 0.0)
+        self._written = False
         self._writing = asyncio.create_task(self._finish(worker, point, staging, blocked_s))
 
     async def _finish(
@@ -176,6 +179,7 @@ class SessionRecovery:
         services, began = self.services, self.services.clock.monotonic()
         try:
             written = await worker.wait_point(self.session, staging)
+            self._written = True
             folder = await services.folders.publish(staging, "points", str(point.commit_seq))
             failpoint("point.published")
             point = replace(
@@ -242,10 +246,11 @@ class SessionRecovery:
         self._show()
 
     async def interrupt(self) -> None:
-        """Stop waiting for a point that is being written."""
+        """Stop waiting for a point that is being written; one that was written is kept."""
         task, self._writing = self._writing, None
         if task is not None:
-            task.cancel()
+            if not self._written:
+                task.cancel()
             await asyncio.wait([task])
 
     async def drop(self) -> None:

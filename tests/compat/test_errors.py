@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tinker
 from support.daemon import DaemonProcess
+from support.stopping import stopped, worker_of
 
 from firetitan_client import FiretitanServiceClient, TrainingAPIError
 
@@ -30,7 +31,7 @@ def test_codes(make_service: MakeService, data: list[Any]) -> None:
         policy.optim_step(tinker.AdamParams()).result()
     with pytest.raises(NotImplementedError):
         policy.load_state("s", weights_access_token="t")
-    with pytest.raises(TimeoutError):
+    with stopped(worker_of(policy)), pytest.raises(TimeoutError):
         policy.forward(data, "cross_entropy").result(0)
 
 

@@ -15,6 +15,7 @@ import pytest
 import tinker
 from support.daemon import DaemonProcess
 from support.data import ragged_data
+from support.stopping import stopped, worker_of
 
 from firetitan_client import (
     FiretitanServiceClient,
@@ -322,7 +323,7 @@ def test_schedules_set_each_steps_rate(policy: FiretitanTrainingClient, data: li
 def test_save_state_with_a_timeout(policy: FiretitanTrainingClient) -> None:
     saved = policy.save_state("in-time", timeout=60)
     assert saved.done() and saved.result().path
-    with pytest.raises(TimeoutError, match="it goes on"):
+    with stopped(worker_of(policy)), pytest.raises(TimeoutError, match="it goes on"):
         policy.save_state("late", timeout=0)
     policy.save_state("after", None, 60)
     assert policy.list_checkpoints() == ["after", "in-time", "late"]
@@ -380,13 +381,14 @@ def test_futures(policy: FiretitanTrainingClient, data: list[Any]) -> None:
     assert future.done() and future.exception() is None
     assert seen.get(timeout=5) is future and seen.empty()
     assert isinstance(future.future(), concurrent.futures.Future)
-    with pytest.raises(TimeoutError, match="it goes on"):
+    with stopped(worker_of(policy)), pytest.raises(TimeoutError, match="it goes on"):
         policy.forward(data, "cross_entropy").result(0)
 
     async def main() -> None:
-        later = policy.forward(data, "cross_entropy")
-        with pytest.raises(TimeoutError):
-            await later.result_async(0)
+        with stopped(worker_of(policy)):
+            later = policy.forward(data, "cross_entropy")
+            with pytest.raises(TimeoutError):
+                await later.result_async(0)
         assert (await later).metrics == wanted
         task = asyncio.create_task(policy.forward(data, "cross_entropy").coroutine())
         assert (await task).metrics == wanted

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +20,13 @@ from firetitan.v1 import (
 from support.daemon import DaemonProcess
 from support.history_client import training
 from support.sizes import figure
+from support.stopping import stopped
 from support.stubs import START_S, LaneClient, Stubs, reason
 
 from firetitan_client import transport
 from firetitan_client.errors import FiretitanError
 
 pytestmark = pytest.mark.timeout(180)
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """A process that hangs while the block runs."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        # One that is being deleted is killed when it does not end by itself.
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
 
 
 def worker(stubs: Stubs, kind: str) -> system_service_pb2.WorkerInfo:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 from firetitan.v1 import operation_service_pb2, trainer_service_pb2
 from support.daemon import DaemonProcess
 from support.kernel import Kernel
+from support.stopping import stopped
 from support.stubs import Stubs
 
 pytestmark = pytest.mark.timeout(180)
@@ -24,19 +22,10 @@ def kernel(daemon: DaemonProcess) -> Iterator[Kernel]:
     kernel.kill()
 
 
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """Whatever this process does takes as long as the block."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
 def interrupt(kernel: Kernel, cell: str) -> None:
     """Begin a cell that waits, and press Ctrl-C."""
     kernel.begin(cell)
+    # It is within the cell; that it waits there, nobody tells.
     time.sleep(0.5)
     kernel.interrupt()
     assert kernel.end()["error"] == "KeyboardInterrupt", cell

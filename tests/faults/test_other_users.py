@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -209,12 +210,19 @@ def listen(path: Path, user: int) -> subprocess.Popen[str]:
     return started
 
 
-def end(started: subprocess.Popen[str]) -> list[str]:
-    """What each caller had said to it."""
-    time.sleep(0.2)
+def end(started: subprocess.Popen[str], path: Path) -> list[str]:
+    """What each caller before this one had said to it."""
+    assert started.stdout is not None
+    received = []
+    with socket.socket(socket.AF_UNIX) as last:
+        last.connect(str(path))
+        last.sendall(b"last")
+        last.shutdown(socket.SHUT_WR)
+        while (said := started.stdout.readline().strip()) != b"last".hex():
+            received.append(said)
     started.kill()
-    received, _ = started.communicate()
-    return received.split()
+    started.communicate()
+    return received
 
 
 def call(client: FireworksClient) -> Any:
@@ -229,7 +237,7 @@ def test_a_listener_of_theirs_is_told_nothing(open_folder: Path) -> None:
             with pytest.raises(Unauthenticated, match=f"is of user {OTHER}, not of you"):
                 call(FireworksClient(address=f"unix:{address}"))
     finally:
-        received = end(listener)
+        received = end(listener, address)
     assert received and set(received) == {"nothing"}
 
 
@@ -249,7 +257,7 @@ def test_a_listener_in_the_place_of_a_dead_daemon_is_told_nothing(open_folder: P
             with pytest.raises(Unauthenticated, match=f"is of user {OTHER}, not of you"):
                 call(client)
         finally:
-            received = end(listener)
+            received = end(listener, address)
         assert time.monotonic() - began < 5.0
         assert set(received) == {"nothing"}, received
     finally:

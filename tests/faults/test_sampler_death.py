@@ -39,7 +39,7 @@ def serve(daemon: DaemonProcess, failpoints: str = "") -> tuple[Stubs, LaneClien
 
 def deployment(stubs: Stubs) -> deployment_pb2.Deployment:
     request = deployment_service_pb2.GetDeploymentRequest(name="deployments/d")
-    return stubs.deployments.GetDeployment(request).deployment
+    return stubs.retry(stubs.deployments.GetDeployment, request).deployment
 
 
 def kill_sampler(stubs: Stubs) -> None:

@@ -12,8 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import pytest
 import tinker
 from firetitan.v1 import system_service_pb2, trainer_service_pb2
 from support.daemon import DaemonProcess
+from support.stopping import stopped, worker_of
 
 from firetitan_client import FiretitanServiceClient
 from firetitan_daemon import processes
@@ -40,17 +39,6 @@ def datum(last: int = 4) -> tinker.Datum:
 def trainers_of(service: FiretitanServiceClient) -> list[Any]:
     request = trainer_service_pb2.ListTrainersRequest()
     return list(service.stubs.trainers.ListTrainers(request).trainers)
-
-
-@contextmanager
-def stopped(service: FiretitanServiceClient) -> Iterator[None]:
-    """Nothing is computed meanwhile."""
-    (trainer,) = trainers_of(service)
-    os.kill(trainer.worker_pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(trainer.worker_pid, signal.SIGCONT)
 
 
 @pytest.fixture
@@ -93,7 +81,7 @@ def test_tinkers_words_keep_what_the_service_was_set_to(address: str) -> None:
 def test_calls_are_named_as_they_were_made(address: str) -> None:
     service = FiretitanServiceClient.from_firetitan_config(base_model=TOY, lora_rank=4)
     policy = service.create_training_client()
-    with stopped(service):
+    with stopped(worker_of(policy)):
         futures = [policy.forward_backward([datum()], "cross_entropy") for _ in range(50)]
         with pytest.raises(TimeoutError, match=r"^forward_backward: not done within"):
             futures[-1].result(0.0)
@@ -129,7 +117,7 @@ def test_ctrl_c_while_waiting_stops_nothing(address: str) -> None:
     )
     policy = service.create_training_client()
     ctrl_c = (threading.main_thread().ident, signal.SIGINT)
-    with stopped(service):
+    with stopped(worker_of(policy)):
         futures = [policy.forward_backward([datum()], "cross_entropy") for _ in range(200)]
         step = policy.optim_step(tinker.AdamParams())
         threading.Timer(0.05, signal.pthread_kill, ctrl_c).start()

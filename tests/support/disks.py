@@ -70,7 +70,11 @@ class Disk:
     def read_only(self, on: bool) -> None:
         """Refuse every write, or take them again."""
         option = f"remount,{'ro' if on else 'rw'}"
-        subprocess.run(["mount", "-o", option, str(self.folder)], check=True)
+        # It is busy while a file is open for writing.
+        deadline = time.monotonic() + 1
+        while subprocess.run(["mount", "-o", option, str(self.folder)]).returncode:
+            assert time.monotonic() < deadline, f"{self.folder} cannot be mounted {option}"
+            time.sleep(0.01)
 
     def fail(self) -> None:
         """Make the kernel find an error in it: from now on it is read-only, with open files too."""

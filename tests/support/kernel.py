@@ -20,6 +20,7 @@ from typing import Any
 
 from support.daemon import DaemonProcess
 
+BEGUN = "begun\n"
 FIRST_CELL = """
 import tinker
 from firetitan_client import FiretitanServiceClient
@@ -55,10 +56,11 @@ class Kernel:
         return answer["out"]
 
     def begin(self, cell: str) -> None:
-        """Start a cell and do not wait for it."""
-        assert self._process.stdin is not None
+        """Start a cell and do not wait for its end."""
+        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(f"{json.dumps(cell)}\n")
         self._process.stdin.flush()
+        assert self._process.stdout.readline() == BEGUN
 
     def end(self) -> dict[str, Any]:
         """What came of the cell that was begun."""
@@ -81,6 +83,7 @@ def _run(loop: asyncio.AbstractEventLoop, cell: str, names: dict[str, Any]) -> s
     code = compile(cell, "<cell>", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
     async def work() -> None:
+        print(BEGUN, end="", flush=True)
         value = eval(code, names)
         if inspect.iscoroutine(value):
             await value

@@ -353,7 +353,9 @@ def test_swaps_under_load_name_the_right_snapshot(tmp_path: Path, sampler: ToySa
     thread.start()
     for index in range(len(layers)):
         sampler.apply(layers[index : index + 1])
-        time.sleep(0.02)
+        # At least one takes each.
+        futures.append((-1 - index, sampler.submit(_request(-1 - index, max_tokens=60))))
+        futures[-1][1].result()
     ended.set()
     thread.join()
     results = [(seed, future.result()) for seed, future in futures]
