@@ -120,16 +120,22 @@ class Cell:
             assert self.daemon.process is not None
             self.daemon.process.kill()
         elif self.victim in PROCESSES or self.victim.startswith("recovery."):
-            kind = self.victim if self.victim in PROCESSES else "trainer"
-            for pid in self.daemon.worker_pids(kind):
-                os.kill(pid, signal.SIGKILL)
+            self.kill_workers(self.victim if self.victim in PROCESSES else "trainer")
+
+    def kill_workers(self, kind: str) -> None:
+        for pid in self.daemon.worker_pids(kind):
+            os.kill(pid, signal.SIGKILL)
 
     def until_passed(self) -> None:
         """Train and sample until the victim has ended at its place."""
         deadline = time.monotonic() + 60
         while self.victim in NAMES and not self.marker.exists():
             assert time.monotonic() < deadline, f"{self.victim} was not passed"
-            self.hand.send("ForwardBackward", "OptimStep")
+            self.hand.send("ForwardBackward")
+            if self.victim.startswith("recovery."):
+                # Behind a step there may be a point, and nothing to replay.
+                self.kill_workers("trainer")
+            self.hand.send("OptimStep")
             self.stubs.sample()
 
     def clients(self, activity: str) -> list[TrainingClient]:
