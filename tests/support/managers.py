@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from firetitan.v1 import training_service_pb2
 
 from firetitan_daemon.control.checkpoints import CheckpointManager
 from firetitan_daemon.control.cleanup import Cleaner
-from firetitan_daemon.control.codec import HotloadArguments
+from firetitan_daemon.control.codec import Header, HotloadArguments
 from firetitan_daemon.control.deployment_requests import DeploymentRequest
 from firetitan_daemon.control.deployments import DeploymentManager
 from firetitan_daemon.control.leases import LeaseManager
@@ -114,10 +115,15 @@ class Managers:
         return await self.syncer.hotload(arguments, request_id or snapshot, snapshot.encode())
 
 
-def forward_backward(session: Session, *, seq: int) -> tuple[object, str, bytes]:
+def forward_backward(session: Session, *, seq: int) -> tuple[Header, str, bytes]:
     message = training_service_pb2.ForwardBackwardRequest(data=[GOOD], loss_fn="cross_entropy")
+    return command(session, message, seq=seq)
+
+
+def command(session: Session, message: Any, *, seq: int) -> tuple[Header, str, bytes]:
+    """What `SessionManager.submit` takes, of a command on lane "a"."""
     header = message.header
     header.session, header.epoch, header.client_id = session.name, 1, "a"
     header.seq, header.request_id = seq, f"r{seq}"
     payload = message.SerializeToString()
-    return read_header(payload), "ForwardBackward", payload
+    return read_header(payload), type(message).__name__.removesuffix("Request"), payload

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from support.held_writes import HeldWrites
-from support.managers import TOY, Managers, forward_backward
+from support.managers import TOY, Managers, command, forward_backward
+from support.stubs import optim_request
 
+from firetitan_daemon.control.codec import Header
 from firetitan_daemon.control.session_settings import Wanted
 from firetitan_daemon.control.trainer_requests import TrainerRequest
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Change
 from firetitan_daemon.core.records import (
+    Operation,
     OperationState,
     ResourceState,
     SessionState,
@@ -113,6 +117,48 @@ async def test_a_full_disk_delays_what_has_happened_and_loses_none_of_it(
         await asyncio.sleep(0.02)
     assert managers.sessions.get(session.name).state is SessionState.LOST
     assert refused >= 9
+
+
+async def test_a_point_that_was_written_outlives_its_worker(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, publishing, going = managers.services.folders.publish, asyncio.Event(), asyncio.Event()
+
+    async def slow(staging: Path, kind: str, name: str) -> Path:
+        publishing.set()
+        await going.wait()
+        return await publish(staging, kind, name)
+
+    monkeypatch.setattr(managers.services.folders, "publish", slow)
+    trainer, worker = await managers.trainer()
+    session, _ = await managers.sessions.create(trainer, worker, Wanted(), "s")
+    managers.sessions._pipelines[session.name].recovery._policy.want()
+    await managers.sessions.submit(*forward_backward(session, seq=1))
+    await managers.sessions.submit(*command(session, optim_request(), seq=2))
+    await publishing.wait()
+    worker._process.kill()
+    for _ in range(100):
+        if managers.pool.live(worker.spec.worker_id) is None:
+            break
+        await asyncio.sleep(0.02)
+    await asyncio.sleep(0.05)
+    going.set()
+    third = await submitted(managers, forward_backward(session, seq=3))
+    assert (await managers.done(third)).state is OperationState.DONE
+    (point,) = (await managers.store.load()).recovery_points
+    assert list(Path(point.folder).parent.iterdir()) == [Path(point.folder)]
+    assert managers.sessions._pipelines[session.name].recovery.stats.replayed == 0
+
+
+async def submitted(managers: Managers, sent: tuple[Header, str, bytes]) -> Operation:
+    """A command, sent until the session takes commands again."""
+    while True:
+        try:
+            return await managers.sessions.submit(*sent)
+        except FiretitanError as error:
+            if error.reason is not Reason.RECOVERING:
+                raise
+            await asyncio.sleep(0.02)
 
 
 async def test_a_full_disk_delays_a_new_worker_and_the_session_goes_on(
