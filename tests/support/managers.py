@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from firetitan.v1 import training_service_pb2
 
 from firetitan_daemon.control.checkpoints import CheckpointManager
@@ -113,6 +116,29 @@ class Managers:
     async def hotload(self, snapshot: str, *, etag: str = "", request_id: str = "") -> Operation:
         arguments = HotloadArguments("deployments/d", snapshot, etag)
         return await self.syncer.hotload(arguments, request_id or snapshot, snapshot.encode())
+
+
+def slow_forgetting(managers: Managers, patch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Let the first worker that ends be forgotten slowly; the event says that it has begun."""
+    forget, forgetting = managers.pool.forget, asyncio.Event()
+
+    async def slow_forget(worker_id: str | None) -> None:
+        if not forgetting.is_set():
+            forgetting.set()
+            await asyncio.sleep(0.2)
+        await forget(worker_id)
+
+    patch.setattr(managers.pool, "forget", slow_forget)
+    return forgetting
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait for what happens by itself."""
+    for _ in range(250):
+        if holds():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it never came to that")
 
 
 def forward_backward(session: Session, *, seq: int) -> tuple[Header, str, bytes]:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 from support.held_writes import HeldWrites
-from support.managers import TOY, Managers
+from support.managers import TOY, Managers, slow_forgetting
 
 from firetitan_daemon.control.deployment_requests import DeploymentRequest
 from firetitan_daemon.control.replica_set import ReplicaSet
@@ -83,15 +83,7 @@ async def test_a_dead_worker_does_not_bring_a_deleted_deployment_back(
     managers: Managers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deployment = await managers.deployment()
-    forget, forgetting = managers.pool.forget, asyncio.Event()
-
-    async def slow_forget(worker_id: str | None) -> None:
-        if not forgetting.is_set():
-            forgetting.set()
-            await asyncio.sleep(0.2)
-        await forget(worker_id)
-
-    monkeypatch.setattr(managers.pool, "forget", slow_forget)
+    forgetting = slow_forgetting(managers, monkeypatch)
     worker = managers.pool.live(deployment.worker_ids[0])
     assert worker is not None
     worker._process.kill()
@@ -106,15 +98,7 @@ async def test_a_dead_worker_does_not_start_a_deployment_that_was_stopped(
     managers: Managers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deployment = await managers.deployment()
-    forget, forgetting = managers.pool.forget, asyncio.Event()
-
-    async def slow_forget(worker_id: str | None) -> None:
-        if not forgetting.is_set():
-            forgetting.set()
-            await asyncio.sleep(0.2)
-        await forget(worker_id)
-
-    monkeypatch.setattr(managers.pool, "forget", slow_forget)
+    forgetting = slow_forgetting(managers, monkeypatch)
     worker = managers.pool.live(deployment.worker_ids[0])
     assert worker is not None
     worker._process.kill()

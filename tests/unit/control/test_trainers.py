@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.held_writes import HeldWrites
-from support.managers import TOY, Managers, command, forward_backward
+from support.managers import TOY, Managers, command, forward_backward, slow_forgetting, until
 from support.stubs import optim_request
 
 from firetitan_daemon.control.codec import Header
@@ -30,15 +30,7 @@ async def test_a_dead_worker_does_not_bring_a_deleted_trainer_back(
     managers: Managers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, worker = await managers.trainer()
-    forget, forgetting = managers.pool.forget, asyncio.Event()
-
-    async def slow_forget(worker_id: str | None) -> None:
-        if not forgetting.is_set():
-            forgetting.set()
-            await asyncio.sleep(0.2)
-        await forget(worker_id)
-
-    monkeypatch.setattr(managers.pool, "forget", slow_forget)
+    forgetting = slow_forgetting(managers, monkeypatch)
     worker._process.kill()
     await forgetting.wait()
     await managers.trainers.delete("t")
@@ -111,10 +103,7 @@ async def test_a_full_disk_delays_what_has_happened_and_loses_none_of_it(
     await managers.deployment()
     session, _ = await managers.sessions.create(trainer, worker, Wanted(), "s")
     worker._process.kill()
-    for _ in range(250):
-        if managers.trainers.get("t").state is ResourceState.FAILED:
-            break
-        await asyncio.sleep(0.02)
+    await until(lambda: managers.trainers.get("t").state is ResourceState.FAILED)
     assert managers.sessions.get(session.name).state is SessionState.LOST
     assert refused >= 9
 
@@ -137,10 +126,7 @@ async def test_a_point_that_was_written_outlives_its_worker(
     await managers.sessions.submit(*command(session, optim_request(), seq=2))
     await publishing.wait()
     worker._process.kill()
-    for _ in range(100):
-        if managers.pool.live(worker.spec.worker_id) is None:
-            break
-        await asyncio.sleep(0.02)
+    await until(lambda: managers.pool.live(worker.spec.worker_id) is None)
     await asyncio.sleep(0.05)
     going.set()
     third = await submitted(managers, forward_backward(session, seq=3))
@@ -180,12 +166,12 @@ async def test_a_full_disk_delays_a_new_worker_and_the_session_goes_on(
     first = await managers.sessions.submit(*forward_backward(session, seq=1))
     assert (await managers.done(first)).state is OperationState.DONE
     worker._process.kill()
-    for _ in range(250):
-        if managers.trainers.get("t").worker_id != worker.spec.worker_id and (
-            managers.sessions.get(session.name).state is SessionState.ACTIVE
-        ):
-            break
-        await asyncio.sleep(0.02)
+    await until(
+        lambda: (
+            managers.trainers.get("t").worker_id != worker.spec.worker_id
+            and managers.sessions.get(session.name).state is SessionState.ACTIVE
+        )
+    )
     assert refused == 3
     second = await managers.sessions.submit(*forward_backward(session, seq=2))
     assert (await managers.done(second)).state is OperationState.DONE
