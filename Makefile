@@ -46,7 +46,7 @@ test-slow: setup $(PROTO_READY) ## Run the tests that take minutes
 	@$(PYTEST) -m slow
 
 # Each test prints its seed; FIRETITAN_TEST_SEED repeats it.
-test-reliability: setup ## Kill, flood and starve the daemon for hours; out/reliability.jsonl has the figures
+test-reliability: setup ## Kill, flood and starve the daemon for an hour and a half; out/reliability.jsonl has the figures
 	@mkdir -p out
 	@FIRETITAN_TEST_SIZE=nightly FIRETITAN_TEST_FIGURES=out/reliability.jsonl $(PYTEST) -s \
 		tests/faults tests/hostile tests/contract/test_rejected_calls.py

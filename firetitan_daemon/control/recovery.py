@@ -177,6 +177,7 @@ class SessionRecovery:
         self, worker: Worker, point: RecoveryPoint, staging: Path, blocked_s: float
     ) -> None:
         services, began = self.services, self.services.clock.monotonic()
+        folder: Path | None = None
         try:
             written = await worker.wait_point(self.session, staging)
             self._written = True
@@ -192,7 +193,11 @@ class SessionRecovery:
             await self._replace_points([*self._points, point])
         except FiretitanError as error:
             logger.warning("no recovery point session=%s: %s", self.session, error)
-            await self._discard(staging)
+            if folder is None:
+                await self._discard(staging)
+            elif error.reason is Reason.STATE_DISK_FULL:
+                # Its row was not written; after another error it may have been.
+                await self._discard(folder)
             return
         failpoint("point.made")
         self._policy.made(blocked_s + written.compute_s)
@@ -247,7 +252,8 @@ class SessionRecovery:
 
     async def interrupt(self) -> None:
         """Stop waiting for a point that is being written; one that was written is kept."""
-        task, self._writing = self._writing, None
+        # Not forgotten here: whoever waits may be cancelled, and the next one must wait too.
+        task = self._writing
         if task is not None:
             if not self._written:
                 task.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from concurrent.futures import Future
@@ -109,7 +110,11 @@ def test_a_trainer_that_hangs_holds_up_no_other(daemon: DaemonProcess) -> None:
         stubs.trainers.DeleteTrainer(
             trainer_service_pb2.DeleteTrainerRequest(name="trainers/other"), timeout=20
         )
-        # It is given 10 s to end by itself.
+        # The hung one is given 10 s to end by itself.
+        deadline = time.monotonic() + 8
+        while not re.search("worker started .* target=trainers/third", daemon.log):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         assert not opening.done() and not deleting.done()
     made = stubs.wait(third.name, timeout_s=START_S)
     assert made.trainer.state == trainer_pb2.Trainer.STATE_ACTIVE

@@ -214,14 +214,17 @@ def end(started: subprocess.Popen[str], path: Path) -> list[str]:
     """What each caller before this one had said to it."""
     assert started.stdout is not None
     received = []
-    with socket.socket(socket.AF_UNIX) as last:
-        last.connect(str(path))
-        last.sendall(b"last")
-        last.shutdown(socket.SHUT_WR)
-        while (said := started.stdout.readline().strip()) != b"last".hex():
-            received.append(said)
-    started.kill()
-    started.communicate()
+    try:
+        with socket.socket(socket.AF_UNIX) as last:
+            last.connect(str(path))
+            last.sendall(b"last")
+            last.shutdown(socket.SHUT_WR)
+            while (said := started.stdout.readline().strip()) != b"last".hex():
+                assert said, "the listener is gone"
+                received.append(said)
+    finally:
+        started.kill()
+        started.communicate()
     return received
 
 

@@ -150,7 +150,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("both", [False, True])
 def test_killed_by_hand(tmp_path: Path, undisturbed: dict[str, str], seed: int, both: bool) -> None:
     kill_at = random.Random(seed).randrange(1, 3 * STEPS + 2)
-    saved, stats = run(tmp_path, {}, kill_at, both)
+    saved, stats = run(tmp_path, {}, kill_at, both, until=lambda stats: stats.recoveries >= 1)
     assert saved == undisturbed
     assert stats.recoveries == 1
 

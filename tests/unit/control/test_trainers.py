@@ -11,6 +11,7 @@ from support.managers import TOY, Managers, command, forward_backward, slow_forg
 from support.stubs import optim_request
 
 from firetitan_daemon.control.codec import Header
+from firetitan_daemon.control.recovery import SessionRecovery
 from firetitan_daemon.control.session_settings import Wanted
 from firetitan_daemon.control.trainer_requests import TrainerRequest
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -18,7 +19,9 @@ from firetitan_daemon.core.ports import Change
 from firetitan_daemon.core.records import (
     Operation,
     OperationState,
+    RecoveryPoint,
     ResourceState,
+    Session,
     SessionState,
 )
 from firetitan_daemon.core.worker_ports import Worker
@@ -108,32 +111,93 @@ async def test_a_full_disk_delays_what_has_happened_and_loses_none_of_it(
     assert refused >= 9
 
 
+class HeldPoint:
+    """A recovery point whose files are written and wait to be published, and its dead worker."""
+
+    def __init__(self, managers: Managers, patch: pytest.MonkeyPatch) -> None:
+        self.managers = managers
+        self.going = asyncio.Event()
+        self._publishing = asyncio.Event()
+        publish = managers.services.folders.publish
+
+        async def slow(staging: Path, kind: str, name: str) -> Path:
+            self._publishing.set()
+            await self.going.wait()
+            return await publish(staging, kind, name)
+
+        patch.setattr(managers.services.folders, "publish", slow)
+
+    async def begin(self) -> Session:
+        """Bring it about; returns once the worker is known to be dead."""
+        managers = self.managers
+        trainer, worker = await managers.trainer()
+        session, _ = await managers.sessions.create(trainer, worker, Wanted(), "s")
+        self.recovery(session)._policy.want()
+        await managers.sessions.submit(*forward_backward(session, seq=1))
+        await managers.sessions.submit(*command(session, optim_request(), seq=2))
+        await self._publishing.wait()
+        worker._process.kill()
+        shown = managers.sessions.get
+        await until(lambda: shown(session.name).state is SessionState.RECOVERING)
+        return session
+
+    def recovery(self, session: Session) -> SessionRecovery:
+        return self.managers.sessions._pipelines[session.name].recovery
+
+    async def points(self) -> list[RecoveryPoint]:
+        """Those of the ledger; each has its folder, and there is no other."""
+        rows = list((await self.managers.store.load()).recovery_points)
+        there = {folder for folder in self.folder.iterdir()} if self.folder.exists() else set()
+        assert there == {Path(row.folder) for row in rows}
+        return rows
+
+    @property
+    def folder(self) -> Path:
+        return self.managers.services.folders._root / "points"
+
+
 async def test_a_point_that_was_written_outlives_its_worker(
     managers: Managers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish, publishing, going = managers.services.folders.publish, asyncio.Event(), asyncio.Event()
-
-    async def slow(staging: Path, kind: str, name: str) -> Path:
-        publishing.set()
-        await going.wait()
-        return await publish(staging, kind, name)
-
-    monkeypatch.setattr(managers.services.folders, "publish", slow)
-    trainer, worker = await managers.trainer()
-    session, _ = await managers.sessions.create(trainer, worker, Wanted(), "s")
-    managers.sessions._pipelines[session.name].recovery._policy.want()
-    await managers.sessions.submit(*forward_backward(session, seq=1))
-    await managers.sessions.submit(*command(session, optim_request(), seq=2))
-    await publishing.wait()
-    worker._process.kill()
-    await until(lambda: managers.pool.live(worker.spec.worker_id) is None)
-    await asyncio.sleep(0.05)
-    going.set()
+    held = HeldPoint(managers, monkeypatch)
+    session = await held.begin()
+    held.going.set()
     third = await submitted(managers, forward_backward(session, seq=3))
     assert (await managers.done(third)).state is OperationState.DONE
-    (point,) = (await managers.store.load()).recovery_points
-    assert list(Path(point.folder).parent.iterdir()) == [Path(point.folder)]
-    assert managers.sessions._pipelines[session.name].recovery.stats.replayed == 0
+    assert len(await held.points()) == 1
+    assert held.recovery(session).stats.replayed == 0
+
+
+async def test_a_point_that_was_written_goes_with_its_trainer(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = HeldPoint(managers, monkeypatch)
+    await held.begin()
+    deleting = asyncio.create_task(managers.trainers.delete("t"))
+    await asyncio.sleep(0.1)
+    held.going.set()
+    await deleting
+    await asyncio.sleep(0.1)
+    assert await held.points() == []
+
+
+async def test_a_point_whose_row_finds_no_space_leaves_no_files(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = managers.store.write
+
+    async def full(change: Change) -> None:
+        if change.recovery_points:
+            raise FiretitanError(Reason.STATE_DISK_FULL, "the disk is full")
+        await write(change)
+
+    monkeypatch.setattr(managers.store, "write", full)
+    held = HeldPoint(managers, monkeypatch)
+    session = await held.begin()
+    held.going.set()
+    third = await submitted(managers, forward_backward(session, seq=3))
+    assert (await managers.done(third)).state is OperationState.DONE
+    assert await held.points() == [] and held.recovery(session).stats.replayed == 2
 
 
 async def submitted(managers: Managers, sent: tuple[Header, str, bytes]) -> Operation:

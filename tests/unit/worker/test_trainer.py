@@ -174,6 +174,7 @@ async def test_a_lost_connection_is_tried_again_and_nothing_runs_twice(
 
 
 async def test_the_worker_answers_while_it_computes(tmp_path: Path, write: CommandWriter) -> None:
+    BusyEngine.released.clear()
     worker = await opened(InProcessLauncher(tmp_path / "run", train=BusyEngine))
     await worker.execute(write.forward_backward())
     step = asyncio.create_task(worker.execute(write.optim_step()))
