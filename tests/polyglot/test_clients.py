@@ -41,27 +41,36 @@ def test_it_keeps_every_rule(client: list[str]) -> None:
 
 
 @pytest.mark.timeout(180)
-def test_it_does_not_notice_that_the_daemon_dies(client: list[str], daemon: DaemonProcess) -> None:
+def test_it_does_not_notice_that_the_daemon_dies(
+    client: list[str], daemon: DaemonProcess, tmp_path: Path
+) -> None:
     steps = 40
     stubs = Stubs(daemon.address)
     stubs.create_trainer("t")
     session = stubs.session()
     stubs.create_deployment("d")
     stubs.channel.close()
-    process = subprocess.Popen(
-        [*client, daemon.address, "t", "d", str(steps)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    errors = tmp_path / "errors"
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(
+            [*client, daemon.address, "t", "d", str(steps)],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
     assert process.stdout is not None
-    lines = [process.stdout.readline()]
-    daemon.kill()
-    time.sleep(0.3)
-    daemon.start()
-    rest, errors = process.communicate(timeout=120)
-    lines += rest.splitlines(keepends=True)
-    assert process.returncode == 0, errors
+    with process.stdout:
+        try:
+            lines = [process.stdout.readline()]
+            daemon.kill()
+            time.sleep(0.3)
+            daemon.start()
+            # Not `communicate`, which loses what came with the first line.
+            lines += process.stdout.readlines()
+            assert process.wait(60) == 0, errors.read_text()
+        finally:
+            process.kill()
+            process.wait()
     assert [line.split()[1] for line in lines if line.startswith("step ")] == [
         str(step) for step in range(1, steps + 1)
     ]
