@@ -203,14 +203,10 @@ class LeaseManager:
 
     async def expire(self) -> None:
         """End the leases that were not renewed; begin the clean-ups that are due."""
-        for lease in self._table.expired(self._now()):
-            async with self._lock:
-                # It may have been renewed while this waited for the lock.
-                if lease in self._table.expired(self._now()):
-                    logger.warning(
-                        "client is gone client=%s label=%s", lease.client_id, lease.label
-                    )
-                    await self._leave(lease.client_id, {}, everything=True)
+        async with self._lock:
+            for lease in self._table.expired(self._now()):
+                logger.warning("client is gone client=%s label=%s", lease.client_id, lease.label)
+                await self._leave(lease.client_id, {}, everything=True)
         await self._release_pins(self.alive)
         self._begin_due()
 

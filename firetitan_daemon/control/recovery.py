@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from firetitan_daemon.control.holds import discard
 from firetitan_daemon.control.services import Services
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
@@ -167,7 +168,7 @@ class SessionRecovery:
             step, blocked_s = await worker.save_point(self.session, operation.commit_seq, staging)
         except FiretitanError as error:
             logger.warning("no recovery point session=%s: %s", self.session, error)
-            await self._discard(staging)
+            await discard(self.services.folders, staging)
             return
         point = RecoveryPoint(self.session, operation.commit_seq, step, "", "", 0, 0.0)
         self._written = False
@@ -194,10 +195,10 @@ class SessionRecovery:
         except FiretitanError as error:
             logger.warning("no recovery point session=%s: %s", self.session, error)
             if folder is None:
-                await self._discard(staging)
+                await discard(self.services.folders, staging)
             elif error.reason is Reason.STATE_DISK_FULL:
                 # Its row was not written; after another error it may have been.
-                await self._discard(folder)
+                await discard(self.services.folders, folder)
             return
         failpoint("point.made")
         self._policy.made(blocked_s + written.compute_s)
@@ -231,7 +232,7 @@ class SessionRecovery:
         self._points = kept
         await self._forget(released)
         for point in gone:
-            await self._discard(Path(point.folder))
+            await discard(self.services.folders, Path(point.folder))
 
     async def _release(self, through: int) -> None:
         change = Change(released_payloads=[(self.session, through)])
@@ -274,13 +275,7 @@ class SessionRecovery:
         self._policy = PointPolicy(self.services.recovery)
         await self._forget(_EVERYTHING)
         for point in gone:
-            await self._discard(Path(point.folder))
-
-    async def _discard(self, folder: Path) -> None:
-        try:
-            await self.services.folders.discard(folder)
-        except (FiretitanError, OSError) as error:
-            logger.warning("left for the next start to remove folder=%s: %s", folder, error)
+            await discard(self.services.folders, Path(point.folder))
 
     def _show(self) -> None:
         self.stats.kept_bytes = sum(one.ref.size_bytes for one in self._kept)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import SESSION, TRAINER_SPEC, CommandWriter
+from support.stopping import stopped
 
 from firetitan_daemon import handshake
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -216,17 +217,14 @@ async def test_a_worker_that_does_not_answer_is_not_called_dead(
 ) -> None:
     worker = await local.launch(TRAINER_SPEC)
     ends.append(worker)
-    os.kill(worker.pid, signal.SIGSTOP)
-    try:
-        with (
-            monkeypatch.context() as impatient,
-            pytest.raises(FiretitanError, match="lives but did not answer") as caught,
-        ):
-            impatient.setattr("firetitan_daemon.launch.remote.DESCRIBE_TIMEOUT_S", 0.5)
-            await local.adopt(TRAINER_SPEC)
-        assert caught.value.reason is Reason.WORKER_UNAVAILABLE
-    finally:
-        os.kill(worker.pid, signal.SIGCONT)
+    with (
+        stopped(worker.pid),
+        monkeypatch.context() as impatient,
+        pytest.raises(FiretitanError, match="lives but did not answer") as caught,
+    ):
+        impatient.setattr("firetitan_daemon.launch.remote.DESCRIBE_TIMEOUT_S", 0.5)
+        await local.adopt(TRAINER_SPEC)
+    assert caught.value.reason is Reason.WORKER_UNAVAILABLE
     assert (await worker.describe()).worker_id == "trainer-1"
 
 

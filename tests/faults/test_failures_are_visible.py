@@ -28,6 +28,7 @@ from firetitan.v1 import (
 )
 from support.daemon import DaemonProcess
 from support.sizes import figure
+from support.stopping import stopped
 from support.stubs import LaneClient, Stubs
 
 from firetitan_daemon.health import Finding, findings
@@ -152,8 +153,7 @@ def test_a_worker_that_hangs_and_a_daemon_that_drains(home: DaemonProcess) -> No
     stubs.create_trainer()
     lane = LaneClient(stubs, stubs.session())
     (pid,) = home.worker_pids()
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    with stopped(pid):
         lane.forward_backward()
         hung = watcher.until("workers", "has not answered for", what="worker_hung_s")
         assert f"kill -CONT {pid}" in hung.todo
@@ -162,8 +162,6 @@ def test_a_worker_that_hangs_and_a_daemon_that_drains(home: DaemonProcess) -> No
         home.process.send_signal(signal.SIGTERM)
         draining = watcher.until("daemon", "draining", what="draining_s")
         watcher.shown(draining)
-    finally:
-        os.kill(pid, signal.SIGCONT)
     assert home.wait_exit() == 0
     watcher.close()
     stubs.channel.close()

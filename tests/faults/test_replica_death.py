@@ -12,6 +12,7 @@ import pytest
 from firetitan.v1 import deployment_pb2, deployment_service_pb2
 from support.daemon import DaemonProcess
 from support.replicas import ACTIVE, begin, deployment, request, scale, snapshots, until_ready
+from support.stopping import stopped
 from support.stubs import LaneClient, Stubs
 
 pytestmark = pytest.mark.timeout(180)
@@ -73,15 +74,12 @@ def test_one_that_hangs_is_left_alone(home: DaemonProcess) -> None:
     stubs = serve(home, 2)
     expected = stubs.sampling.Sample(request()).sequences
     first = deployment(stubs).workers[0]
-    os.kill(first.pid, signal.SIGSTOP)
-    try:
+    with stopped(first.pid):
         deadline = time.monotonic() + 30
         while not deployment(stubs).workers[0].unresponsive:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         answers = [stubs.sampling.Sample(request(), timeout=10).sequences for _ in range(4)]
-    finally:
-        os.kill(first.pid, signal.SIGCONT)
     assert answers == [expected] * 4
     while deployment(stubs).workers[0].unresponsive:
         assert time.monotonic() < deadline
@@ -105,7 +103,7 @@ def test_a_hotload_reaches_all_though_one_dies_on_the_way(home: DaemonProcess, p
     stubs.channel.close()
 
 
-def hotload(snapshot: str) -> deployment_service_pb2.HotloadSnapshotRequest:
+def hotload_request(snapshot: str) -> deployment_service_pb2.HotloadSnapshotRequest:
     return deployment_service_pb2.HotloadSnapshotRequest(
         deployment="deployments/d", snapshot=snapshot, request_id="killed"
     )
@@ -120,11 +118,11 @@ def test_the_next_daemon_finishes_a_hotload_in_all_of_them(home: DaemonProcess, 
     home.start({"FIRETITAN_FAILPOINTS": f"{place}=kill"})
     pids = until_ready(stubs, 2)
     # It may die before it has answered; a future that nobody holds is cancelled.
-    call = stubs.deployments.HotloadSnapshot.future(hotload(second))
+    call = stubs.deployments.HotloadSnapshot.future(hotload_request(second))
     home.wait_exit()
     call.exception()
     home.start({"FIRETITAN_FAILPOINTS": ""})
-    again = stubs.retry(stubs.deployments.HotloadSnapshot, hotload(second)).operation
+    again = stubs.retry(stubs.deployments.HotloadSnapshot, hotload_request(second)).operation
     assert not stubs.wait(again.name).HasField("error")
     assert until_ready(stubs, 2) == pids
     (answer,) = of_each(stubs, 2)

@@ -51,16 +51,9 @@ def test_only_its_owner_can_reach_it(daemon: DaemonProcess) -> None:
 def test_it_serves_within_a_second_and_without_torch(daemon: DaemonProcess) -> None:
     announced = json.loads((daemon.home / "daemon.json").read_text())
     assert announced["pid"] == daemon.process.pid and announced["instance_id"]
-    # The best of a few starts: where others keep the machine busy, one may take longer.
-    for starts in range(1, 6):
-        while len(told := re.findall(r"start_s=(\S+)\n", daemon.log)) < starts:
-            time.sleep(0.02)
-        if float(told[-1]) < 1.0:
-            break
-        daemon.kill()
-        daemon.start()
-    else:
-        pytest.fail(f"seconds it took: {told}")
+    while not (told := re.search(r"start_s=(\S+)\n", daemon.log)):
+        time.sleep(0.02)
+    assert float(told[1]) < 1.0
     maps = Path(f"/proc/{daemon.process.pid}/maps").read_text()
     assert "libtorch" not in maps
 

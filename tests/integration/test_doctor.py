@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from firetitan.v1 import system_service_pb2
 from support.daemon import DaemonProcess
+from support.stopping import stopped
 from support.stubs import LaneClient, Stubs
 
 from firetitan_daemon.doctor import Report, examine
@@ -90,11 +90,8 @@ def test_no_daemon_and_what_one_left(daemon: DaemonProcess, tmp_path: Path) -> N
 
 def test_a_daemon_that_is_stopped(daemon: DaemonProcess) -> None:
     assert daemon.process is not None
-    daemon.process.send_signal(signal.SIGSTOP)
-    try:
+    with stopped(daemon.process.pid):
         silent = doctor(daemon.home)
-    finally:
-        daemon.process.send_signal(signal.SIGCONT)
     assert silent.returncode == 5, silent.stdout
     assert f"-> kill -CONT {daemon.process.pid}" in silent.stdout
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 from firetitan.v1 import training_service_pb2
 from support.daemon import DaemonProcess
 from support.data import ragged_data
+from support.stopping import stopped
 
 from firetitan_client import (
     AdamParams,
@@ -177,11 +177,8 @@ def test_a_worker_that_does_not_answer_is_said_to(daemon: DaemonProcess) -> None
             if "t-stuck" in _bundle(daemon, entry)
         )
         until(lambda: states()["trainers/t-stuck"] == "ready")
-        os.kill(pid, signal.SIGSTOP)
-        try:
+        with stopped(pid):
             until(lambda: states()["trainers/t-stuck"] == "unresponsive")
-        finally:
-            os.kill(pid, signal.SIGCONT)
         until(lambda: states()["trainers/t-stuck"] == "ready")
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 import tinker
 from firetitan.v1 import checkpoint_service_pb2, trainer_service_pb2
 from support.daemon import DaemonProcess
+from support.stopping import stopped, worker_of
 
 from firetitan_client import (
     FailedPrecondition,
@@ -210,11 +209,9 @@ def test_a_checkpoint_that_is_overwritten_while_it_loads_elsewhere_loads_as_it_w
     policy.save_state("x").result()
     with service_of(daemon, "reader", create_deployment=False) as reading:
         reader = reading.create_training_client()
-        request = trainer_service_pb2.GetTrainerRequest(name="trainers/reader")
-        pid = reading.stubs.trainers.GetTrainer(request).trainer.worker_pid
+        pid = worker_of(reader)
         assert pid in daemon.worker_pids()
-        os.kill(pid, signal.SIGSTOP)
-        try:
+        with stopped(pid):
             loading = reader.load_state_with_optimizer("cross_job://full/x")
             with pytest.raises(TimeoutError):
                 loading.result(1)
@@ -225,7 +222,5 @@ def test_a_checkpoint_that_is_overwritten_while_it_loads_elsewhere_loads_as_it_w
                 daemon.kill()
                 daemon.start()
                 assert folders(daemon, "checkpoints") == ["x", "x"]
-        finally:
-            os.kill(pid, signal.SIGCONT)
         loading.result()
         assert loss(reader) == before != loss(policy)

@@ -118,8 +118,8 @@ class Managers:
         return await self.syncer.hotload(arguments, request_id or snapshot, snapshot.encode())
 
 
-def slow_forgetting(managers: Managers, patch: pytest.MonkeyPatch) -> asyncio.Event:
-    """Let the first worker that ends be forgotten slowly; the event says that it has begun."""
+async def kill(managers: Managers, worker: Worker, patch: pytest.MonkeyPatch) -> None:
+    """End a worker; returns while it is being forgotten, which takes a moment."""
     forget, forgetting = managers.pool.forget, asyncio.Event()
 
     async def slow_forget(worker_id: str | None) -> None:
@@ -129,7 +129,8 @@ def slow_forgetting(managers: Managers, patch: pytest.MonkeyPatch) -> asyncio.Ev
         await forget(worker_id)
 
     patch.setattr(managers.pool, "forget", slow_forget)
-    return forgetting
+    worker._process.kill()
+    await forgetting.wait()
 
 
 async def until(holds: Callable[[], bool]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 from support.held_writes import HeldWrites
-from support.managers import TOY, Managers, slow_forgetting
+from support.managers import TOY, Managers, kill
 
 from firetitan_daemon.control.deployment_requests import DeploymentRequest
 from firetitan_daemon.control.replica_set import ReplicaSet
@@ -83,11 +83,9 @@ async def test_a_dead_worker_does_not_bring_a_deleted_deployment_back(
     managers: Managers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deployment = await managers.deployment()
-    forgetting = slow_forgetting(managers, monkeypatch)
     worker = managers.pool.live(deployment.worker_ids[0])
     assert worker is not None
-    worker._process.kill()
-    await forgetting.wait()
+    await kill(managers, worker, monkeypatch)
     await managers.deployments.delete("d")
     await asyncio.sleep(0.5)
     assert not managers.deployments.all()
@@ -98,11 +96,9 @@ async def test_a_dead_worker_does_not_start_a_deployment_that_was_stopped(
     managers: Managers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deployment = await managers.deployment()
-    forgetting = slow_forgetting(managers, monkeypatch)
     worker = managers.pool.live(deployment.worker_ids[0])
     assert worker is not None
-    worker._process.kill()
-    await forgetting.wait()
+    await kill(managers, worker, monkeypatch)
     await managers.deployments.scale("d", 0)
     await asyncio.sleep(0.5)
     assert managers.deployments.get("d").state is ResourceState.STOPPED

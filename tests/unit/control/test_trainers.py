@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.held_writes import HeldWrites
-from support.managers import TOY, Managers, command, forward_backward, slow_forgetting, until
+from support.managers import TOY, Managers, command, forward_backward, kill, until
 from support.stubs import optim_request
 
 from firetitan_daemon.control.codec import Header
@@ -33,9 +33,7 @@ async def test_a_dead_worker_does_not_bring_a_deleted_trainer_back(
     managers: Managers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, worker = await managers.trainer()
-    forgetting = slow_forgetting(managers, monkeypatch)
-    worker._process.kill()
-    await forgetting.wait()
+    await kill(managers, worker, monkeypatch)
     await managers.trainers.delete("t")
     await asyncio.sleep(0.5)
     assert not managers.trainers.all()
