@@ -6,8 +6,11 @@ Knows: nothing of what the steps do. Must not know: services, trainers.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable
+
+from firetitan_client import forking
 
 logger = logging.getLogger("firetitan")
 
@@ -22,17 +25,19 @@ class Closing:
     def __init__(self, what: str) -> None:
         self._what = what
         self._steps: deque[tuple[str, Callable[[], object]]] | None = None
+        self._after_fork()
+        forking.on_fork(self)
 
-    @property
-    def begun(self) -> bool:
-        """Whether it was ever run."""
-        return self._steps is not None
+    def _after_fork(self) -> None:
+        """In a child: another thread of the parent may be closing."""
+        self._lock = threading.RLock()
 
     def run(self, *steps: tuple[str, Callable[[], object]]) -> None:
         """Do every step, each once; a run that was broken off is gone on with.
 
-        A first Ctrl-C breaks off the step it comes in and is raised when the others are done; a
-        second one leaves the rest, and says so.
+        Another thread that calls this meanwhile waits for the end. A first Ctrl-C breaks off the
+        step it comes in and is raised when the others are done; a second one leaves the rest, and
+        says so.
 
         Args:
             steps: What each does, for people, and how; only those of the first run count.
@@ -41,16 +46,21 @@ class Closing:
             KeyboardInterrupt: As it came.
             Exception: The first that a step ended with; others are logged.
         """
-        if self._steps is None:
-            self._steps = deque(steps)
+        with self._lock:
+            if self._steps is None:
+                self._steps = deque(steps)
+            self._run(self._steps)
+
+    def _run(self, steps: deque[tuple[str, Callable[[], object]]]) -> None:
         first: BaseException | None = None
-        while self._steps:
-            label, step = self._steps[0]
+        while steps:
+            label, step = steps.popleft()  # at once: a signal's handler may close, too
             try:
                 step()
             except KeyboardInterrupt as interrupt:
                 if isinstance(first, KeyboardInterrupt):
-                    left = ", ".join(one for one, _ in self._steps)
+                    steps.appendleft((label, step))
+                    left = ", ".join(one for one, _ in steps)
                     logger.warning(
                         "%s: interrupted again, not finished: %s; close() again goes on with it",
                         self._what,
@@ -65,7 +75,6 @@ class Closing:
                     first = error
                 else:
                     self._note(error)
-            self._steps.popleft()
         if first is not None:
             raise first
 

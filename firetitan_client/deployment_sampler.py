@@ -6,10 +6,13 @@ made or brought to a snapshot, what a completion looks like (`completions`).
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 import uuid
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from firetitan.v1 import sampling_service_pb2
@@ -46,6 +49,8 @@ from firetitan_client.sample_requests import (
 from firetitan_client.sdk_errors import DeploymentSamplerTimeoutError, SamplingRequestError
 from firetitan_client.server_metrics import ServerMetrics
 
+logger = logging.getLogger("firetitan")
+
 
 class DeploymentSampler(SelfFuture[Target]):
     """A deployment in FireTitan's own shape: tokens, both kinds of logprobs, metrics.
@@ -81,6 +86,7 @@ class DeploymentSampler(SelfFuture[Target]):
         )
         self._source = tokenizer
         self._loaded: Any = None
+        self._has_texts = True
         if max_concurrency is not None:
             warnings.warn(
                 "max_concurrency is deprecated; pass "
@@ -119,6 +125,34 @@ class DeploymentSampler(SelfFuture[Target]):
             self._loaded = load_tokenizer(source)
         return self._loaded
 
+    async def _decoder(self) -> Any:
+        """What makes texts of tokens; None, said once, where only tokens can be had.
+
+        A tokenizer that nobody named is the model's own, and only taken from a folder that is here:
+        whoever gives and takes tokens needs none, so nothing is fetched and nothing fails for it.
+        """
+        if self._loaded is None and self._has_texts:
+            await self._load_decoder()
+        return self._loaded
+
+    async def _load_decoder(self) -> None:
+        folder = (await self._ready).tokenizer
+        if not self._source and not _is_folder(folder):
+            self._go_without_texts(f"no folder {folder!r} on this machine")
+            return
+        try:
+            await asyncio.to_thread(lambda: self.tokenizer)
+        except (ImportError, ValueError) as error:
+            if self._source:
+                raise
+            self._go_without_texts(str(error))
+
+    def _go_without_texts(self, why: str) -> None:
+        self._has_texts = False
+        logger.warning(
+            "%s: completions have tokens and no text: %s; pass tokenizer=", self.model, why
+        )
+
     async def sample_with_tokens(
         self,
         messages: Sequence[Any],
@@ -144,9 +178,10 @@ class DeploymentSampler(SelfFuture[Target]):
         """
         CompletionOptions.of(options)
         await self._ready
-        if self.tokenizer is None:
+        tokenizer = await asyncio.to_thread(lambda: self.tokenizer)
+        if tokenizer is None:
             raise ValueError("sample_with_tokens needs a tokenizer; pass tokenizer=")
-        prompt = await chat_templates.apply(self.tokenizer, messages)
+        prompt = await chat_templates.apply(tokenizer, messages)
         return await self.sample_with_prompt_tokens(
             prompt,
             n,
@@ -194,9 +229,10 @@ class DeploymentSampler(SelfFuture[Target]):
         )
         if max_seq_len is not None and len(prompt) >= max_seq_len:
             return []
+        decoder = await self._decoder()
         response, _ = await self._complete(prompt, n, asked)
         made = [
-            completion(prompt, response, index, asked, self.tokenizer)
+            completion(prompt, response, index, asked, decoder)
             for index in range(len(response.sequences))
         ]
         return [one for one in made if max_seq_len is None or len(one.full_tokens) <= max_seq_len]
@@ -224,9 +260,10 @@ class DeploymentSampler(SelfFuture[Target]):
         )
         if max_seq_len is not None and len(prompt) >= max_seq_len:
             raise ValueError(f"prompt: has {len(prompt)} tokens, max_seq_len is {max_seq_len}")
+        decoder = await self._decoder()
         began = time.monotonic()
         response, cost = await self._complete(prompt, 1, asked)
-        one = completion(prompt, response, 0, asked, self.tokenizer)
+        one = completion(prompt, response, 0, asked, decoder)
         fits = max_seq_len is None or len(one.full_tokens) <= max_seq_len
         return SampledRequestResult(
             completions=[one] if fits else [],
@@ -268,9 +305,10 @@ class DeploymentSampler(SelfFuture[Target]):
         asked = CompletionOptions.of(
             {**options, "max_tokens": max_tokens, "temperature": temperature}
         )
+        decoder = await self._decoder()
         response, cost = await self._complete(tokens, 1, asked)
         shown = response_dict(
-            tokens, response, asked, self.tokenizer, logprobs=bool(options.get("logprobs"))
+            tokens, response, asked, decoder, logprobs=bool(options.get("logprobs"))
         )
         return shown, cost
 
@@ -307,6 +345,10 @@ class DeploymentSampler(SelfFuture[Target]):
         if not self._ready.done() or self._ready.exception(0) is not None:
             return "<DeploymentSampler not ready>"
         return f"<DeploymentSampler {self.model} at {self._opened.transport.address}>"
+
+
+def _is_folder(path: str) -> bool:
+    return bool(path) and Path(path).is_dir()
 
 
 def _controller(max_concurrency: int | None) -> SamplingConcurrencyController:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -292,7 +293,15 @@ class Hotloading(ControlClient):
             return f"Hotload of {identity!r} into {deployment_id!r}: {error}"
         begun = self._hotloads.get(deployment_id)
         if begun is not None and begun.snapshot == snapshot:
-            return await self._wait_own(deployment_id, begun, timeout_s)
+            started = time.monotonic()
+            failure = await self._wait_own(deployment_id, begun, timeout_s)
+            if failure is not None:
+                return failure
+            found = await self._find_deployment(deployment_id)
+            if found.state == _State.STATE_ACTIVE and found.active_snapshot != snapshot:
+                current = found.active_snapshot or "the base model"
+                return f"{snapshot} was loaded into {found.name}, which serves {current} since"
+            timeout_s = max(0.0, timeout_s - (time.monotonic() - started))
         return await self._wait_foreign(deployment_id, snapshot, timeout_s, poll_interval_s)
 
     async def _wait_own(self, deployment_id: str, begun: _Hotload, timeout_s: float) -> str | None:

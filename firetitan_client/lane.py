@@ -28,6 +28,7 @@ from firetitan_client.errors import (
     ClientClosed,
     FiretitanError,
     InvalidArgument,
+    NotFound,
     OperationCancelled,
     PrecedingFailed,
     SessionLost,
@@ -358,10 +359,10 @@ class Lane:
     def _finish(
         self, command: Command, operation: operation_pb2.Operation, owner: Attachment
     ) -> None:
-        if not operation.HasField("error"):
+        error = _error_of(operation)
+        if error is None:
             command.future.finish(command.convert(operation))
             return
-        error = from_status(operation.error)
         if isinstance(error, OperationCancelled):
             command.future.finish_cancelled()
             return
@@ -413,6 +414,20 @@ class Lane:
             if isinstance(item, Command):
                 deliver(self._fail, item, error if first and error else _preceding(why), None)
                 first = False
+
+
+def _error_of(operation: operation_pb2.Operation) -> FiretitanError | None:
+    """What a done operation failed with; that it has no result is no empty one."""
+    if operation.HasField("error"):
+        return from_status(operation.error)
+    if operation.WhichOneof("result") is not None:
+        return None
+    return NotFound(
+        f"{operation.name}: this {operation.method} was carried out, but the daemon does not have "
+        "its result any more; what it did stands",
+        reason="OPERATION_NOT_FOUND",
+        metadata={"operation": operation.name},
+    )
 
 
 def _failed_itself(future: APIFuture[Any]) -> bool:

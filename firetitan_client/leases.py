@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import os
 import sys
 import uuid
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -24,7 +25,7 @@ from firetitan.v1 import lease_service_pb2
 
 from firetitan_client import forking
 from firetitan_client import transport as transports
-from firetitan_client.errors import FiretitanError, from_status
+from firetitan_client.errors import ClientClosed, FiretitanError, from_status
 from firetitan_client.transport import Transport
 
 logger = logging.getLogger("firetitan")
@@ -68,6 +69,10 @@ class Lease:
         self._pid = os.getpid()
         self._ended = False
         self._renewing: asyncio.Task[None] | None = None
+        self._leaving = False
+        self._num_creating = 0
+        self._none_creating = asyncio.Event()
+        self._none_creating.set()
 
     def _after_fork(self) -> None:
         """In a child: what the parent made is the parent's to clean up."""
@@ -99,6 +104,32 @@ class Lease:
                 _renew(weakref.ref(self), self._transport, self.client_id, ttl_s)
             )
 
+    @contextlib.asynccontextmanager
+    async def creating(self, what: str) -> AsyncIterator[None]:
+        """Around a request that creates something, until what is created is noted.
+
+        Args:
+            what: For people.
+
+        Raises:
+            ClientClosed: This client is leaving.
+        """
+        if self._leaving:
+            raise ClientClosed(f"closed before {what} was asked for; create a new service")
+        self._num_creating += 1
+        self._none_creating.clear()
+        try:
+            yield
+        finally:
+            self._num_creating -= 1
+            if not self._num_creating:
+                self._none_creating.set()
+
+    async def settle(self) -> None:
+        """Create nothing more, and wait until the daemon has answered what was asked of it."""
+        self._leaving = True
+        await self._none_creating.wait()
+
     async def release(
         self, uses: Mapping[str, Cleanup], *, everything: bool = False
     ) -> list[CleanupOutcome]:
@@ -117,7 +148,7 @@ class Lease:
         for name in (*parts, *uses):
             self._uses.pop(name, None)
         if everything:
-            self._end()
+            self.end()
         left = {**dict.fromkeys(parts, KEEP), **uses}
         answer = await _release(self._transport, self.client_id, left, everything=everything)
         return [
@@ -129,7 +160,8 @@ class Lease:
             for one in answer.outcomes
         ]
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Renew no more; the daemon is not told."""
         self._ended = True
         self._uses.clear()
 
@@ -142,6 +174,8 @@ class Lease:
             lease_service_pb2.HoldLeaseResponse,
             patience_s=patience_s,
         )
+        if self._ended:  # given back while the daemon was being told
+            await _release(self._transport, self.client_id, {}, patience_s=0.0)
         seconds: float = answer.ttl.ToNanoseconds() / 1e9
         return seconds
 
@@ -149,7 +183,7 @@ class Lease:
         """At the end of the process: tell the daemon, if there is anything to tell."""
         if self._ended or self._renewing is None or self._pid != os.getpid():
             return None
-        self._end()
+        self.end()
         return transports.run(_release(self._transport, self.client_id, {}, patience_s=0.0))
 
 

@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 from firetitan.v1 import (
     deployment_pb2,
     deployment_service_pb2,
+    operation_pb2,
     shape_service_pb2,
     trainer_pb2,
     trainer_service_pb2,
@@ -162,6 +163,18 @@ class Provisioner:
                 self._deployment_task = None
         return self.deployment
 
+    async def attach_deployment(self) -> deployment_pb2.Deployment:
+        """The deployment, attached to the trainer where one is wanted.
+
+        Apart from making it, as this changes what others see: it is the last thing a call does.
+        """
+        deployment = await self.get_deployment()
+        if self._joined_for and deployment.trainer != self._joined_for:
+            self.deployment = deployment = await self._ask_for_deployment(
+                deployment.base_model, self._joined_for
+            )
+        return deployment
+
     async def scale_deployment(self, replicas: int) -> deployment_pb2.Deployment:
         """Have so many samplers; 0 stops them."""
         answer = await self.transport.call(
@@ -219,28 +232,7 @@ class Provisioner:
         if found is not None and found.state == trainer_pb2.Trainer.STATE_ACTIVE:
             self._trainer_known.set()
             return found
-        answer = await self.transport.call(
-            "TrainerService/CreateTrainer",
-            trainer_service_pb2.CreateTrainerRequest(
-                trainer_id=config.trainer_job_id,
-                base_model=found.base_model if found else config.base_model or "",
-                lora_rank=found.lora_rank if found else config.lora_rank or 0,
-                max_context_length=config.max_context_length or 0,
-                forward_only=found.forward_only if found else config.forward_only,
-                max_lora_rank=found.max_lora_rank if found else config.max_lora_rank or 0,
-                training_shape="" if found else config.training_shape_id or "",
-                request_id=uuid.uuid4().hex,
-                inactivity_timeout=inactivity.to_proto(
-                    config.inactivity_timeout, config.disable_inactivity_cleanup
-                ),
-            ),
-            trainer_service_pb2.CreateTrainerResponse,
-        )
-        if answer.created:
-            self.trainer_created = True
-            await self.lease.hold(self.trainer_name, self._at_death)
-        self._trainer_known.set()
-        operation = await wait_operation(self.transport, answer.operation)
+        operation = await wait_operation(self.transport, await self._ask_for_trainer(found))
         made: trainer_pb2.Trainer = operation.trainer
         logger.info(
             "trainer %s: %s from %s, shape %s (%d tokens, %s on %s)",
@@ -253,6 +245,33 @@ class Provisioner:
             made.shape.device,
         )
         return made
+
+    async def _ask_for_trainer(self, found: trainer_pb2.Trainer | None) -> operation_pb2.Operation:
+        """Create the trainer, or start one that was found without a worker."""
+        config = self.config
+        request = trainer_service_pb2.CreateTrainerRequest(
+            trainer_id=config.trainer_job_id or "",
+            base_model=found.base_model if found else config.base_model or "",
+            lora_rank=found.lora_rank if found else config.lora_rank or 0,
+            max_context_length=config.max_context_length or 0,
+            forward_only=found.forward_only if found else config.forward_only,
+            max_lora_rank=found.max_lora_rank if found else config.max_lora_rank or 0,
+            training_shape="" if found else config.training_shape_id or "",
+            request_id=uuid.uuid4().hex,
+            inactivity_timeout=inactivity.to_proto(
+                config.inactivity_timeout, config.disable_inactivity_cleanup
+            ),
+        )
+        async with self.lease.creating("the trainer"):
+            answer = await self.transport.call(
+                "TrainerService/CreateTrainer", request, trainer_service_pb2.CreateTrainerResponse
+            )
+            if answer.created:
+                self.trainer_created = True
+                await self.lease.hold(self.trainer_name, self._at_death)
+        self._trainer_known.set()
+        operation: operation_pb2.Operation = answer.operation
+        return operation
 
     async def _make_deployment(self) -> deployment_pb2.Deployment:
         config = self.config
@@ -274,33 +293,44 @@ class Provisioner:
         if config.deployment_id is None:
             config.deployment_id = default_deployment_id(base_model)
         await self.lease.hold(self.deployment_name)
-        await self._find_deployment(base_model)
-        answer = await self.transport.call(
-            "DeploymentService/CreateDeployment",
-            deployment_service_pb2.CreateDeploymentRequest(
-                deployment_id=config.deployment_id,
-                base_model=base_model,
-                max_context_length=config.max_context_length or 0,
-                trainer=joined_for,
-                deployment_shape=await self._deployment_shape(),
-                request_id=uuid.uuid4().hex,
-                transition=transition_of(config.hot_load_transition_type),
-                replicas=config.replica_count or 1,
-                inactivity_timeout=inactivity.to_proto(
-                    config.inactivity_timeout, config.disable_inactivity_cleanup
-                ),
+        existing = await self._find_deployment(base_model)
+        trainer_name = existing.trainer if existing else joined_for
+        made = await self._ask_for_deployment(base_model, trainer_name)
+        if trainer is not None:
+            await trainer
+        self._joined_for = joined_for
+        return made
+
+    async def _ask_for_deployment(
+        self, base_model: str, trainer_name: str
+    ) -> deployment_pb2.Deployment:
+        """Create the deployment, or join one that exists and attach it to a trainer."""
+        config = self.config
+        request = deployment_service_pb2.CreateDeploymentRequest(
+            deployment_id=config.deployment_id or "",
+            base_model=base_model,
+            max_context_length=config.max_context_length or 0,
+            trainer=trainer_name,
+            deployment_shape=await self._deployment_shape(),
+            request_id=uuid.uuid4().hex,
+            transition=transition_of(config.hot_load_transition_type),
+            replicas=config.replica_count or 1,
+            inactivity_timeout=inactivity.to_proto(
+                config.inactivity_timeout, config.disable_inactivity_cleanup
             ),
-            deployment_service_pb2.CreateDeploymentResponse,
         )
-        self.deployment_created = self.deployment_created or answer.created
+        async with self.lease.creating("the deployment"):
+            answer = await self.transport.call(
+                "DeploymentService/CreateDeployment",
+                request,
+                deployment_service_pb2.CreateDeploymentResponse,
+            )
+            self.deployment_created = self.deployment_created or answer.created
         operation = await wait_operation(self.transport, answer.operation)
         made: deployment_pb2.Deployment = operation.deployment
         if made.state == deployment_pb2.Deployment.STATE_STOPPED:
             made = await self.scale_deployment(made.replicas)
         self.needs_sync = made.requires_sync
-        if trainer is not None:
-            await trainer
-        self._joined_for = joined_for
         return made
 
     async def _deployment_shape(self) -> str:
@@ -323,8 +353,12 @@ class Provisioner:
         asked = any(one is not None for one in settings)
         return asked or self.trainer is not None or self._trainer_task is not None
 
-    async def _find_deployment(self, base_model: str) -> None:
-        """Refuse a deployment of the configured id that is not what was asked for."""
+    async def _find_deployment(self, base_model: str) -> deployment_pb2.Deployment | None:
+        """The deployment of the configured id, if there is one.
+
+        Raises:
+            ValueError: It is not what was asked for.
+        """
         config = self.config
         try:
             answer = await self.transport.call(
@@ -333,12 +367,14 @@ class Provisioner:
                 deployment_service_pb2.GetDeploymentResponse,
             )
         except NotFound:
-            return
+            return None
         found: deployment_pb2.Deployment = answer.deployment
         length = found.max_context_length
+        shape, asked = found.shape.name, await self._deployment_shape()
         for name, has, wanted in (
             ("base_model", found.base_model, base_model),
             ("max_context_length", length, (length and config.max_context_length) or length),
+            ("deployment_shape", _shape_id(shape), _shape_id((shape and asked) or shape)),
         ):
             if has != wanted:
                 raise ValueError(
@@ -346,6 +382,12 @@ class Provisioner:
                     f"{config.deployment_id!r} exists with {has!r}; choose another deployment_id, "
                     f"or leave {name} out"
                 )
+        return found
+
+
+def _shape_id(name: str) -> str:
+    """The last part of a shape's name; versions may differ."""
+    return name.partition("/versions/")[0].rpartition("/")[2]
 
 
 def raise_first(outcomes: Iterable[object]) -> None:

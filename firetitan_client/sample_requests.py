@@ -333,8 +333,14 @@ def deployment_target(
     if not model:
         raise ValueError("model: give the deployment's id")
     endpoint = addresses.resolve(inference_url)
+    return target_on(
+        transport.connect(endpoint.address, access=access_of(api_key)), model, tokenizer
+    )
+
+
+def target_on(daemon: Transport, model: str, tokenizer: Any) -> Target:
+    """A deployment of a daemon, by the id, name or resource path users know it by."""
     name = model.rpartition("#")[2]
     name = name if name.startswith("deployments/") else f"deployments/{name.rpartition('/')[2]}"
     source = tokenizer if isinstance(tokenizer, str) else ""
-    daemon = transport.connect(endpoint.address, access=access_of(api_key))
     return Target(daemon, name, tokenizer=source, lease=Lease(daemon))

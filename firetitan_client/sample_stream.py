@@ -11,8 +11,9 @@ import contextlib
 import functools
 import os
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import numpy as np
@@ -56,13 +57,17 @@ class SampleStream:
     Args:
         ready: Done once the deployment serves what is to be sampled from.
         request: What to sample, its seed set.
+        track: Told of a future that is done when the sampling has ended, once it has begun.
     """
 
     def __init__(
-        self, ready: APIFuture[Target], request: sampling_service_pb2.SampleRequest
+        self,
+        ready: APIFuture[Target],
+        request: sampling_service_pb2.SampleRequest,
+        track: Callable[[APIFuture[None]], object] = lambda _: None,
     ) -> None:
         self._request = request
-        self._answers = self._read(ready)
+        self._answers = self._read(ready, track)
         self._arrived: deque[SampleChunk] = deque()
         self._pid = os.getpid()
         self._begun = False
@@ -137,8 +142,24 @@ class SampleStream:
             )
         yield []
 
-    async def _read(self, ready: APIFuture[Target]) -> AsyncGenerator[list[SampleChunk], None]:
+    async def _read(
+        self, ready: APIFuture[Target], track: Callable[[APIFuture[None]], object]
+    ) -> AsyncGenerator[list[SampleChunk], None]:
         target = await ready
+        if target.lease is not None:
+            await target.lease.hold(target.deployment)
+        running: APIFuture[None] = APIFuture("sample_stream")
+        track(running)
+        try:
+            async with contextlib.aclosing(self._receive(target, running)) as received:
+                async for chunks in received:
+                    yield chunks
+        finally:
+            running.finish()
+
+    async def _receive(
+        self, target: Target, running: APIFuture[None]
+    ) -> AsyncGenerator[list[SampleChunk], None]:
         self._request.deployment, self._request.snapshot = target.deployment, target.snapshot
         message = sampling_service_pb2.SampleStreamRequest(request=self._request)
         received = [0] * self._request.num_samples
@@ -153,6 +174,7 @@ class SampleStream:
                     response_deserializer=sampling_service_pb2.SampleStreamResponse.FromString,
                 )
                 call = forking.begin(functools.partial(rpc, message))
+                running._canceller = functools.partial(_break_off, call)
                 async with contextlib.aclosing(iterate(call)) as responses:
                     async for response in responses:
                         chunks = []
@@ -173,6 +195,8 @@ class SampleStream:
                         if response.HasField("summary"):
                             return
             except grpc.RpcError as error:
+                if running.done():  # by whoever tracks it
+                    running.result(0)
                 await patience.after(error)
                 if len(made_by) > 1:
                     raise SnapshotNotActive(
@@ -181,6 +205,11 @@ class SampleStream:
                     ) from error
             if message.HasField("resume"):
                 message.resume.received[:] = received
+
+
+def _break_off(call: Any) -> bool:
+    forking.cancel(call)
+    return True
 
 
 def _chunk(tokens: sampling_service_pb2.SampledTokens) -> SampleChunk:

@@ -38,6 +38,7 @@ from firetitan_client.sample_requests import (
 from firetitan_client.sample_stream import SampleStream
 from firetitan_client.sampler_handles import SamplerHandle
 from firetitan_client.sdk_errors import SamplingClientClosedError
+from firetitan_client.transport import Transport
 
 _DRAIN_TIMEOUT_S = 3600.0
 _DRAIN_POLL_S = 0.05
@@ -130,7 +131,10 @@ class FiretitanSamplingClient(SelfFuture[Target]):
             ValueError: It is no handle.
         """
         parsed = SamplerHandle.parse(handle)
-        daemon = transport.connect(parsed.address, access=access_of(api_key))
+        return cls._reopened(parsed, transport.connect(parsed.address, access=access_of(api_key)))
+
+    @classmethod
+    def _reopened(cls, parsed: SamplerHandle, daemon: Transport) -> FiretitanSamplingClient:
         target = Target(
             daemon,
             parsed.deployment,
@@ -151,8 +155,10 @@ class FiretitanSamplingClient(SelfFuture[Target]):
         follow(hold(), ready)
         return client
 
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return FiretitanSamplingClient.from_sampler_handle, (self.get_sampler_handle(),)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles as its handle, and where the daemon's credentials are; without the key."""
+        parsed = SamplerHandle.parse(self.get_sampler_handle())
+        return FiretitanSamplingClient._reopened, (parsed, self._opened.transport)
 
     def __repr__(self) -> str:
         if not self._ready.done():
@@ -218,10 +224,14 @@ class FiretitanSamplingClient(SelfFuture[Target]):
 
     def _submit(self, label: str, work: Coroutine[Any, Any, Any]) -> APIFuture[Any]:
         future: APIFuture[Any] = APIFuture(label)
-        self._in_flight.add(future)
-        future.add_done_callback(self._in_flight.discard)
+        self._track(future)
         follow(work, future)
         return future
+
+    def _track(self, future: APIFuture[Any]) -> None:
+        """Have `close` wait for what ends with this future."""
+        self._in_flight.add(future)
+        future.add_done_callback(self._in_flight.discard)
 
     async def _sample(self, request: sampling_service_pb2.SampleRequest, targets: Any) -> Any:
         target = await self._ready
@@ -250,7 +260,8 @@ class FiretitanSamplingClient(SelfFuture[Target]):
             An iterator, also an asynchronous one, of `SampleChunk`.
         """
         self._check_open()
-        return SampleStream(self._ready, build_request(prompt, num_samples, sampling_params))
+        request = build_request(prompt, num_samples, sampling_params)
+        return SampleStream(self._ready, request, self._track)
 
     def compute_logprobs(
         self, prompt: Any, prompt_logprobs_last_n: int | None = None

@@ -277,6 +277,7 @@ class FiretitanServiceClient(
             logger.info("closing, %s: %s", status, detail or "no details")
         self._closed = True
         self._closing.run(
+            ("what is being made", self._finish_making),
             ("the references", self._leave_references),
             ("the inference deployments", self._leave_inference),
             ("the calls that were made", self._finish_calls),
@@ -298,9 +299,15 @@ class FiretitanServiceClient(
             found[provisioner.trainer_name] = DELETE
         return found
 
+    def _finish_making(self) -> None:
+        """Let what calls wait for be made, and ask for nothing else."""
+        if not all(lane.wait_accepted(0) for lane in self._lanes):
+            self._wait_until_made()
+        transport.run(self._lease.settle()).result()
+
     def _leave_references(self) -> None:
         try:
-            self.release_references()
+            self._release_references()
         except FiretitanError as error:  # what matters more comes after it
             logger.warning("close: %s", error)
 
@@ -323,6 +330,7 @@ class FiretitanServiceClient(
     def _leave(self) -> None:
         """Ask for the clean-ups and give the lease back, in one request."""
         if not self._lease.held:
+            self._lease.end()
             return
         outcomes = transport.run(self._lease.release(self._cleanups, everything=True)).result()
         report(outcomes, "close")

@@ -128,4 +128,7 @@ class ServiceCore:
     def _wait_until_made(self) -> None:
         """Wait for what calls are making, unless this thread makes it."""
         if not in_own_thread():
-            concurrent.futures.wait(list(self._being_made))
+            left = concurrent.futures.wait(list(self._being_made), SILENCE_S).not_done
+            if left:
+                logger.warning("%s: still waiting for what is being made", self._transport.address)
+                concurrent.futures.wait(left)

@@ -157,20 +157,22 @@ class InferenceDeployments(ServiceCore):
         await self._lease.hold(name)
         with contextlib.suppress(NotFound):
             _check_alive(await _get(self._transport, name))
-        answer = await self._transport.call(
-            "DeploymentService/CreateDeployment",
-            deployment_service_pb2.CreateDeploymentRequest(
-                deployment_id=deployment_id,
-                base_model=config.base_model,
-                deployment_shape=config.deployment_shape or "",
-                request_id=uuid.uuid4().hex,
-                replicas=config.max_replica_count,
-                transition=transition_of(config.hot_load_transition_type),
-            ),
-            deployment_service_pb2.CreateDeploymentResponse,
+        request = deployment_service_pb2.CreateDeploymentRequest(
+            deployment_id=deployment_id,
+            base_model=config.base_model,
+            deployment_shape=config.deployment_shape or "",
+            request_id=uuid.uuid4().hex,
+            replicas=config.max_replica_count,
+            transition=transition_of(config.hot_load_transition_type),
         )
-        if answer.created and cleanup is not None:
-            self._inference[name] = cleanup
+        async with self._lease.creating(name):
+            answer = await self._transport.call(
+                "DeploymentService/CreateDeployment",
+                request,
+                deployment_service_pb2.CreateDeploymentResponse,
+            )
+            if answer.created and cleanup is not None:
+                self._inference[name] = cleanup
         try:
             async with asyncio.timeout(timeout_s):
                 operation = await wait_operation(self._transport, answer.operation)

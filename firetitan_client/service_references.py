@@ -204,6 +204,10 @@ class ReferenceClients(TrainingClients):
         `cleanup_reference_trainer_on_close` is False; one that existed stays, and one that others
         use until the last of them has left.
         """
+        self._wait_until_made()
+        self._release_references()
+
+    def _release_references(self) -> None:
         with self._lock:
             clients = list(self._reference_clients.values())
             self._reference_clients.clear()

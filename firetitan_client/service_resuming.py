@@ -14,7 +14,7 @@ from firetitan.v1 import checkpoint_pb2
 from firetitan_client import arguments, references
 from firetitan_client.errors import Unsupported
 from firetitan_client.futures import APIFuture
-from firetitan_client.service_training import Resume, TrainingClients
+from firetitan_client.service_training import Begin, Resume, TrainingClients
 from firetitan_client.sessions import Opened, Wanted, find_checkpoint
 from firetitan_client.training import FiretitanTrainingClient
 
@@ -94,12 +94,13 @@ class ResumingClients(TrainingClients):
                 return client.load_state_with_optimizer(reference)
             return client.load_state(reference)
 
-        resume = Resume(lambda: self._open_for(reference, wanted), load)
+        resume = Resume(lambda begin: self._open_for(reference, wanted, begin), load)
         return self._create(base_model, None, wanted, None, resume)
 
-    async def _open_for(self, reference: str, wanted: Wanted) -> Opened:
+    async def _open_for(self, reference: str, wanted: Wanted, begin: Begin) -> Opened:
         row = await find_checkpoint(self._transport, reference)
-        return await self._open(None, wanted if row is None else self._as_saved(wanted, row))
+        wanted = wanted if row is None else self._as_saved(wanted, row)
+        return await self._open(None, wanted, begin)
 
     def _as_saved(self, wanted: Wanted, row: checkpoint_pb2.Checkpoint) -> Wanted:
         """What was asked of a session, the checkpoint's own settings where nothing was."""

@@ -5,9 +5,11 @@ Knows: hotloading, pinning. Must not know: how samples travel.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from firetitan.v1 import checkpoint_service_pb2, deployment_service_pb2
@@ -20,6 +22,7 @@ from firetitan_client.managed import wait_operation
 from firetitan_client.sample_requests import Target, follow
 from firetitan_client.sampling import FiretitanSamplingClient
 from firetitan_client.service_core import ServiceCore
+from firetitan_client.transport import Transport
 
 logger = logging.getLogger("firetitan")
 
@@ -46,7 +49,7 @@ class SamplingClients(ServiceCore):
             model_path: Snapshot to bring to the deployment first; None: whatever it serves.
             base_model: Must be the service's.
             retry_config: Ignored, with a warning: retries need no settings here.
-            deployment_sampler: Sample from where this one does.
+            deployment_sampler: Sample from where this one does; `model_path` is brought there.
             tokenizer: Tokenizer, folder or id; None: the service's.
             concurrency_controller: Its `acquire` and `release` surround each request; None: all
                 run at once, the daemon batches them.
@@ -64,16 +67,16 @@ class SamplingClients(ServiceCore):
         if retry_config is not None:
             logger.warning("retry_config is ignored: retries need no settings here")
         self._agree("base_model", base_model, self._config.base_model)
-        if base_model is not None:
-            self._config.base_model = base_model
-        if deployment_sampler is not None:
-            ready = deployment_sampler._ready
-            return FiretitanSamplingClient(
-                ready, tokenizer=tokenizer, concurrency_controller=concurrency_controller
-            )
         path = None if model_path is None else references.snapshot_reference(model_path)
+        before = self._config.base_model
+        self._config.base_model = base_model or before
         return self._sampling(
-            lambda: self._path(path), tokenizer, pinned, controller=concurrency_controller
+            lambda: self._path(path),
+            tokenizer,
+            pinned,
+            controller=concurrency_controller,
+            of=deployment_sampler,
+            failed=lambda: setattr(self._config, "base_model", before),
         )
 
     def _sampling_after(
@@ -95,6 +98,8 @@ class SamplingClients(ServiceCore):
         pinned: bool,
         wait: bool = True,
         controller: Any = None,
+        of: DeploymentSampler | None = None,
+        failed: Callable[[], object] = lambda: None,
     ) -> FiretitanSamplingClient:
         ready: APIFuture[Target] = APIFuture("create_sampling_client")
         client = FiretitanSamplingClient(
@@ -106,12 +111,12 @@ class SamplingClients(ServiceCore):
         async def open_() -> Target:
             snapshot = await path()
             if not pinned:
-                return await self._open_target(snapshot)
-            return await self._open_pinned(snapshot, client)
+                return await self._open_target(snapshot, of)
+            return await self._open_pinned(snapshot, client, of)
 
         follow(open_(), ready)
         if wait:
-            self._await_ready(client, "the deployment")
+            self._await_ready(client, "the deployment", failed)
         return client
 
     def create_deployment_sampler(
@@ -155,32 +160,43 @@ class SamplingClients(ServiceCore):
         await done
 
     def requires_initial_sampler_sync(self) -> bool:
-        """Whether the attached deployment still serves another trainer's weights."""
+        """Whether the attached deployment still serves another trainer's weights.
+
+        While a call still attaches it, asking waits.
+        """
+        self._wait_until_made()
         return self._provisioner.needs_sync
 
-    async def _open_target(self, path: str | None, snapshot: str = "") -> Target:
-        async with self._provisioner.opening("deployment", "trainer"):
-            deployment = await self._provisioner.get_deployment()
-        if path is not None:
-            await self._hotload(deployment.name, path)
+    async def _open_target(self, path: str | None, of: DeploymentSampler | None = None) -> Target:
+        """What to sample from, a snapshot brought to it: the service's deployment, or another."""
+        if of is not None:
+            target = await of._ready
+            if path is not None:
+                await self._hotload(target.transport, target.deployment, path)
+            return target
+        provisioner = self._provisioner
+        if path is not None and provisioner.deployment is None:
+            with _hotload_failure(path):  # before anything is made for it
+                await _find_snapshot(self._transport, path)
+        async with provisioner.opening("deployment", "trainer"):
+            deployment = await provisioner.attach_deployment()
+            if path is not None:
+                await self._hotload(self._transport, deployment.name, path)
         return Target(
             self._transport,
             deployment.name,
-            snapshot,
-            deployment.base_model,
-            deployment.model.path or deployment.base_model,
-            self._lease,
+            base_model=deployment.base_model,
+            tokenizer=deployment.model.path or deployment.base_model,
+            lease=self._lease,
         )
 
-    async def _open_pinned(self, path: str, client: FiretitanSamplingClient) -> Target:
-        answer = await self._transport.call(
-            "CheckpointService/GetSnapshot",
-            checkpoint_service_pb2.GetSnapshotRequest(name=path),
-            checkpoint_service_pb2.GetSnapshotResponse,
-        )
-        snapshot = answer.snapshot.name
+    async def _open_pinned(
+        self, path: str, client: FiretitanSamplingClient, of: DeploymentSampler | None
+    ) -> Target:
+        daemon = self._transport if of is None else (await of._ready).transport
+        snapshot = await _find_snapshot(daemon, path)
         for last in (False, False, True):
-            target = await self._open_target(snapshot, snapshot)
+            target = replace(await self._open_target(snapshot, of), snapshot=snapshot)
             try:
                 await client.hold_snapshot(target)
             except SnapshotNotActive:  # another client's hotload came in between
@@ -190,24 +206,18 @@ class SamplingClients(ServiceCore):
                 break
         return target
 
-    async def _hotload(self, deployment: str, path: str) -> None:
-        try:
-            answer = await self._transport.call(
+    async def _hotload(self, daemon: Transport, deployment: str, path: str) -> None:
+        with _hotload_failure(path):
+            answer = await daemon.call(
                 "DeploymentService/HotloadSnapshot",
                 deployment_service_pb2.HotloadSnapshotRequest(
                     deployment=deployment, snapshot=path, request_id=uuid.uuid4().hex
                 ),
                 deployment_service_pb2.HotloadSnapshotResponse,
             )
-            await wait_operation(self._transport, answer.operation)
-        except FiretitanError as error:
-            raise FailedPrecondition(
-                f"Hotload failed for sampler snapshot {path!r}: {error}",
-                reason=error.reason,
-                field=error.field,
-                metadata=error.metadata,
-            ) from error
-        self._provisioner.needs_sync = False
+            await wait_operation(daemon, answer.operation)
+        if daemon is self._transport and deployment == self._provisioner.deployment_name:
+            self._provisioner.needs_sync = False
 
     # Twins: `await` them for the client
 
@@ -220,3 +230,27 @@ class SamplingClients(ServiceCore):
     async def create_deployment_sampler_async(self, *args: Any, **kwargs: Any) -> DeploymentSampler:
         """As `create_deployment_sampler`."""
         return await self.create_deployment_sampler(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _hotload_failure(path: str) -> Iterator[None]:
+    """Raises what goes wrong as the documented RuntimeError."""
+    try:
+        yield
+    except FiretitanError as error:
+        raise FailedPrecondition(
+            f"Hotload failed for sampler snapshot {path!r}: {error}",
+            reason=error.reason,
+            field=error.field,
+            metadata=error.metadata,
+        ) from error
+
+
+async def _find_snapshot(daemon: Transport, path: str) -> str:
+    """The full name of a snapshot."""
+    answer = await daemon.call(
+        "CheckpointService/GetSnapshot",
+        checkpoint_service_pb2.GetSnapshotRequest(name=path),
+        checkpoint_service_pb2.GetSnapshotResponse,
+    )
+    return str(answer.snapshot.name)

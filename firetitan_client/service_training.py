@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
-from firetitan_client import arguments
+from firetitan_client import arguments, transport
 from firetitan_client.convert import whole_number
 from firetitan_client.errors import FailedPrecondition, Unavailable, Unsupported
 from firetitan_client.forward_only import ForwardOnlyClient
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from firetitan_client.service import FiretitanServiceClient
 
 Client = TypeVar("Client", bound=FiretitanTrainingClient)
+Begin: TypeAlias = Callable[[Opened], Awaitable[None]]
+"""What is done in a session before it counts as opened."""
 
 
 class _Unset:
@@ -51,8 +53,8 @@ _GONE = ("WORKER_UNAVAILABLE", "RESOURCE_FAILED")
 class Resume:
     """How a client begins with a checkpoint."""
 
-    open: Callable[[], Coroutine[Any, Any, Opened]]
-    """Opens the session the checkpoint is for."""
+    open: Callable[[Begin], Coroutine[Any, Any, Opened]]
+    """Opens the session the checkpoint is for; what it made is removed where beginning fails."""
     load: Callable[[FiretitanTrainingClient], APIFuture[Any]]
     """Loads it, once the session is open."""
 
@@ -179,13 +181,12 @@ class TrainingClients(ServiceCore):
             return Wanted(rank=0, seed=wanted.seed, user_metadata=wanted.user_metadata)
         if wanted.train_mlp is wanted.train_attn is wanted.train_unembed is False:
             raise ValueError("train_mlp, train_attn and train_unembed: at least one must be True")
+        twice = alpha is None
         if isinstance(alpha, _Unset):
             alpha = self._config.lora_alpha
-        elif alpha is None and rank is not None:
-            alpha = 2.0 * rank
         if alpha is not None:
             arguments.scale(alpha, "lora_alpha")
-        return replace(wanted, rank=rank, alpha=alpha)
+        return replace(wanted, rank=rank, alpha=alpha, alpha_is_twice_rank=twice)
 
     def _create(
         self,
@@ -201,12 +202,11 @@ class TrainingClients(ServiceCore):
         config = self._config
         if base_model is not None:
             base_model = arguments.model_name(base_model)
-        if session is not None:
-            self._bind_to_session(session)
+        trainer_id = self._trainer_of(session) or config.trainer_job_id
         self._agree("base_model", base_model, config.base_model)
         self._agree("lora_rank", lora_rank, config.lora_rank)
         base_model = config.base_model if base_model is None else base_model
-        if base_model is None and config.trainer_job_id is None and resume is None:
+        if base_model is None and trainer_id is None and resume is None:
             raise ValueError("base_model is required for a direct training client")
         if config.max_lora_rank is None:
             lora_rank = config.lora_rank if lora_rank is None else lora_rank
@@ -220,7 +220,8 @@ class TrainingClients(ServiceCore):
                     "FiretitanServiceClient for a separate trainer."
                 )
             before = config.base_model, config.lora_rank
-            config.base_model = base_model
+            id_before = config.trainer_job_id
+            config.base_model, config.trainer_job_id = base_model, trainer_id
             if config.max_lora_rank is None:
                 config.lora_rank = lora_rank
             opened: APIFuture[Opened] = APIFuture("create_training_client")
@@ -232,10 +233,13 @@ class TrainingClients(ServiceCore):
             """Let the call be repeated, with other settings too."""
             self._training.remove(client)
             config.base_model, config.lora_rank = before
+            if session is not None:  # an id that was chosen here finds what the first try made
+                config.trainer_job_id = id_before
 
-        follow(self._open(session, wanted) if resume is None else resume.open(), opened)
-        if resume is not None:
-            client._ready = self._loaded(client, opened, resume)
+        if resume is None:
+            follow(self._open(session, wanted), opened)
+        else:
+            client._ready = self._resumed(client, opened, resume)
         self._await_ready(client, "the trainer", failed, wait=wait)
         return client
 
@@ -258,21 +262,33 @@ class TrainingClients(ServiceCore):
         return kind(cast("FiretitanServiceClient", self), lane, opened, label)
 
     @staticmethod
-    def _loaded(
+    def _resumed(
         client: FiretitanTrainingClient, opened: APIFuture[Opened], resume: Resume
     ) -> APIFuture[Opened]:
+        """Opens and loads; `opened` is done in between, as loading needs it."""
         ready: APIFuture[Opened] = APIFuture("create_training_client_from_state")
         loading = resume.load(client)
 
-        async def both() -> Opened:
-            place = await opened
+        async def begin(place: Opened) -> None:
+            transport.deliver(opened.finish, place)
             await loading
-            return place
 
-        follow(both(), ready)
+        def ended(done: Any) -> None:
+            error = None if done.cancelled() else done.exception()
+            if done.cancelled():
+                opened.finish_cancelled()
+            elif error is not None:
+                opened.finish(error=error)
+                # Whoever sees that the client failed need not hear of its load, too.
+                loading.add_done_callback(lambda load: load.cancelled() or load.exception())
+
+        ready.add_done_callback(ended)
+        follow(resume.open(begin), ready)
         return ready
 
-    def _bind_to_session(self, session: str) -> None:
+    def _trainer_of(self, session: str | None) -> str | None:
+        if session is None:
+            return None
         trainer = session.split("/")[1] if session.count("/") == 3 else ""
         if not trainer:
             raise ValueError(
@@ -280,14 +296,20 @@ class TrainingClients(ServiceCore):
                 "`session_name` of another client"
             )
         self._agree("trainer_job_id", trainer, self._config.trainer_job_id)
-        self._config.trainer_job_id = trainer
+        return trainer
 
-    async def _open(self, session: str | None, wanted: Wanted) -> Opened:
+    async def _open(
+        self, session: str | None, wanted: Wanted, begin: Begin | None = None
+    ) -> Opened:
         provisioner = self._provisioner
         both = self._managed and self._config.create_deployment
         kinds: list[Kind] = ["trainer", "deployment"] if both else ["trainer"]
         async with provisioner.opening(*kinds):
             opened = await self._open_all(session, wanted, both)
+            if begin is not None:
+                await begin(opened)
+            if both:
+                await provisioner.attach_deployment()
         config, trainer = self._config, opened.trainer
         config.base_model, config.forward_only = opened.base_model, trainer.forward_only
         config.max_lora_rank = trainer.max_lora_rank or None

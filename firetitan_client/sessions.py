@@ -22,6 +22,7 @@ from firetitan.v1 import (
 )
 
 from firetitan_client.attachment import Place
+from firetitan_client.errors import NotFound
 from firetitan_client.transport import Transport
 
 logger = logging.getLogger("firetitan")
@@ -48,6 +49,8 @@ class Wanted:
     rank: int | None = None
     seed: int | None = None
     alpha: float | None = None
+    alpha_is_twice_rank: bool = False
+    """Instead of `alpha`: whatever the rank turns out to be."""
     train_attn: bool | None = None
     train_mlp: bool | None = None
     train_unembed: bool | None = None
@@ -61,7 +64,7 @@ class Wanted:
             return session_pb2.LoraConfig()
         return session_pb2.LoraConfig(
             rank=rank,
-            alpha=self.alpha,
+            alpha=2.0 * rank if self.alpha_is_twice_rank else self.alpha,
             train_attn=self.train_attn,
             train_mlp=self.train_mlp,
             train_unembed=self.train_unembed,
@@ -197,7 +200,7 @@ async def get_trainer(transport: Transport, name: str) -> trainer_pb2.Trainer:
 
 
 async def find_checkpoint(transport: Transport, reference: str) -> checkpoint_pb2.Checkpoint | None:
-    """What the daemon knows of a checkpoint; None for a bare name, which needs a trainer.
+    """The daemon's record of a checkpoint; None for a bare name, which needs a trainer.
 
     Args:
         transport: The daemon.
@@ -210,7 +213,13 @@ async def find_checkpoint(transport: Transport, reference: str) -> checkpoint_pb
     if reference.startswith("cross_job://"):
         rows = await checkpoints(transport, f"trainers/{job}")
         found = [row for row in rows if row.name.rpartition("/")[2] == name]
-        return max(found, key=lambda row: row.create_time.ToNanoseconds(), default=None)
+        if not found:
+            raise NotFound(
+                f"{reference}: trainer {job!r} has no checkpoint of this name; list_checkpoints() "
+                "of a client there shows what it has",
+                reason="CHECKPOINT_NOT_FOUND",
+            )
+        return max(found, key=lambda row: row.create_time.ToNanoseconds())
     if "/" not in reference:
         return None
     answer = await transport.call(

@@ -15,6 +15,8 @@ from firetitan_client.constants import DEFAULT_DELTA_COMPRESSION
 from firetitan_client.control_client import deployment_id_of
 from firetitan_client.deployment_sampler import DeploymentSampler
 from firetitan_client.errors import FailedPrecondition, FiretitanError
+from firetitan_client.futures import completed
+from firetitan_client.sample_requests import target_on
 from firetitan_client.sampling import FiretitanSamplingClient
 
 if TYPE_CHECKING:
@@ -178,13 +180,15 @@ class WeightSyncer:
     def get_deployment_sampler(self, tokenizer: Any = None) -> DeploymentSampler:
         """FireTitan's own sampler of the deployment."""
         manager, deployment_id = self._deployment()
-        return DeploymentSampler(manager.inference_url, deployment_id, tokenizer=tokenizer)
+        target = target_on(manager._transport, deployment_id, tokenizer)
+        return DeploymentSampler(tokenizer=tokenizer, ready=completed(target))
 
     def get_sampling_client(self, tokenizer: Any = None) -> FiretitanSamplingClient:
         """A tinker-shaped client of the deployment."""
         manager, deployment_id = self._deployment()
-        return FiretitanSamplingClient.create(
-            manager.inference_url, deployment_id, tokenizer=tokenizer
+        target = target_on(manager._transport, deployment_id, tokenizer)
+        return FiretitanSamplingClient(
+            completed(target), tokenizer=tokenizer, label=target.deployment
         )
 
     def _deployment(self) -> tuple[DeploymentManager, str]:

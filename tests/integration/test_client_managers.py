@@ -257,6 +257,12 @@ def test_hotloading_by_hand(
     message = deployments.last_hotload_error_message
     assert message is not None and later.path in message and saved.path in message
     assert deployments.hotload_and_wait("serve", TOY, later.path)
+    # What another process replaced is served no more, whoever had brought it.
+    assert other.hotload_and_wait("serve", TOY, saved.path)
+    assert not deployments.wait_for_hotload("serve", TOY, later.path)
+    message = deployments.last_hotload_error_message
+    assert message is not None and later.path in message and saved.path in message
+    assert deployments.hotload_and_wait("serve", TOY, later.path)
     with pytest.raises(NotFound):
         deployments.hotload("serve", TOY, "never-00000000")
     with pytest.raises(ValueError, match="else"):

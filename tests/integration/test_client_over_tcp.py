@@ -29,6 +29,7 @@ from firetitan_client import (
     FireworksClient,
     TrainerJobManager,
     Unauthenticated,
+    WeightSyncer,
 )
 from firetitan_daemon import certificates
 
@@ -272,3 +273,30 @@ def slow_network(daemon: TcpDaemon, delay_s: float) -> Iterator[str]:
 def test_a_slow_network_is_no_absent_daemon(daemon: TcpDaemon, laptop: Path) -> None:
     with slow_network(daemon, 0.1) as address:
         assert FireworksClient(address=address).list_models() == []
+
+
+def test_samplers_of_a_syncer_show_what_its_manager_shows(
+    daemon: TcpDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The credentials are where only the caller knows."""
+    monkeypatch.setenv("FIRETITAN_HOME", str(tmp_path / "nothing"))
+    monkeypatch.delenv("FIRETITAN_CREDENTIALS", raising=False)
+    with FiretitanServiceClient.from_firetitan_config(
+        base_model=TOY,
+        lora_rank=0,
+        deployment_id="synced",
+        address=daemon.target,
+        credentials=daemon.credentials,
+    ) as service:
+        policy = service.create_training_client()
+        manager = DeploymentManager(address=daemon.target, credentials=daemon.credentials)
+        syncer = WeightSyncer(policy, manager, "synced", TOY)
+        snapshot = syncer.save_and_hotload("a")
+        client = syncer.get_sampling_client()
+        answer = client.sample([1, 2], 1, PARAMS).result()
+        assert answer.snapshot == snapshot
+        native = syncer.get_deployment_sampler()
+        (made,) = asyncio.run(native.sample_with_prompt_tokens([1, 2], max_tokens=6))
+        assert len(made.full_tokens) == 8
+        copy = pickle.loads(pickle.dumps(client))
+        assert tokens(copy.sample([1, 2], 1, PARAMS).result()) == tokens(answer)

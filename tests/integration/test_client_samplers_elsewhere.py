@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import multiprocessing
 import pickle
@@ -186,3 +187,33 @@ def test_wrong_inference_deployments(address: str, tmp_path: Path) -> None:
         make(DeploymentConfig("broken", str(broken)))
     with pytest.raises(RuntimeError, match="terminal state, FAILED"):
         make(DeploymentConfig("broken", str(broken)))
+
+
+def test_tokens_need_no_tokenizer(
+    service: FiretitanServiceClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The toy has none: nothing is fetched, what makes no text says so once."""
+    sampler = service.create_deployment_sampler()
+
+    async def use() -> None:
+        for _ in range(2):
+            (made,) = await sampler.sample_with_prompt_tokens([1, 2], max_tokens=3)
+            assert len(made.full_tokens) == 5 and made.text == ""
+        result = await sampler.sample_with_prompt_tokens_result([1, 2], max_tokens=3)
+        assert result.completions[0].text == ""
+        shown, _ = await sampler.async_completions_stream([1, 2], max_tokens=3)
+        assert shown["choices"][0]["text"] == ""
+        with pytest.raises(ValueError, match="no tokenizer in 'firetitan/toy'"):
+            await sampler.sample_with_tokens([{"role": "user", "content": "a"}])
+
+    asyncio.run(use())
+    assert caplog.text.count("completions have tokens and no text") == 1
+
+
+def test_a_tokenizer_that_was_named_has_to_be_there(
+    service: FiretitanServiceClient, tmp_path: Path
+) -> None:
+    sampler = service.create_deployment_sampler(tokenizer=str(tmp_path))
+    with pytest.raises(ValueError, match="no tokenizer in"):
+        asyncio.run(sampler.sample_with_prompt_tokens([1, 2], max_tokens=3))
+    assert sampler.drain_metrics() == []  # nothing was sampled for it

@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 import pytest
 import tinker
-from firetitan.v1 import sampling_service_pb2
+from firetitan.v1 import lease_service_pb2, lease_service_pb2_grpc, sampling_service_pb2
 from firetitan.v1.deployment_service_pb2 import GetDeploymentRequest
 from support.daemon import DaemonProcess
 from support.stubs import LaneClient, Stubs, reason
@@ -23,8 +23,10 @@ from firetitan_client import (
     FiretitanSamplingClient,
     InvalidArgument,
     SampleChunk,
+    SamplingClientClosedError,
     SnapshotNotActive,
 )
+from firetitan_client.transport import connect
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -272,3 +274,33 @@ def test_the_client_does_not_mix_weights(
     os.kill(worker.deployment.worker_pid, signal.SIGKILL)
     with pytest.raises(SnapshotNotActive, match="first"):
         list(stream)
+
+
+def test_whoever_streams_uses_the_deployment(
+    daemon: DaemonProcess, sampler: FiretitanSamplingClient
+) -> None:
+    """So that nobody's clean-up takes it away meanwhile."""
+    stub = lease_service_pb2_grpc.LeaseServiceStub(connect(daemon.address).channel)
+
+    def users() -> list[str]:
+        leases = stub.ListLeases(lease_service_pb2.ListLeasesRequest()).leases
+        return [one.client_id for one in leases if "deployments/d" in [u.name for u in one.uses]]
+
+    with sampler.sample_stream([1, 2], 1, long_params()) as stream:
+        assert users() == []
+        next(stream)
+        assert len(users()) == 1
+
+
+def test_closing_waits_for_a_stream_up_to_its_limit(sampler: FiretitanSamplingClient) -> None:
+    stream = sampler.sample_stream([1, 2], 1, long_params(200))
+    first = next(stream)
+    sampler.close()
+    assert collect([first, *stream], 1)[0]
+    limited = FiretitanSamplingClient(sampler._ready)
+    stream = limited.sample_stream([1, 2], 64, long_params())
+    next(stream)
+    limited.close(drain_timeout_s=0)
+    with pytest.raises(SamplingClientClosedError, match="did not end within 0 s"):
+        for _ in stream:
+            pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -64,3 +65,38 @@ def test_a_second_ctrl_c_says_what_is_left_and_another_close_does_it(
     assert "not finished: clean-up, lease" in caplog.text
     closing.run()
     assert done == ["clean-up", "lease"]
+
+
+def test_a_thread_that_closes_meanwhile_waits_and_repeats_nothing() -> None:
+    done: list[str] = []
+    closing = Closing("close")
+    began, other_came = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        began.set()
+        other_came.wait(10)
+        done.append("calls")
+
+    def close_too() -> None:
+        began.wait(10)
+        other_came.set()
+        closing.run()
+        done.append("the other returned")
+
+    other = threading.Thread(target=close_too)
+    other.start()
+    closing.run(("calls", slow), step(done, "clean-up"))
+    other.join(10)
+    assert done == ["calls", "clean-up", "the other returned"]
+
+
+def test_a_step_that_closes_again_repeats_nothing() -> None:
+    done: list[str] = []
+    closing = Closing("close")
+
+    def again() -> None:
+        done.append("calls")
+        closing.run()
+
+    closing.run(("calls", again), step(done, "clean-up"))
+    assert done == ["calls", "clean-up"]
