@@ -16,7 +16,7 @@ import signal
 import time
 import uuid
 
-from firetitan_daemon import credentials, durable, handshake
+from firetitan_daemon import credentials, durable, handshake, service_manager
 from firetitan_daemon.config import DaemonConfig
 from firetitan_daemon.control.checkpoints import CheckpointManager
 from firetitan_daemon.control.cleanup import Cleaner
@@ -118,15 +118,16 @@ class Daemon:
         self._store = SqliteStore(places.database, fsync_operations=config.server.fsync_operations)
         self._spool = FileSpool(places.spool, fsync=config.server.fsync_operations)
         self._folders = FileFolders(places.store, config.server.adapter_folders)
+        clock = SystemClock()
         services = Services(
             store=self._store,
             spool=self._spool,
             folders=self._folders,
             launcher=self._launcher or LocalLauncher(places.workers, places.run),
-            clock=SystemClock(),
+            clock=clock,
             codec=ProtobufCodec(),
             limits=config.limits,
-            operations=OperationRegistry(self._store, self._spool, config.limits),
+            operations=OperationRegistry(self._store, self._spool, config.limits, clock),
             recovery=config.recovery,
             inactivity_s=config.idle.timeout_s,
             models=ModelNames(config.models),
@@ -146,6 +147,7 @@ class Daemon:
             os.getpid(),
             time.monotonic() - started,
         )
+        service_manager.tell(service_manager.READY)
         return self.address
 
     def _compose(self, services: Services) -> RpcServer:
@@ -240,6 +242,7 @@ class Daemon:
     async def stop(self) -> None:
         """Refuse new work, let running commands end, keep the workers, close the state."""
         logger.info("stopping")
+        service_manager.tell(service_manager.STOPPING)
         self.places.announcement.unlink(missing_ok=True)
         self._supervisor.refuse_new_work()
         await self._server.drain()

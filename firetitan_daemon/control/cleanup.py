@@ -10,6 +10,7 @@ import logging
 from collections.abc import Coroutine
 
 from firetitan_daemon.control.deployments import DeploymentManager
+from firetitan_daemon.control.leases import MayBegin
 from firetitan_daemon.control.services import Services, internal_error
 from firetitan_daemon.control.sessions import SessionManager
 from firetitan_daemon.control.trainers import TrainerManager
@@ -37,8 +38,14 @@ class Cleaner:
         self._deployments = deployments
         self._stopping: dict[str, asyncio.Task[None]] = {}
 
-    async def clean_up(self, name: str, cleanup: Cleanup) -> None:
+    async def clean_up(self, name: str, cleanup: Cleanup, may_begin: MayBegin) -> None:
         """Stop or delete a trainer or a deployment; one that is gone is fine.
+
+        Args:
+            name: Which.
+            cleanup: What to do.
+            may_begin: Whether it still is to be done, once what was accepted has ended: that may
+                take long, and somebody may have begun to use it.
 
         Raises:
             FiretitanError: STATE_DISK_FULL.
@@ -46,6 +53,8 @@ class Cleaner:
         if name.startswith("deployments/"):
             await self._finish(name)
             await self._services.activity.ended(name)
+            if not await may_begin():
+                return
             if cleanup is Cleanup.DELETE:
                 await self._deployments.delete(name)
             else:
@@ -53,6 +62,8 @@ class Cleaner:
             return
         trainer_id = names.parse_trainer(name)
         await self._finish(name, *(one.name for one in self._sessions.all(name)))
+        if not await may_begin():
+            return
         if cleanup is Cleanup.DELETE:
             await self._trainers.delete(name)
         elif not await self._trainers.stop(trainer_id):

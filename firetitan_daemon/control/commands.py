@@ -41,6 +41,7 @@ from firetitan_daemon.core.records import (
     OperationState,
     Session,
     SessionState,
+    SpoolRef,
 )
 from firetitan_daemon.core.sequencer import SessionSequencer
 from firetitan_daemon.core.worker_ports import Command, Outcome, Worker
@@ -71,7 +72,6 @@ class CommandPipeline:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._running: str | None = None
         self._settled = asyncio.Event()
         """Set while nothing is on its way from the worker to the store."""
         self._settled.set()
@@ -188,14 +188,13 @@ class CommandPipeline:
     def start(self, worker: Worker) -> None:
         """Begin to run commands on a worker; those not settled are sent again, in order."""
         self._worker, self._pausing = worker, False
-        self._rows.resume()
         waiting = sorted(
             (one for one in self._rows.open_operations() if one.commit_seq),
             key=lambda one: one.commit_seq,
         )
         self._ready = deque(one.id for one in waiting)
         # One command at a time is in the worker, so only the first may be there already.
-        self._running = waiting[0].id if waiting else None
+        self._rows.resume(begun=waiting[0].id if waiting else None)
         self._settled_through = waiting[0].commit_seq - 1 if waiting else self.current.commit_seq
         if self._ready:
             self._idle.clear()
@@ -216,15 +215,13 @@ class CommandPipeline:
                     self._idle.set()
                 self._wake.clear()
                 await self._wake.wait()
-            operation = self._services.operations.current(self._ready.popleft())
+            operation = await self._rows.begin(self._ready.popleft())
             if operation is None:
                 continue
-            self._running = operation.id
             self._settled.clear()
             try:
                 await self._process(operation)
             finally:
-                self._running = None
                 self._settled.set()
             if self._pausing or not self._ready:
                 self._wake.set()
@@ -311,9 +308,10 @@ class CommandPipeline:
     ) -> Operation:
         failpoint("commands.published")
         change = Change(checkpoints=finished.checkpoints, snapshots=finished.snapshots)
+        result: SpoolRef | None = None
         while True:
             try:
-                result = await self._services.spool.write(finished.result)
+                result = result or await self._services.spool.write(finished.result)
                 failpoint("commands.result_spooled")
                 ended = self._rows.ended(operation, OperationState.DONE, None)
                 done = self.recovery.keep(operation, replace(ended, result=result), outcome)
@@ -377,7 +375,7 @@ class CommandPipeline:
         """
         if self.session.state is SessionState.RECOVERING:
             self._check_open()
-        return await self._rows.cancel(operation.id, self._running)
+        return await self._rows.cancel(operation.id)
 
     async def expire(self) -> None:
         """Close lanes whose missing command is overdue."""
@@ -438,10 +436,9 @@ class CommandPipeline:
         self._idle.set()
 
     async def reopen(self, worker: Worker) -> None:
-        """Go on after a loss, from the session's first weights, on a new worker."""
+        """After a loss, make ready to start at the session's first weights on a new worker."""
         await worker.open_session(self.session)
         await self._rows.restart()
-        self.start(worker)
 
     async def close(self) -> None:
         """Take no more commands, finish the accepted ones, close the session for good."""

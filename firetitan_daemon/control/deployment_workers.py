@@ -15,6 +15,8 @@ from typing import Any
 from firetitan_daemon.control.provisioning import check_etag, log_shape, new_etag, settled
 from firetitan_daemon.control.replica_set import ReplicaSet
 from firetitan_daemon.control.services import (
+    DISK_RETRY_S,
+    DISK_TROUBLE,
     Services,
     error_record,
     internal_error,
@@ -40,6 +42,8 @@ from firetitan_daemon.core.worker_ports import Worker
 METHOD = "CreateDeployment"
 _RESTARTS = 3
 _RESTART_WINDOW_S = 60.0
+_START_PAUSES_S = (0.2, 1.0, 3.0, 0.0)
+"""Behind the first sampler that could not be started, the second, ...; the last is given up."""
 
 Restore = Callable[[Deployment, Worker], Awaitable[None]]
 """Makes a fresh worker serve what its deployment serves."""
@@ -215,6 +219,7 @@ class DeploymentWorkers:
             return {"replicas": replicas, "worker_ids": (*former.worker_ids, *added)}
 
         await self.update(deployment.id, workers=specs, revise=grown, **changes)
+        self._pool.remember(specs)
         for worker_id in added:
             self._provide(deployment.id, worker_id)
 
@@ -251,7 +256,7 @@ class DeploymentWorkers:
     def _provide(self, deployment_id: str, worker_id: str) -> None:
         self._begin(worker_id, self._provision(deployment_id, worker_id))
 
-    def _begin(self, worker_id: str, work: Coroutine[None, None, None]) -> None:
+    def _begin(self, worker_id: str, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks[worker_id] = task
 
@@ -260,6 +265,7 @@ class DeploymentWorkers:
                 del self._tasks[worker_id]
 
         task.add_done_callback(ended)
+        return task
 
     async def _provision(self, deployment_id: str, worker_id: str) -> None:
         deployment = self._deployments[deployment_id]
@@ -279,21 +285,33 @@ class DeploymentWorkers:
         except FiretitanError as error:
             await self._pool.stop(worker_id)
             created = deployment.state is not ResourceState.CREATING
-            if created and error.reason is Reason.WORKER_UNAVAILABLE:
-                async with self._lock:
-                    await self._restart(deployment_id, worker_id, error.message)
+            if created and error.reason in (Reason.WORKER_UNAVAILABLE, *DISK_TROUBLE):
+                await self._not_started(deployment_id, worker_id, error)
             else:
-                await self._give_up(deployment_id, worker_id, error_record(error))
+                await self._do_without(deployment_id, worker_id, error_record(error))
         except Exception as error:  # a supervisor: the deployment fails, the daemon goes on
             await self._pool.stop(worker_id)
             record = error_record(internal_error(deployment.name, error))
-            await self._give_up(deployment_id, worker_id, record)
+            await self._do_without(deployment_id, worker_id, record)
         else:
             log_shape(deployment.name, deployment.shape, model)
 
-    async def _give_up(self, deployment_id: str, worker_id: str, error: ErrorRecord) -> None:
-        """Do without a sampler; the deployment fails where it was the last."""
+    async def _not_started(self, deployment_id: str, worker_id: str, error: FiretitanError) -> None:
+        """After a while start another instead; a disk that refuses is waited for."""
+        logger.error("sampler not started deployment=%s: %s", deployment_id, error)
+        counts = error.reason not in DISK_TROUBLE
+        former = min(len(self._deaths.get(worker_id, ())), len(_START_PAUSES_S) - 1)
+        await asyncio.sleep(_START_PAUSES_S[former] if counts else DISK_RETRY_S)
+        await self._ended(deployment_id, worker_id, error.message, counts=counts)
+
+    async def _do_without(self, deployment_id: str, worker_id: str, error: ErrorRecord) -> None:
+        """As `_give_up`, for what has happened and must be told."""
         self._deaths.pop(worker_id, None)
+        give_up = functools.partial(self._give_up, deployment_id, worker_id, error)
+        await when_there_is_space(f"deployments/{deployment_id}", give_up)
+
+    async def _give_up(self, deployment_id: str, worker_id: str, error: ErrorRecord) -> None:
+        """Leave a sampler out; the deployment fails where it was the last."""
 
         def without(former: Deployment) -> Mapping[str, Any]:
             left = tuple(one for one in former.worker_ids if one != worker_id)
@@ -303,31 +321,53 @@ class DeploymentWorkers:
                 return {"worker_ids": left, "error": error}
             return {"worker_ids": left, "error": error, "state": ResourceState.FAILED}
 
-        failed = functools.partial(self.update, deployment_id, revise=without)
-        await when_there_is_space(f"deployments/{deployment_id}", failed)
+        await self.update(deployment_id, revise=without)
 
     def _watch(self, deployment_id: str, worker: Worker) -> None:
         worker_id = worker.spec.worker_id
 
         async def exited(cause: str) -> None:
             self.replica_set(deployment_id).remove(worker_id)
-            async with self._lock:
-                await self._restart(deployment_id, worker_id, cause)
+            await self._begin(worker_id, self._ended(deployment_id, worker_id, cause))
 
         self._pool.watch(worker, exited)
 
-    async def _restart(self, deployment_id: str, worker_id: str, cause: str) -> None:
+    async def _ended(
+        self, deployment_id: str, worker_id: str, cause: str, *, counts: bool = True
+    ) -> None:
+        """A sampler is gone: put another in its place, or give it up where that was too often.
+
+        Args:
+            deployment_id: Whose.
+            worker_id: Which.
+            cause: How it ended.
+            counts: Whether it is one time more.
+        """
+        now = self._services.clock.monotonic()
+        deaths = [t for t in self._deaths.pop(worker_id, []) if now - t < _RESTART_WINDOW_S]
+        deaths += [now] if counts else []
+
+        async def restart() -> None:
+            # Free in between: while the disk refuses, it may be scaled or deleted.
+            async with self._lock:
+                await self._restart(deployment_id, worker_id, cause, deaths)
+
+        await when_there_is_space(f"a new sampler of deployments/{deployment_id}", restart)
+
+    async def _restart(
+        self, deployment_id: str, worker_id: str, cause: str, deaths: list[float]
+    ) -> None:
+        """Under `_lock`; where the disk refuses, it is done again as a whole."""
         deployment = self._deployments.get(deployment_id)
         if deployment is None or worker_id not in deployment.worker_ids:
             return  # deleted, stopped or taken away meanwhile
-        now = self._services.clock.monotonic()
-        deaths = [t for t in self._deaths.get(worker_id, []) if now - t < _RESTART_WINDOW_S]
-        self._deaths[worker_id] = [*deaths, now]
+        if deployment.state is ResourceState.DELETING:
+            return  # its samplers are ended, in this try or the next
         await self._pool.forget(worker_id)
-        if len(deaths) >= _RESTARTS:
+        if len(deaths) > _RESTARTS:
             error = ErrorRecord(
                 str(Reason.WORKER_UNAVAILABLE),
-                f"{deployment.name}: its worker ended {len(deaths) + 1} times within "
+                f"{deployment.name}: its worker ended {len(deaths)} times within "
                 f"{_RESTART_WINDOW_S:.0f} s, at last: {cause}; see its log, then create the "
                 "deployment again",
                 {"cause": cause},
@@ -335,12 +375,7 @@ class DeploymentWorkers:
             await self._give_up(deployment_id, worker_id, error)
             return
         logger.warning("sampler restarts deployment=%s cause=%s", deployment_id, cause)
-        await self._renew(deployment, worker_id)
-
-    async def _renew(self, deployment: Deployment, worker_id: str) -> None:
-        """Put another sampler in the place of one that is gone; under `_lock`."""
         (spec,) = self._new_specs(deployment, 1)
-        self._deaths[spec.worker_id] = self._deaths.pop(worker_id, [])
 
         def renewed(former: Deployment) -> Mapping[str, Any]:
             ids = tuple(spec.worker_id if one == worker_id else one for one in former.worker_ids)
@@ -351,6 +386,8 @@ class DeploymentWorkers:
             }
 
         await self.update(deployment.id, workers=[spec], revise=renewed)
+        self._pool.remember([spec])
+        self._deaths[spec.worker_id] = deaths
         self._provide(deployment.id, spec.worker_id)
 
     async def _reach(self, deployment_id: str, worker_id: str) -> None:
@@ -360,11 +397,8 @@ class DeploymentWorkers:
         if worker is not None:
             self._provide(deployment_id, worker_id)
             return
-        async with self._lock:
-            await self._pool.forget(worker_id)
-            deployment = self._deployments.get(deployment_id)
-            if deployment is not None and worker_id in deployment.worker_ids:
-                await self._renew(deployment, worker_id)
+        cause = "it was gone when the daemon started"
+        await self._ended(deployment_id, worker_id, cause, counts=False)
 
     async def _end_all(self, deployment: Deployment) -> None:
         """End every sampler of a deployment, those that are let go too; under `_lock`."""

@@ -8,6 +8,7 @@ nothing.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -28,6 +29,7 @@ from firetitan_daemon.control.provisioning import (
     new_operation,
     settled,
 )
+from firetitan_daemon.control.services import when_there_is_space
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Change, Ledger
@@ -195,6 +197,7 @@ class DeploymentManager(DeploymentWorkers):
                 )
             )
             self._deployments[deployment.id] = deployment
+            self._pool.remember(specs)
             for worker_id in deployment.worker_ids:
                 self._provide(deployment.id, worker_id)
             return operation
@@ -236,11 +239,14 @@ class DeploymentManager(DeploymentWorkers):
             for worker_id in deployment.worker_ids:
                 self._provide(deployment_id, worker_id)
         elif deployment.state is ResourceState.RECOVERING:
-            async with self._lock:
-                if len(deployment.worker_ids) < deployment.replicas:
-                    await self._grow(deployment, deployment.replicas)
             reached = (self._reach(deployment_id, one) for one in deployment.worker_ids)
-            await asyncio.gather(*reached)
+            make_up = functools.partial(self._make_up, deployment)
+            await asyncio.gather(when_there_is_space(deployment.name, make_up), *reached)
+
+    async def _make_up(self, deployment: Deployment) -> None:
+        async with self._lock:
+            if len(deployment.worker_ids) < deployment.replicas:
+                await self._grow(deployment, deployment.replicas)
 
     async def scale(self, name: str, replicas: int) -> Deployment:
         """Have so many samplers; 0 stops all of them, the record stays.
@@ -266,10 +272,12 @@ class DeploymentManager(DeploymentWorkers):
                 return deployment
             if not replicas:
                 async with self.weights_lock(deployment_id):
-                    await self._end_all(deployment)
-                    return await self.update(
+                    # First: a record that cannot be written names no sampler that was ended.
+                    rests = await self.update(
                         deployment_id, state=ResourceState.STOPPED, worker_ids=()
                     )
+                    await self._end_all(deployment)
+                    return rests
             if stopped or deployment.state is ResourceState.FAILED:
                 await self._grow(deployment, replicas, state=ResourceState.RECOVERING)
             elif replicas < len(deployment.worker_ids):

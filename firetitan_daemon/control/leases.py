@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from firetitan_daemon.control.services import Services, internal_error
@@ -29,7 +29,9 @@ MAX_USES = 1000
 _TTL_S = (0.5, 24 * 3600.0)
 _RETRY_S = 5.0
 
-CleanUp = Callable[[str, Cleanup], Awaitable[None]]
+MayBegin = Callable[[], Awaitable[bool]]
+"""Asked right before stopping or deleting begins; False: somebody uses it again, leave it."""
+CleanUp = Callable[[str, Cleanup, MayBegin], Awaitable[None]]
 """Stops or deletes a trainer or a deployment by name; one that is gone is fine."""
 ReleasePins = Callable[[Callable[[str], bool]], Awaitable[None]]
 """Lets go of the pins whose client is not there any more, as the given test says of a holder."""
@@ -68,7 +70,9 @@ class LeaseManager:
         self._table = LeaseTable()
         self._lock = asyncio.Lock()
         """Held while the table and its rows change together."""
-        self._running: dict[str, asyncio.Task[FiretitanError | None]] = {}
+        self._running: dict[str, asyncio.Task[Outcome]] = {}
+        self._deleting: set[str] = set()
+        """What is being deleted: nobody can begin to use it."""
         self._retry_at: dict[str, float] = {}
         self._failures: dict[str, FiretitanError] = {}
         """Why clean-ups that wait failed when they were last tried."""
@@ -112,7 +116,8 @@ class LeaseManager:
             ttl_s: None: the setting.
 
         Raises:
-            FiretitanError: INVALID_ARGUMENT, NAME_INVALID.
+            FiretitanError: INVALID_ARGUMENT, NAME_INVALID; RECOVERING where it begins to use what
+                is being deleted: what it held before is renewed all the same.
         """
         _check_client(client_id)
         check_text(label, "label")
@@ -130,9 +135,25 @@ class LeaseManager:
 
     async def _hold(self, lease: Lease) -> None:
         async with self._lock:
-            if self._table.lease(lease.client_id) != lease:
+            former = self._table.lease(lease.client_id)
+            try:
+                self._check_not_deleted(lease, former)
+            except FiretitanError:
+                if former is not None:
+                    self._table.hold(former, self._now())
+                raise
+            if former != lease:
                 await self._services.store.write(Change(leases=[lease]))
             self._table.hold(lease, self._now())
+
+    def _check_not_deleted(self, lease: Lease, former: Lease | None) -> None:
+        for name in self._deleting:
+            if self._table.uses(lease, name) and not (former and self._table.uses(former, name)):
+                raise FiretitanError(
+                    Reason.RECOVERING,
+                    f"{name} is being deleted, as nobody used it; try again when it is gone",
+                    retry_after_s="0.2",
+                )
 
     async def release(
         self, client_id: str, uses: Mapping[str, Cleanup], *, everything: bool
@@ -160,11 +181,7 @@ class LeaseManager:
             await self._release_pins(self.alive)
         outcomes = []
         for name, cleanup in asked.items():
-            users = self.users(name)
-            if users:
-                logger.info("clean-up deferred target=%s used_by=%s", name, ", ".join(users))
-            error = None if users else await self._run(name)
-            outcomes.append(Outcome(name, cleanup, users, error))
+            outcomes.append(replace(await self._run(name), cleanup=cleanup))
         # What others had asked for, and only this client was in the way of.
         for name in self._begin_due():
             await self._run(name)
@@ -218,40 +235,75 @@ class LeaseManager:
             self._task(name)
         return due
 
-    async def _run(self, name: str) -> FiretitanError | None:
-        """Carry out the clean-up that waits for a name; returns why it failed."""
-        if self._table.waiting(name) is None:
-            return None
+    async def _run(self, name: str) -> Outcome:
+        """Carry out the clean-up that waits for a name, unless somebody uses that."""
+        cleanup = self._table.waiting(name)
+        if cleanup is None:
+            return Outcome(name, Cleanup.KEEP)
+        if users := self.users(name):
+            return self._deferred(cleanup, users)
         return await asyncio.shield(self._task(name))
 
-    def _task(self, name: str) -> asyncio.Task[FiretitanError | None]:
+    def _task(self, name: str) -> asyncio.Task[Outcome]:
         task = self._running.get(name)
         if task is None:
             task = self._running[name] = asyncio.create_task(self._clean(name))
             task.add_done_callback(lambda _: self._running.pop(name, None))
         return task
 
-    async def _clean(self, name: str) -> FiretitanError | None:
+    async def _clean(self, name: str) -> Outcome:
         cleanup = self._table.waiting(name)
-        if cleanup is None or self._table.users(name):
-            return None
-        logger.info("clean-up begins target=%s what=%s", name, cleanup.cleanup)
+        if cleanup is None:
+            return Outcome(name, Cleanup.KEEP)
+        users = self.users(name)
+
+        async def may_begin() -> bool:
+            nonlocal users
+            users = await self._last_look(cleanup)
+            return not users
+
         try:
-            await self._clean_up(name, cleanup.cleanup)
-            async with self._lock:
-                await self._services.store.write(Change(deleted_cleanups=[name]))
-                self._table.finish(cleanup)
-            self._retry_at.pop(name, None)
-            self._failures.pop(name, None)
-            return None
+            if not users:
+                logger.info("clean-up begins target=%s what=%s", name, cleanup.cleanup)
+                await self._clean_up(name, cleanup.cleanup, may_begin)
+            if users:
+                return self._deferred(cleanup, users)
+            await self._finish(cleanup)
+            return Outcome(name, cleanup.cleanup)
         except FiretitanError as error:
             failure = error
         except Exception as error:  # a supervisor: one clean-up's trouble stays its own
             failure = internal_error(f"cleaning up {name}", error)
+        finally:
+            self._deleting.discard(name)
         logger.error("clean-up failed, tried again later target=%s: %s", name, failure)
         self._retry_at[name] = self._now() + _RETRY_S
         self._failures[name] = failure
-        return failure
+        return Outcome(name, cleanup.cleanup, error=failure)
+
+    async def _last_look(self, cleanup: DeferredCleanup) -> list[str]:
+        """Who began to use it while what was accepted ended; if nobody, nobody can any more.
+
+        Under the lock, so that whoever was told that it holds a lease is among them.
+        """
+        async with self._lock:
+            users = self.users(cleanup.name)
+            if not users and cleanup.cleanup is Cleanup.DELETE:
+                self._deleting.add(cleanup.name)
+            return users
+
+    def _deferred(self, cleanup: DeferredCleanup, users: Sequence[str]) -> Outcome:
+        logger.info("clean-up deferred target=%s used_by=%s", cleanup.name, ", ".join(users))
+        return Outcome(cleanup.name, cleanup.cleanup, users)
+
+    async def _finish(self, cleanup: DeferredCleanup) -> None:
+        """It was carried out; one that was asked for meanwhile goes on waiting."""
+        async with self._lock:
+            if self._table.waiting(cleanup.name) == cleanup:
+                await self._services.store.write(Change(deleted_cleanups=[cleanup.name]))
+                self._table.finish(cleanup)
+        self._retry_at.pop(cleanup.name, None)
+        self._failures.pop(cleanup.name, None)
 
     async def close(self) -> None:
         """Stop; clean-ups that run are taken up again at the next start."""

@@ -10,12 +10,14 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 from firetitan_daemon.control.holds import Holds
 from firetitan_daemon.control.shared_reads import SharedReads
 from firetitan_daemon.core.errors import CODES, FiretitanError, Reason
-from firetitan_daemon.core.ports import Change, Ledger, Limits, Spool, Store
+from firetitan_daemon.core.expiry import ago
+from firetitan_daemon.core.ports import Change, Clock, Ledger, Limits, Spool, Store
 from firetitan_daemon.core.records import Operation
 from firetitan_daemon.core.texts import check_text
 
@@ -33,7 +35,8 @@ class OperationRegistry:
     Owns the map of open operations and the quotas counted over it.
     """
 
-    def __init__(self, store: Store, spool: Spool, limits: Limits) -> None:
+    def __init__(self, store: Store, spool: Spool, limits: Limits, clock: Clock) -> None:
+        self._clock = clock
         self._store = store
         self._spool = spool
         self._limits = limits
@@ -140,6 +143,7 @@ class OperationRegistry:
 
         Payloads of operations that end with it are removed from the spool, if no row keeps them.
         """
+        change = replace(change, operations=[self._dated(one) for one in change.operations])
         await self._store.write(change)
         ended = [one for one in change.operations if one.done and one.payload is None]
         open_before = [self._open.get(one.id) for one in ended]
@@ -171,6 +175,12 @@ class OperationRegistry:
             if waited_for is not None:
                 waited_for.set()
             self._signal_lane(operation.target, operation.client_id)
+
+    def _dated(self, operation: Operation) -> Operation:
+        """The operation; one that ends now, with what its age is measured from."""
+        if not operation.done or operation.finished is not None:
+            return operation
+        return replace(operation, finished=ago(0.0, self._clock))
 
     async def get(self, operation_id: str) -> Operation:
         """One operation.

@@ -192,6 +192,10 @@ class SessionRecovery:
                 create_time=services.clock.now(),
             )
             await self._replace_points([*self._points, point])
+        except asyncio.CancelledError:
+            # A worker that still writes there fails unseen.
+            await discard(services.folders, staging)
+            raise
         except FiretitanError as error:
             logger.warning("no recovery point session=%s: %s", self.session, error)
             if folder is None:
@@ -256,7 +260,7 @@ class SessionRecovery:
         # Not forgotten here: whoever waits may be cancelled, and the next one must wait too.
         task = self._writing
         if task is not None:
-            if not self._written:
+            if not self._written and not task.cancelling():
                 task.cancel()
             await asyncio.wait([task])
 

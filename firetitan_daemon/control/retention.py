@@ -2,7 +2,7 @@
 
 Knows: the ledger, the spool, which clients are there. Must not know: what an operation did. Rows of
 a session's commands stay as long as the session: they are what a repeat is known by, and what a
-replay is planned from.
+replay is planned from. Age is measured as `core.expiry` does.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 
 from firetitan_daemon.control.leases import LeaseManager
 from firetitan_daemon.control.services import Services
+from firetitan_daemon.core.expiry import ago
 from firetitan_daemon.core.leases import client_of
 
 logger = logging.getLogger("firetitan.retention")
@@ -42,16 +43,16 @@ class Retention:
         if clock.monotonic() < self._next:
             return
         self._next = clock.monotonic() + min(_LOOK_S, self._results_s, self._operations_s)
-        store, now = self._services.store, clock.now()
+        store = self._services.store
         old = [
             operation
-            for operation in await store.untaken_results(now - self._results_s)
+            for operation in await store.untaken_results(ago(self._results_s, clock))
             if not self._leases.alive(client_of(operation.client_id))
         ]
         refs = await store.forget_results([operation.id for operation in old])
         if refs:
             await self._services.spool.remove(refs)
             logger.info("results nobody took are forgotten count=%d", len(refs))
-        rows = await store.delete_operations(now - self._operations_s)
+        rows = await store.delete_operations(ago(self._operations_s, clock))
         if rows:
             logger.info("rows of ended operations are forgotten count=%d", rows)

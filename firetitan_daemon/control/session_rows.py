@@ -1,6 +1,6 @@
-"""One session's record, order and rows: what is accepted, settled, cancelled, lost.
+"""One session's record, order and rows: what is accepted, begun, settled, cancelled, lost.
 
-Knows: the sequencer, the store. Must not know: payloads, workers, when a command runs.
+Knows: the sequencer, the store. Must not know: payloads, workers, how a command runs.
 
 Everything here happens under one lock: a row of the session, of its lanes or of its operations is
 never written from a state that another write has just changed.
@@ -55,6 +55,10 @@ class SessionRows:
         self._sequencer = sequencer
         self._services = services
         self._lock = asyncio.Lock()
+        self._begun: str | None = None
+        """The command that was begun last, or that may be in the worker already."""
+        self._cancelling: str | None = None
+        """The command whose cancellation is being written."""
 
     @property
     def session(self) -> Session:
@@ -67,9 +71,13 @@ class SessionRows:
         """Its worker is away."""
         self._suspended = True
 
-    def resume(self) -> None:
-        """It has a worker."""
-        self._suspended = False
+    def resume(self, begun: str | None) -> None:
+        """It has a worker.
+
+        Args:
+            begun: The command that may be in it already.
+        """
+        self._suspended, self._begun = False, begun
 
     @property
     def current(self) -> Session:
@@ -187,6 +195,14 @@ class SessionRows:
                     self._sequencer.decide(decision.command, other)
             raise
 
+    async def begin(self, operation_id: str) -> Operation | None:
+        """The command whose turn it is: it is not cancelled any more; None where it was before."""
+        self._begun = operation_id
+        if operation_id == self._cancelling:
+            async with self._lock:
+                pass  # that came first, and is written now
+        return self._services.operations.current(operation_id)
+
     async def write_operation(self, operation: Operation) -> None:
         """Write an operation that is not done yet."""
         async with self._lock:
@@ -224,25 +240,24 @@ class SessionRows:
             )
             self._stored = session
 
-    async def cancel(self, operation_id: str, running: str | None) -> Operation:
-        """Cancel a command that has not been sent to the worker.
-
-        Args:
-            operation_id: Which.
-            running: The command whose turn it is; it goes on.
-        """
+    async def cancel(self, operation_id: str) -> Operation:
+        """Cancel a command that was not begun; one that was goes on."""
         async with self._lock:
             found = self._services.operations.current(operation_id)
             if found is None:
                 return await self._services.operations.get(operation_id)
-            if found.state is not OperationState.ACCEPTED or found.id == running:
+            if found.state is not OperationState.ACCEPTED or found.id == self._begun:
                 return found
             error = ErrorRecord(str(Reason.CANCELLED), f"{found.name} was cancelled before it ran")
             cancelled = self.ended(found, OperationState.CANCELLED, error)
             session = self._reached(self._stored, found.commit_seq)
-            await self._services.operations.write(
-                Change(operations=[cancelled], sessions=[session])
-            )
+            self._cancelling = found.id
+            try:
+                await self._services.operations.write(
+                    Change(operations=[cancelled], sessions=[session])
+                )
+            finally:
+                self._cancelling = None
             self._stored = session
             if not found.commit_seq:
                 self._sequencer.cancel(found.client_id, found.seq)
@@ -340,8 +355,14 @@ class SessionRows:
                 self._stored = session
 
     async def restart(self) -> None:
-        """After a loss: ready again, at step 0."""
+        """After a loss: ready again, at step 0.
+
+        Raises:
+            FiretitanError: CLOSED where it was closed meanwhile; STATE_DISK_FULL.
+        """
         async with self._lock:
+            if self._stored.state is SessionState.CLOSED:
+                raise FiretitanError(Reason.CLOSED, f"{self._stored.name} is closed")
             session = replace(self._stored, state=SessionState.ACTIVE, step=0)
             await self._services.operations.write(Change(sessions=[session], durable=True))
             self._stored = session

@@ -9,7 +9,7 @@ import asyncio
 import functools
 import random
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -43,10 +43,12 @@ class SessionManager:
         self._services = services
         self._checkpoints = checkpoints
         self._pipelines: dict[str, CommandPipeline] = {}
-        self._opening: dict[str, asyncio.Lock] = {}
+        self._opening: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """One a trainer: a worker that hangs holds up no other trainer's sessions."""
         self._closings: Counter[str] = Counter()
         """How often the sessions of each trainer were closed for good."""
+        self._left: Counter[str] = Counter()
+        """How often each trainer's worker was left: what is opened in it goes on in another."""
         self._made: dict[str, str] = {}
         self._refusal: FiretitanError | None = None
         self._used: Callable[[str], None] = lambda trainer_id: None
@@ -94,8 +96,8 @@ class SessionManager:
         check_trainer(trainer, wanted)
         check_text(request_id, "request_id")
         # A caller that goes away must not leave a session that only the worker knows of.
-        closings = self._closings[trainer.id]
-        opening = asyncio.create_task(self._create(trainer, worker, wanted, request_id, closings))
+        seen = (self._closings[trainer.id], self._left[trainer.id])
+        opening = asyncio.create_task(self._create(trainer, worker, wanted, request_id, *seen))
         try:
             async with asyncio.timeout(_ANSWER_S):
                 return await asyncio.shield(opening)
@@ -108,13 +110,20 @@ class SessionManager:
             ) from None
 
     async def _create(
-        self, trainer: Trainer, worker: Worker, wanted: Wanted, request_id: str, closings: int
+        self,
+        trainer: Trainer,
+        worker: Worker,
+        wanted: Wanted,
+        request_id: str,
+        closings: int,
+        left: int,
     ) -> tuple[Session, bool]:
-        async with self._opening.setdefault(trainer.id, asyncio.Lock()):
+        async with self._opening[trainer.id]:
             for pipeline in self._candidates(trainer, request_id):
                 check_same(pipeline.session, wanted, Reason.ALREADY_EXISTS)
                 if pipeline.session.state is SessionState.LOST:
                     await pipeline.reopen(worker)
+                    await self._start(pipeline, worker, left)
                     self._made[request_id] = pipeline.session.name
                 made = self._made.get(request_id) == pipeline.session.name
                 return pipeline.current, made and bool(request_id)
@@ -135,9 +144,16 @@ class SessionManager:
             if self._refusal is not None:
                 pipeline.refuse(self._refusal)
             self._pipelines[session.name] = pipeline
-            pipeline.start(worker)
+            await self._start(pipeline, worker, left)
             self._made[request_id] = session.name
             return session, True
+
+    async def _start(self, pipeline: CommandPipeline, worker: Worker, left: int) -> None:
+        """Begin with a session that was opened; `resume` does where its worker was left since."""
+        if self._left[pipeline.session.trainer_id] == left:
+            pipeline.start(worker)
+        else:
+            await pipeline.suspend()
 
     def attach(self, name: str, client_id: str, wanted: Wanted) -> tuple[Session, Lane]:
         """Open or resume a lane; changes no weights.
@@ -199,12 +215,17 @@ class SessionManager:
 
     async def suspend(self, trainer_id: str) -> None:
         """The trainer's worker is gone: its sessions wait for another."""
+        self._left[trainer_id] += 1
         for pipeline in self._of_trainer(trainer_id):
             if pipeline.session.state is not SessionState.LOST:
                 await pipeline.suspend()
 
-    async def rest(self, trainer_id: str) -> bool:
+    async def rest(self, trainer_id: str, serves: Callable[[], bool]) -> bool:
         """Let a trainer's sessions do without a worker until `resume`.
+
+        Args:
+            trainer_id: Which.
+            serves: Whether their worker is still there; else whoever replaces it lets them go on.
 
         Returns:
             False where they cannot: commands are open, or what the worker holds could not be
@@ -218,8 +239,9 @@ class SessionManager:
         for pipeline in pipelines:
             if not await pipeline.recovery.can_rebuild(pipeline.session):
                 return False
-        if self.busy(trainer_id):
+        if self.busy(trainer_id) or not serves():
             return False
+        self._left[trainer_id] += 1
         for pipeline in pipelines:
             await pipeline.suspend()
         return True
@@ -240,6 +262,7 @@ class SessionManager:
             FiretitanError: SESSION_LOSS where one cannot be brought back; WORKER_UNAVAILABLE where
                 the worker ended meanwhile.
         """
+        await self._opened(trainer_id)
         recovering = [
             pipeline
             for pipeline in self._of_trainer(trainer_id)
@@ -256,6 +279,11 @@ class SessionManager:
                 await when_there_is_space(pipeline.session.name, lose)
                 await worker.close_session(pipeline.session.name)
 
+    async def _opened(self, trainer_id: str) -> None:
+        """Wait for what is still being opened in a worker that is gone; none is any more then."""
+        async with self._opening[trainer_id]:
+            pass
+
     def recovered(self, trainer_id: str, seconds: float, start_s: float) -> None:
         """A worker of the trainer was replaced: count it (see `SessionRecovery.recovered`)."""
         for pipeline in self._of_trainer(trainer_id):
@@ -271,6 +299,7 @@ class SessionManager:
 
     async def lose(self, trainer_id: str, cause: str) -> None:
         """The trainer's worker is gone."""
+        await self._opened(trainer_id)
         for pipeline in self._of_trainer(trainer_id):
             if pipeline.session.state is not SessionState.LOST:
                 await when_there_is_space(

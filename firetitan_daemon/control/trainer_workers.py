@@ -101,7 +101,8 @@ class TrainerWorkers:
 
     async def _serves(self, trainer_id: str, worker: Worker, model: ModelInfo) -> None:
         self._services.activity.touch(names.trainer_name(trainer_id))  # loading was no idle time
-        if await self._write(trainer_id, state=ResourceState.ACTIVE, model=model, error=None):
+        active = {"state": ResourceState.ACTIVE, "worker_id": worker.spec.worker_id}
+        if await self._write(trainer_id, **active, model=model, error=None):
             self._watch(trainer_id, worker)
 
     async def _failed(self, trainer_id: str, error: ErrorRecord) -> None:
@@ -257,7 +258,14 @@ class TrainerWorkers:
             if trainer is None or trainer.state is not ResourceState.ACTIVE:
                 return trainer is None or trainer.state is ResourceState.STOPPED
             worker = self._pool.live(trainer.worker_id)
-            if worker is None or not await self._sessions.rest(trainer_id):
+            if worker is None:
+                return False
+
+            def serves() -> bool:
+                # Not where it died meanwhile: another is being put in its place, or was.
+                return self._pool.live(trainer.worker_id) is worker
+
+            if not await self._sessions.rest(trainer_id, serves) or not serves():
                 return False
             # Until the row is written, it is a trainer whose worker ended: that is made good.
             await self._pool.stop(trainer.worker_id)
@@ -314,7 +322,8 @@ class TrainerWorkers:
             "id, then load the last checkpoint",
             {"cause": cause},
         )
-        await self._pool.forget(trainer.worker_id)
+        forget = functools.partial(self._pool.forget, trainer.worker_id)
+        await when_there_is_space(f"the end of the worker of {trainer.name}", forget)
         await self._failed(trainer_id, error)
 
     async def close(self) -> None:

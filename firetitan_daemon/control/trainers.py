@@ -171,6 +171,7 @@ class TrainerManager(TrainerWorkers):
                     Change(trainers=[trainer], workers=[spec], operations=[operation], durable=True)
                 )
                 self._trainers[trainer.id] = trainer
+                self._pool.remember([spec])
             self._begin(trainer.id, self._provision(trainer.id))
             return operation
 

@@ -7,6 +7,7 @@ what was served and says why in the deployment's `error`.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 
@@ -15,7 +16,13 @@ from firetitan_daemon.control.codec import HotloadArguments
 from firetitan_daemon.control.deployments import DeploymentManager
 from firetitan_daemon.control.pins import Pin
 from firetitan_daemon.control.provisioning import new_operation, settled
-from firetitan_daemon.control.services import Services, error_record, internal_error, logger
+from firetitan_daemon.control.services import (
+    Services,
+    error_record,
+    internal_error,
+    logger,
+    when_there_is_space,
+)
 from firetitan_daemon.control.switching import Switch, Switcher
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -114,14 +121,27 @@ class WeightSyncer:
         async with self._accepting:
             for deployment in self._deployments.all():
                 for operation in self._services.operations.open_of(deployment.name, METHOD):
-                    assert operation.payload is not None
-                    payload = await self._services.spool.read(operation.payload)
-                    arguments = self._services.codec.hotload(payload)
-                    snapshot_id = names.parse_snapshot(arguments.snapshot)
-                    self._begin(operation, replace(arguments, snapshot=snapshot_id))
+                    self._begin(operation)
 
-    def _begin(self, operation: Operation, arguments: HotloadArguments) -> None:
-        """Start on a hotload; its arguments name the snapshot by id."""
+    async def _read(self, operation: Operation) -> HotloadArguments:
+        """The arguments of a hotload that a former daemon accepted.
+
+        Raises:
+            FiretitanError: CHECKSUM_MISMATCH where a loss of power took its payload: the row is
+                written through to the disk, by default the payload is not; RECOVERING.
+        """
+        assert operation.payload is not None
+        payload = await self._services.spool.read(operation.payload)
+        arguments = self._services.codec.hotload(payload)
+        return replace(arguments, snapshot=names.parse_snapshot(arguments.snapshot))
+
+    def _begin(self, operation: Operation, arguments: HotloadArguments | None = None) -> None:
+        """Start on a hotload.
+
+        Args:
+            operation: Accepted.
+            arguments: They name the snapshot by id; None: as its payload says.
+        """
         self._start(self._run(operation, arguments))
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
@@ -129,19 +149,21 @@ class WeightSyncer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, operation: Operation, arguments: HotloadArguments) -> None:
+    async def _run(self, operation: Operation, arguments: HotloadArguments | None) -> None:
         async with self._turns.setdefault(operation.target, asyncio.Lock()):
             await self._run_in_turn(operation, arguments)
 
-    async def _run_in_turn(self, operation: Operation, arguments: HotloadArguments) -> None:
+    async def _run_in_turn(self, operation: Operation, arguments: HotloadArguments | None) -> None:
         deaths = 0
         try:
             while True:
                 try:
+                    arguments = arguments or await self._read(operation)
                     await self._move(operation, arguments)
                     return
                 except FiretitanError as error:
                     # A sampler that ended meanwhile is replaced; then the way begins at a base.
+                    # A spool that is away is put back.
                     deaths += error.reason is Reason.WORKER_UNAVAILABLE
                     if not self._comes_back(operation.target, error) or deaths > _MAX_DEATHS:
                         raise
@@ -171,13 +193,15 @@ class WeightSyncer:
                 ),
             )
             failpoint("hotload.applied")
-            await self._deployments.update(
+            served = functools.partial(
+                self._deployments.update,
                 deployment.id,
                 operation=settled(operation, self._services.clock.now()),
                 active_snapshot=snapshot_id,
                 requires_sync=False,
                 error=None,
             )
+            await when_there_is_space(operation.name, served)
         logger.info("hotloaded deployment=%s snapshot=%s", deployment.id, snapshot_id)
 
     async def restore(self, deployment: Deployment, worker: Worker) -> None:
@@ -186,12 +210,16 @@ class WeightSyncer:
 
     async def _fail(self, operation: Operation, error: ErrorRecord) -> None:
         logger.warning("hotload failed op=%s reason=%s", operation.id, error.reason)
-        current = self._services.operations.current(operation.id)
-        if current is None:
-            return
-        failed = settled(current, self._services.clock.now(), error)
         # Where several were to switch, those that could hold what they do not serve.
         self._start(self._retain(names.last_segment(operation.target)))
+        told = functools.partial(self._tell_failure, operation, error)
+        await when_there_is_space(operation.name, told)
+
+    async def _tell_failure(self, operation: Operation, error: ErrorRecord) -> None:
+        current = self._services.operations.current(operation.id)
+        if current is None:
+            return  # its deployment was deleted
+        failed = settled(current, self._services.clock.now(), error)
         try:
             deployment, _ = self._deployments.serving(operation.target)
         except FiretitanError:

@@ -9,10 +9,10 @@ import asyncio
 import logging
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
-from firetitan_daemon.control.services import Services, internal_error
+from firetitan_daemon.control.services import DISK_TROUBLE, Services, internal_error
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.model_records import ModelInfo, Shape
 from firetitan_daemon.core.ports import Change, Ledger
@@ -21,6 +21,7 @@ from firetitan_daemon.core.worker_ports import Worker
 
 logger = logging.getLogger("firetitan.workers")
 _ADOPT_RETRY_S = 1.0
+_STOP_RETRY_S = 1.0
 _PULSE_S = 3.0
 """Between an answer of a worker and the next question whether it still answers."""
 
@@ -107,8 +108,8 @@ class WorkerPool:
         max_context_length: int,
         shape: Shape | None = None,
     ) -> WorkerSpec:
-        """A specification under a fresh id; its row is for the caller to write before `start`."""
-        spec = WorkerSpec(
+        """A specification under a fresh id; once its row is written, `remember` it or `start`."""
+        return WorkerSpec(
             worker_id=f"{kind}-{uuid.uuid4().hex[:12]}",
             kind=kind,
             target=target,
@@ -118,8 +119,10 @@ class WorkerPool:
             num_threads=self._services.num_threads,
             device=shape.device if shape is not None else "auto",
         )
-        self._specs[spec.worker_id] = spec
-        return spec
+
+    def remember(self, specs: Iterable[WorkerSpec]) -> None:
+        """Take up specifications whose rows are written; their workers are started by and by."""
+        self._specs.update((spec.worker_id, spec) for spec in specs)
 
     def _reference(self, base_model: str) -> str:
         try:
@@ -132,7 +135,7 @@ class WorkerPool:
 
         Raises:
             FiretitanError: MODEL_NOT_FOUND, UNSUPPORTED, DEVICE_OUT_OF_MEMORY,
-                WORKER_UNAVAILABLE; the process is gone then.
+                WORKER_UNAVAILABLE, STATE_DISK_FULL, STATE_NOT_WRITABLE; the process is gone then.
         """
         self._specs[spec.worker_id] = spec
         try:
@@ -236,10 +239,25 @@ class WorkerPool:
         self._silent.pop(worker_id, None)
 
     async def stop(self, worker_id: str | None) -> None:
-        """End a worker, found or not, and forget it."""
+        """End a worker, found or not, and forget it; tried again until that is done.
+
+        Half of it would be a worker that is gone and that nobody misses.
+
+        Raises:
+            FiretitanError: UNSUPPORTED where it speaks another protocol: it is left alone.
+        """
         spec = self._specs.get(worker_id or "")
-        if spec is None:
-            return
+        while spec is not None:
+            try:
+                await self._stop(spec)
+                return
+            except FiretitanError as error:
+                if error.reason not in (Reason.WORKER_UNAVAILABLE, *DISK_TROUBLE):
+                    raise
+                logger.error("worker not ended, trying again worker=%s: %s", worker_id, error)
+                await asyncio.sleep(_STOP_RETRY_S)
+
+    async def _stop(self, spec: WorkerSpec) -> None:
         watch = self._watches.pop(spec.worker_id, None)
         if watch is not None:
             watch.cancel()
@@ -252,12 +270,25 @@ class WorkerPool:
         await self.forget(spec.worker_id)
 
     async def forget(self, worker_id: str | None) -> None:
-        """Remove what is left of a worker whose process is gone."""
-        spec = self._specs.pop(worker_id or "", None)
-        self._gone.discard(worker_id or "")
+        """Remove what is left of a worker whose process is gone; again is fine.
+
+        Files that cannot be removed stay for the next start, which finds them by the row.
+
+        Raises:
+            FiretitanError: STATE_DISK_FULL, STATE_NOT_WRITABLE; it is not forgotten then.
+        """
+        spec = self._specs.get(worker_id or "")
         if spec is not None:
-            await self._services.launcher.discard(spec)
-            await self._services.store.write(Change(deleted_workers=[spec.worker_id]))
+            try:
+                await self._services.launcher.discard(spec)
+            except FiretitanError as error:
+                logger.warning(
+                    "left for the next start to remove worker=%s: %s", spec.worker_id, error
+                )
+            else:
+                await self._services.store.write(Change(deleted_workers=[spec.worker_id]))
+            self._specs.pop(spec.worker_id, None)
+        self._gone.discard(worker_id or "")
 
     async def close(self) -> None:
         """Let go of every worker; the processes stay."""

@@ -1,4 +1,4 @@
-"""When what was saved for a limited time may go.
+"""When what was saved for a limited time may go; how old what ended is.
 
 Knows: records, clocks. Must not know: who removes it, or what else keeps it.
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Clock
-from firetitan_daemon.core.records import Checkpoint, Expiry, Snapshot
+from firetitan_daemon.core.records import Checkpoint, Expiry, Moment, Operation, Snapshot
 
 MAX_TTL_S = 100 * 365 * 86400.0
 
@@ -53,3 +53,18 @@ def is_due(saved: Checkpoint | Snapshot, clock: Clock) -> bool:
     if expiry.boot_id == clock.boot_id():
         return clock.monotonic() - expiry.monotonic_s >= expiry.ttl_s
     return clock.now() - saved.create_time >= expiry.ttl_s
+
+
+def ago(seconds: float, clock: Clock) -> Moment:
+    """The moment so long before now."""
+    return Moment(clock.now() - seconds, clock.boot_id(), clock.monotonic() - seconds)
+
+
+def ended_before(operation: Operation, moment: Moment) -> bool:
+    """Whether an operation ended before a moment."""
+    if not operation.done:
+        return False
+    finished = operation.finished
+    if finished is not None and finished.boot_id == moment.boot_id:
+        return finished.monotonic_s < moment.monotonic_s
+    return operation.finish_time < moment.wall_s

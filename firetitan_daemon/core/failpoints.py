@@ -4,8 +4,8 @@ Knows: names and actions. Must not know: what happens at the places. The variabl
 `name=action` pairs separated by `;`, an action being a chain of `[count*]what` joined by `->`:
 `commands.spooled=2*off->kill` kills the process the third time the place is reached. What there is:
 `off`, `kill` (SIGKILL to this process), `kill_once` (the same, but in the first process of this
-FIRETITAN_HOME alone), `note` (leave a file that says it was reached), `enospc` (OSError ENOSPC),
-`delay(ms)`.
+FIRETITAN_HOME alone), `exit_once(code)` (likewise, by `os._exit`), `note` (leave a file that says
+it was reached), `enospc` (OSError ENOSPC), `delay(ms)`.
 
 Places that begin with `worker.`, `engine.` and `sampler.` are passed by workers, the others by the
 daemon.
@@ -55,7 +55,7 @@ NAMES = (
 )
 """Every place, in the order a command passes them."""
 
-_STEP = re.compile(r"(?:(\d+)\*)?(off|kill_once|kill|note|enospc|delay)(?:\((\d+)\))?")
+_STEP = re.compile(r"(?:(\d+)\*)?(off|kill_once|kill|exit_once|note|enospc|delay)(?:\((\d+)\))?")
 
 
 @dataclass
@@ -116,6 +116,8 @@ def failpoint(name: str) -> None:
             step.left -= 1
         if step.what == "kill" or (step.what == "kill_once" and _is_first(name)):
             os.kill(os.getpid(), signal.SIGKILL)
+        elif step.what == "exit_once" and _is_first(name):
+            os._exit(step.argument)
         elif step.what == "note":
             _is_first(name)
         elif step.what == "enospc":

@@ -77,12 +77,12 @@ class LeaseTable:
 
     def users(self, name: str) -> list[Lease]:
         """Who uses a resource, or a part of it."""
+        return [lease for lease in self._leases.values() if self.uses(lease, name)]
+
+    def uses(self, lease: Lease, name: str) -> bool:
+        """Whether a lease, held or not, is of a resource or of a part of it."""
         below = f"{name}/"
-        return [
-            lease
-            for lease in self._leases.values()
-            if any(used == name or used.startswith(below) for used in lease.uses)
-        ]
+        return any(used == name or used.startswith(below) for used in lease.uses)
 
     def wanted(
         self, uses: Mapping[str, Cleanup], asked_by: str, now: float

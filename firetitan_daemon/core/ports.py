@@ -17,6 +17,7 @@ from firetitan_daemon.core.records import (
     Deployment,
     Lane,
     Lease,
+    Moment,
     Operation,
     RecoveryPoint,
     Session,
@@ -163,14 +164,14 @@ class Store(Protocol):
     async def acknowledge(self, session: str, client_id: str, through_seq: int) -> list[SpoolRef]:
         """Forget results of a lane up to a seq; returns the spool files to remove."""
 
-    async def untaken_results(self, before: float) -> Sequence[Operation]:
-        """Operations that ended before a time and whose result was not acknowledged."""
+    async def untaken_results(self, before: Moment) -> Sequence[Operation]:
+        """Operations that ended before a moment and whose result was not acknowledged."""
 
     async def forget_results(self, operation_ids: Sequence[str]) -> list[SpoolRef]:
         """Forget the results of operations; returns the spool files to remove."""
 
-    async def delete_operations(self, before: float) -> int:
-        """Delete what ended before a time and belongs to no session; returns how many."""
+    async def delete_operations(self, before: Moment) -> int:
+        """Delete what ended before a moment and belongs to no session; returns how many."""
 
     async def check(self) -> Sequence[str]:
         """Look the ledger over; what is wrong with it, empty: nothing."""

@@ -24,6 +24,17 @@ class Expiry:
     """`Clock.monotonic` when it was saved."""
 
 
+@dataclass(frozen=True)
+class Moment:
+    """A moment by both clocks: within its boot the one that never jumps counts."""
+
+    wall_s: float
+    """Unix seconds."""
+    boot_id: str
+    """The boot of the machine that `monotonic_s` belongs to."""
+    monotonic_s: float
+
+
 class ResourceState(StrEnum):
     """Life of a trainer or a deployment."""
 
@@ -201,8 +212,12 @@ class Operation:
     would have to be replayed, until a recovery point holds it."""
     result: SpoolRef | None = None
     """A serialized Operation with only its result set; None once it was acknowledged."""
+    forgotten: bool = False
+    """Nobody took its result in time: that is gone."""
     error: ErrorRecord | None = None
     finish_time: float = 0.0
+    finished: Moment | None = None
+    """What its age is measured from; None while it is open, and in rows of older versions."""
     staging: str = ""
     """Where an open save writes; kept until it is settled."""
     graph: str = ""

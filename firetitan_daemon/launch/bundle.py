@@ -75,19 +75,15 @@ class Bundle:
         """
         durable.make_folder(self.folder, 0o700)
         descriptor = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        return descriptor
+        return descriptor if _taken(descriptor) else None
 
     def locked(self) -> bool:
-        """Whether a worker lives in this folder."""
-        if not self.folder.is_dir():
+        """Whether a worker lives in this folder; writes nothing, a full disk can be asked too."""
+        try:
+            descriptor = os.open(self.lock_path, os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError):
             return False
-        descriptor = self.lock()
-        if descriptor is None:
+        if not _taken(descriptor):
             return True
         os.close(descriptor)
         return False
@@ -159,10 +155,10 @@ class Bundle:
         durable.sweep_temporaries(self.folder)
 
     def discard(self) -> None:
-        """Remove everything but the log; without a log the folder too."""
+        """Remove everything but the log; where nothing was logged, the folder too."""
         self.forget()
         self.lock_path.unlink(missing_ok=True)
-        if self.folder.is_dir() and not self.log.exists():
+        if self.folder.is_dir() and not (self.log.exists() and self.log.stat().st_size):
             shutil.rmtree(self.folder)
 
     def _read(self, name: str, message: worker_pb2.WorkerSpec | worker_pb2.BootstrapResult) -> None:
@@ -171,3 +167,16 @@ class Bundle:
             json_format.Parse(path.read_text(encoding="utf-8"), message)
         except (OSError, UnicodeDecodeError, json_format.ParseError) as error:
             raise BundleError(f"{path}: {error}") from error
+
+
+def _taken(descriptor: int) -> bool:
+    """Lock an open file; closes it where another has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return False
+    except OSError:
+        os.close(descriptor)
+        raise
+    return True

@@ -8,6 +8,7 @@ environment; threads and malloc are set before its first import.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 from firetitan_daemon import handshake
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.records import WorkerSpec
+from firetitan_daemon.disk_errors import cannot_write
 from firetitan_daemon.launch import convert
 from firetitan_daemon.launch.bundle import Bundle, BundleError
 from firetitan_daemon.launch.process import OsProcess, adopt_child
@@ -60,6 +62,11 @@ HUB_TOKENS = frozenset({"HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN"})
 """But for these: the worker is who downloads from the hub."""
 PROXIES = frozenset({"http_proxy", "https_proxy", "no_proxy", "all_proxy"})
 
+_OF_THE_DISK = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+)
+"""Errors that last until someone sees to the disk; others are of the moment, such as no memory."""
+
 log = logging.getLogger(__name__)
 
 
@@ -88,9 +95,16 @@ class LocalLauncher:
 
         Raises:
             FiretitanError: ALREADY_EXISTS where it runs already; WORKER_UNAVAILABLE, with the end
-                of its log, where it died or did not serve in time.
+                of its log, where it died or did not serve in time, or where this machine could
+                start none; STATE_DISK_FULL or STATE_NOT_WRITABLE. No process is left then.
         """
         bundle = Bundle(self._workers, spec.worker_id)
+        try:
+            return await self._launch(spec, bundle)
+        except (BundleError, OSError) as error:
+            raise self._failure(spec, "was not started", error) from error
+
+    async def _launch(self, spec: WorkerSpec, bundle: Bundle) -> RemoteWorker:
         incarnation = uuid.uuid4().hex
         socket = handshake.socket_path(self._run, spec.worker_id, incarnation)
         self._run.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -104,28 +118,25 @@ class LocalLauncher:
             bundle.check_owned()
             bundle.prepare(convert.spec_to_proto(spec, f"unix:{socket}", incarnation))
             process = start(spec, bundle, lock)
-        except BundleError as error:
-            raise FiretitanError(
-                Reason.WORKER_UNAVAILABLE, f"worker {spec.worker_id} was not started: {error}"
-            ) from error
         finally:
             os.close(lock)
         try:
             await self._wait_until_serving(bundle, process)
             worker = self._connect(spec, bundle, process, socket)
             await self._check(worker, bundle, socket, incarnation)
-        except BaseException as error:
+        except BaseException:
             # Nobody else knows of this process.
             process.kill()
             await process.wait()
-            if isinstance(error, BundleError):
-                raise FiretitanError(
-                    Reason.WORKER_UNAVAILABLE,
-                    f"worker {spec.worker_id} did not start right: {error}",
-                ) from error
             raise
         log.info("event=launched worker=%s pid=%d", spec.worker_id, process.pid)
         return worker
+
+    def _failure(self, spec: WorkerSpec, what: str, error: BundleError | OSError) -> FiretitanError:
+        """What is tried again: a disk is waited for, tries after anything else are counted."""
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            return cannot_write(self._workers, error)
+        return FiretitanError(Reason.WORKER_UNAVAILABLE, f"worker {spec.worker_id} {what}: {error}")
 
     async def adopt(self, spec: WorkerSpec) -> RemoteWorker | None:
         """The live worker of a specification, or None; its identity is checked.
@@ -133,8 +144,9 @@ class LocalLauncher:
         A process that is not beyond doubt this worker is left alone.
 
         Raises:
-            FiretitanError: WORKER_UNAVAILABLE where it lives but does not answer; UNSUPPORTED where
-                it speaks a protocol that this daemon does not.
+            FiretitanError: WORKER_UNAVAILABLE where it lives but does not answer, or where it
+                could not be seen whether it lives; UNSUPPORTED where it speaks a protocol that
+                this daemon does not.
         """
         bundle = Bundle(self._workers, spec.worker_id)
         try:
@@ -158,12 +170,26 @@ class LocalLauncher:
         except BundleError as error:
             log.warning("event=not_adopted worker=%s cause=%r", spec.worker_id, str(error))
             return None
+        except OSError as error:
+            # Not that it is dead: whoever asks, asks again.
+            raise FiretitanError(
+                Reason.WORKER_UNAVAILABLE, f"worker {spec.worker_id} cannot be looked for: {error}"
+            ) from error
         log.info("event=adopted worker=%s pid=%d", spec.worker_id, process.pid)
         return worker
 
     async def discard(self, spec: WorkerSpec) -> None:
-        """Remove what is left of a dead worker but its log; a live one is left alone."""
-        bundle = Bundle(self._workers, spec.worker_id)
+        """Remove what is left of a dead worker but its log; a live one is left alone.
+
+        Raises:
+            FiretitanError: STATE_NOT_WRITABLE, WORKER_UNAVAILABLE; some of it may be left.
+        """
+        try:
+            self._discard(spec, Bundle(self._workers, spec.worker_id))
+        except OSError as error:
+            raise self._failure(spec, "was not removed", error) from error
+
+    def _discard(self, spec: WorkerSpec, bundle: Bundle) -> None:
         if bundle.locked():
             log.warning("event=left_alone worker=%s cause='it still runs'", spec.worker_id)
             return
@@ -295,8 +321,15 @@ def start(spec: WorkerSpec, bundle: Bundle, lock: int) -> OsProcess:
             close_fds=True,
             pass_fds=(lock,),
         )
+    try:
+        process = OsProcess(child.pid, os.pidfd_open(child.pid), bundle.read_exit)
+    except BaseException:
+        # Out of descriptors, say: nobody could end it any more.
+        child.kill()
+        child.wait()
+        raise
     adopt_child(child)
-    return OsProcess(child.pid, os.pidfd_open(child.pid), bundle.read_exit)
+    return process
 
 
 def environment(ours: Mapping[str, str], num_threads: int) -> dict[str, str]:

@@ -59,6 +59,9 @@ class OperationMessages:
         message = convert.operation(operation)
         if operation.state is not OperationState.DONE:
             return message
+        if operation.forgotten:
+            message.error.CopyFrom(to_status(_forgotten(operation)))
+            return message
         if operation.result is not None and max_result_bytes is not None:
             if operation.result.size_bytes > max_result_bytes:
                 message.result_omitted = True
@@ -207,3 +210,12 @@ class OperationServicer:
         await acknowledge(first.acked_through)
         async for request in requests:
             await acknowledge(request.acked_through)
+
+
+def _forgotten(operation: Operation) -> FiretitanError:
+    return FiretitanError(
+        Reason.OPERATION_NOT_FOUND,
+        f"{operation.name}: this {operation.method} was carried out, but nobody took its result "
+        "within retention.results_s, and it is forgotten; what it did stands",
+        operation=operation.name,
+    )

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.store.disk import is_full
+from firetitan_daemon.disk_errors import is_full
 
 MAX_BYTES = {"adapter_config.json": 1 << 20, "adapter_model.safetensors": 32 << 30}
 """The files of an adapter, and how large they may be."""

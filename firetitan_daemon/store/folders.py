@@ -25,8 +25,8 @@ from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import ADAPTERS, Folders
 from firetitan_daemon.core.worker_ports import LoadSource
+from firetitan_daemon.disk_errors import cannot_write
 from firetitan_daemon.store.adapters import fetch_adapter, readable_name
-from firetitan_daemon.store.disk import cannot_write
 
 logger = logging.getLogger("firetitan.folders")
 STAGING = "staging"
@@ -143,6 +143,9 @@ class FileFolders(Folders):
     def _discard(self, folder: Path) -> None:
         inside = folder.parent.parent == self._root and folder.parent.name in (STAGING, *KINDS)
         assert inside, f"{folder} is not a folder of {self._root}"
+        if folder.parent.name == STAGING and folder.exists():
+            # Whoever still writes there finds it gone, and adds nothing behind the removal.
+            folder = folder.rename(folder.with_name(uuid.uuid4().hex))
         durable.remove(folder)
 
     def _sweep(self, keep: Sequence[str]) -> int:

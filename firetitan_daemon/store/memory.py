@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from firetitan_daemon.core.expiry import ended_before
 from firetitan_daemon.core.model_records import Model
 from firetitan_daemon.core.ports import Change, Ledger, Store
 from firetitan_daemon.core.records import (
@@ -16,6 +17,7 @@ from firetitan_daemon.core.records import (
     Deployment,
     Lane,
     Lease,
+    Moment,
     Operation,
     RecoveryPoint,
     Session,
@@ -195,10 +197,10 @@ class MemoryStore(Store):
             self._lanes[session, client_id] = replace(lane, acked_through=acked)
         return refs
 
-    async def untaken_results(self, before: float) -> Sequence[Operation]:
-        """Operations that ended before a time and whose result was not acknowledged."""
+    async def untaken_results(self, before: Moment) -> Sequence[Operation]:
+        """Operations that ended before a moment and whose result was not acknowledged."""
         rows = self._operations.values()
-        return [one for one in rows if one.done and one.result and one.finish_time < before]
+        return [one for one in rows if one.result and ended_before(one, before)]
 
     async def forget_results(self, operation_ids: Sequence[str]) -> list[SpoolRef]:
         """Forget the results of operations; returns the spool files to remove."""
@@ -206,13 +208,13 @@ class MemoryStore(Store):
         for one in [self._operations[key] for key in operation_ids if key in self._operations]:
             if one.result is not None:
                 refs.append(one.result)
-                self._operations[one.id] = replace(one, result=None)
+                self._operations[one.id] = replace(one, result=None, forgotten=True)
         return refs
 
-    async def delete_operations(self, before: float) -> int:
-        """Delete what ended before a time and belongs to no session; returns how many."""
-        rows = [one for one in self._operations.values() if one.done and not one.client_id]
-        old = [one.id for one in rows if one.finish_time < before]
+    async def delete_operations(self, before: Moment) -> int:
+        """Delete what ended before a moment and belongs to no session; returns how many."""
+        rows = [one for one in self._operations.values() if not one.client_id]
+        old = [one.id for one in rows if ended_before(one, before)]
         for key in old:
             del self._operations[key]
         return len(old)

@@ -21,7 +21,7 @@ from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Spool
 from firetitan_daemon.core.records import SpoolRef
-from firetitan_daemon.store.disk import cannot_write
+from firetitan_daemon.disk_errors import cannot_write
 
 logger = logging.getLogger("firetitan.spool")
 _P = ParamSpec("_P")

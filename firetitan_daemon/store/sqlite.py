@@ -28,6 +28,7 @@ from firetitan_daemon.core.records import (
     Deployment,
     Lane,
     Lease,
+    Moment,
     Operation,
     OperationState,
     RecoveryPoint,
@@ -37,9 +38,10 @@ from firetitan_daemon.core.records import (
     Trainer,
     WorkerSpec,
 )
+from firetitan_daemon.disk_errors import disk_full, not_writable
 from firetitan_daemon.store import schema
 from firetitan_daemon.store.codec import UnreadableRecordError, decode, encode
-from firetitan_daemon.store.disk import Ballast, disk_full, not_writable
+from firetitan_daemon.store.disk import Ballast
 from firetitan_daemon.store.rules import clamp, in_use, reused, stood_on, trainer_of, unknown_page
 
 _NOT_WRITABLE = ("SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_CANTOPEN")
@@ -65,6 +67,11 @@ _SAVED = (
 _CLEANUP = (
     "INSERT INTO cleanups (name, body) VALUES (?, ?)"
     " ON CONFLICT (name) DO UPDATE SET body = excluded.body"
+)
+_ENDED_BEFORE = (
+    "CASE json_extract(body, '$.finished.boot_id') WHEN ?"
+    " THEN json_extract(body, '$.finished.monotonic_s') < ?"
+    " ELSE json_extract(body, '$.finish_time') < ? END"
 )
 _CHECKPOINT = _SAVED.format(table="checkpoints", key="name")
 _SNAPSHOT = _SAVED.format(table="snapshots", key="id")
@@ -164,19 +171,19 @@ class SqliteStore(Store):
         """Forget results of a lane up to a seq; returns the spool files to remove."""
         return await self._run(self._acknowledge, session, client_id, clamp(through_seq))
 
-    async def untaken_results(self, before: float) -> Sequence[Operation]:
-        """Operations that ended before a time and whose result was not acknowledged."""
+    async def untaken_results(self, before: Moment) -> Sequence[Operation]:
+        """Operations that ended before a moment and whose result was not acknowledged."""
         # Chosen here and not by whoever reads the rows: there may be a day's, and a few are old.
-        where = "operations WHERE has_result = 1 AND done = 1"
-        where += " AND json_extract(body, '$.finish_time') < ?"
-        return await self._run(self._all, Operation, where, before)
+        where = f"operations WHERE has_result = 1 AND done = 1 AND {_ENDED_BEFORE}"
+        boot_id, running_s, wall_s = before.boot_id, before.monotonic_s, before.wall_s
+        return await self._run(self._all, Operation, where, boot_id, running_s, wall_s)
 
     async def forget_results(self, operation_ids: Sequence[str]) -> list[SpoolRef]:
         """Forget the results of operations; returns the spool files to remove."""
         return await self._run(self._forget_results, operation_ids) if operation_ids else []
 
-    async def delete_operations(self, before: float) -> int:
-        """Delete what ended before a time and belongs to no session; returns how many."""
+    async def delete_operations(self, before: Moment) -> int:
+        """Delete what ended before a moment and belongs to no session; returns how many."""
         return await self._run(self._delete_operations, before)
 
     async def check(self) -> Sequence[str]:
@@ -440,16 +447,17 @@ class SqliteStore(Store):
         taken = [one for one in found if one is not None and one.result is not None]
         with self._transaction(durable=False):
             for operation in taken:
-                self._put_operation(replace(operation, result=None))
+                self._put_operation(replace(operation, result=None, forgotten=True))
         return [one.result for one in taken if one.result]
 
-    def _delete_operations(self, before: float) -> int:
+    def _delete_operations(self, before: Moment) -> int:
         query = (
             "DELETE FROM operations WHERE done = 1 AND client_id = '' AND has_payload = 0"
-            " AND json_extract(body, '$.finish_time') < ?"
+            f" AND {_ENDED_BEFORE}"
         )
+        clocks = before.boot_id, before.monotonic_s, before.wall_s
         with self._transaction(durable=False):
-            return self._db.execute(query, (before,)).rowcount
+            return self._db.execute(query, clocks).rowcount
 
     def _one(self, kind: type[_T], where: str, *arguments: str | int) -> _T | None:
         row = self._db.execute(f"SELECT body FROM {where}", arguments).fetchone()

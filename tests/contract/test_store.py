@@ -19,6 +19,7 @@ from firetitan_daemon.core.records import (
     Lane,
     LoadedFrom,
     LoraSettings,
+    Moment,
     Operation,
     OperationState,
     ResourceState,
@@ -383,11 +384,47 @@ async def test_what_nobody_asks_for_can_be_forgotten(store: Store) -> None:
         operation(5, **made),
     ]
     await store.write(Change(operations=rows))
-    assert [one.id for one in await store.untaken_results(20.0)] == ["op1"]
+    before = Moment(20.0, "boot", 500.0)
+    assert [one.id for one in await store.untaken_results(before)] == ["op1"]
     assert await store.forget_results(["op1", "nowhere"]) == [refs[1]]
-    assert await store.untaken_results(20.0) == []
+    assert await store.untaken_results(before) == []
+    forgotten, other = await store.operation("op1"), await store.operation("op2")
+    assert forgotten is not None and forgotten.forgotten and forgotten.result is None
+    assert other is not None and not other.forgotten
     assert refs[1] not in (await store.load()).spool
-    assert await store.delete_operations(20.0) == 1
+    assert await store.delete_operations(before) == 1
     left = [await store.operation(f"op{number}") for number in range(1, 6)]
     # Those of sessions stay: they are what a repeat is known by.
     assert [one is not None for one in left] == [True, True, False, True, True]
+
+
+async def test_within_a_boot_age_is_told_by_the_clock_that_never_jumps(store: Store) -> None:
+    made = {"target": "trainers/t", "client_id": "", "seq": 0, "commit_seq": 0}
+    # (by the wall clock, boot, by the other one): whether it ended before (20, "boot", 500).
+    moments = {
+        (10.0, "boot", 499.0): True,
+        (30.0, "boot", 499.0): True,
+        (10.0, "boot", 501.0): False,
+        (10.0, "former boot", 501.0): True,
+        (30.0, "former boot", 499.0): False,
+    }
+    for offset, more in ((0, {}), (100, made)):
+        rows = [
+            operation(
+                offset + number,
+                state=OperationState.DONE,
+                finish_time=moment[0],
+                finished=Moment(*moment),
+                result=SpoolRef(f"/spool/{number}", 1, "d"),
+                **more,
+            )
+            for number, moment in enumerate(moments)
+        ]
+        await store.write(Change(operations=rows))
+    before = Moment(20.0, "boot", 500.0)
+    old = [number for number, is_old in enumerate(moments.values()) if is_old]
+    found = {one.id for one in await store.untaken_results(before)}
+    assert found == {f"op{offset + number}" for offset in (0, 100) for number in old}
+    assert await store.delete_operations(before) == len(old)
+    left = [await store.operation(f"op{100 + number}") for number in range(len(moments))]
+    assert [one is None for one in left] == list(moments.values())

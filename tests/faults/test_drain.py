@@ -1,14 +1,21 @@
-"""SIGTERM with commands running and waiting: one ends, the others are the next daemon's."""
+"""SIGTERM with commands running and waiting: one ends, the others are the next daemon's.
+
+Who started the daemon as a service is told when it serves and when it begins to stop.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import grpc
 import pytest
+from firetitan.v1 import system_service_pb2
 from support.daemon import DaemonProcess
 from support.history_client import message_of
 from support.stubs import LaneClient, Stubs, reason
@@ -49,6 +56,53 @@ def test_sigterm(tmp_path: Path, grace_s: str, signals: int) -> None:
         assert [int(ended[index].optim_step.metrics["step"]) for index in (1, 3)] == [1, 2]
         assert [one.commit_seq for one in ended] == [1, 2, 3, 4]
         stubs.channel.close()
+    finally:
+        daemon.stop()
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_the_service_manager_hears_of_start_and_stop(tmp_path: Path, abstract: bool) -> None:
+    address = f"@firetitan-{uuid.uuid4().hex}" if abstract else str(tmp_path / "notify")
+    daemon = DaemonProcess(tmp_path / "home", {"NOTIFY_SOCKET": address})
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"\0{address[1:]}" if abstract else address)
+        manager.settimeout(30)
+        process = daemon.launch()
+        try:
+            assert manager.recv(4096) == b"READY=1"
+            stubs = Stubs(daemon.address)
+            # Served at once, without being sent again.
+            stubs.system.GetSystemInfo(system_service_pb2.GetSystemInfoRequest())
+            stubs.create_trainer()
+            lane = LaneClient(stubs, stubs.session())
+            (worker,) = daemon.worker_pids()
+            assert b"NOTIFY_SOCKET" not in Path(f"/proc/{worker}/environ").read_bytes()
+            # A command that cannot end: it holds the drain up.
+            os.kill(worker, signal.SIGSTOP)
+            running = lane.forward_backward()
+            process.send_signal(signal.SIGTERM)
+            assert manager.recv(4096) == b"STOPPING=1"
+            assert process.poll() is None
+            os.kill(worker, signal.SIGCONT)
+            assert daemon.wait_exit(60) == 0
+            manager.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                manager.recv(4096)
+            daemon.start({"NOTIFY_SOCKET": ""})
+            stubs.done(running)
+            stubs.channel.close()
+        finally:
+            daemon.stop()
+
+
+def test_a_service_manager_that_does_not_listen_keeps_nobody(tmp_path: Path) -> None:
+    daemon = DaemonProcess(tmp_path / "home", {"NOTIFY_SOCKET": str(tmp_path / "nobody")})
+    try:
+        daemon.start()
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.wait_exit(60) == 0
+        assert daemon.log.count("the service manager was not told") == 2
     finally:
         daemon.stop()
 

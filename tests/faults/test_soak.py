@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import threading
 import time
@@ -12,7 +13,8 @@ import psutil
 import pytest
 from firetitan.v1 import operation_service_pb2, system_service_pb2
 from support.daemon import DaemonProcess
-from support.history_client import Training
+from support.history import CANCELLED, STEP
+from support.history_client import Training, TrainingClient
 from support.sizes import figure, size
 from support.stubs import Stubs
 
@@ -20,6 +22,19 @@ SECONDS = size(45, 600)
 CLIENTS = size(12, 64)
 FEWEST_COMMANDS_A_SECOND = 5
 MOST_GROWTH_MIB_A_MINUTE = size(24, 1)
+CANCELLERS = 4
+CANCEL_WITHIN_S = size(0.3, 1.0)
+"""About what a command takes to its end, so that some are cancelled as they run."""
+DEATHS = ("worker.applied", "sampler.applying")
+FAILPOINTS = ";".join(
+    (
+        # Commands run long enough to be cancelled while they do, or wait behind one that does.
+        "engine.step=delay(2)",
+        f"worker.applied={size(200, 5_000)}*off->kill_once",
+        f"sampler.applying={size(2, 6)}*off->kill_once",
+    )
+)
+"""Slow steps; a trainer dies once in a command it has run, a sampler in a hotload."""
 
 pytestmark = pytest.mark.timeout(SECONDS + size(240, 1800))
 
@@ -54,7 +69,8 @@ def watch_process(pid: int) -> list[tuple[float, int, int]]:
 
 
 def test_many_clients_at_everything(tmp_path: Path) -> None:
-    daemon = DaemonProcess(tmp_path / "home", {"FIRETITAN_RECOVERY_INTERVAL_S": "2"})
+    settings = {"FIRETITAN_RECOVERY_INTERVAL_S": "2", "FIRETITAN_FAILPOINTS": FAILPOINTS}
+    daemon = DaemonProcess(tmp_path / "home", settings)
     daemon.start()
     stubs = Stubs(daemon.address)
     try:
@@ -64,15 +80,19 @@ def test_many_clients_at_everything(tmp_path: Path) -> None:
         work = Training(daemon.address, session, tmp_path / "history.jsonl")
         for index in range(CLIENTS):
             work.add(f"client-{index}", save_every=size(40, 400)).start()
-        saver, canceller = work.add("saver"), work.add("canceller")
-        saver.open()
-        canceller.open()
+        saver = work.add("saver")
+        cancellers = [work.add(f"canceller-{index}") for index in range(CANCELLERS)]
+        for one in (saver, *cancellers):
+            one.open()
 
         def sync() -> None:
             (ended,) = saver.send("SaveSnapshot")
             if not ended.HasField("error"):
                 loaded = stubs.hotload("deployments/d", ended.snapshot.name)
                 assert not loaded.HasField("error"), loaded.error
+
+        def cancel(client: TrainingClient) -> None:
+            client.send("ForwardBackward", STEP, cancel_within_s=CANCEL_WITHIN_S)
 
         def look() -> None:
             stubs.system.GetSystemInfo(system_service_pb2.GetSystemInfoRequest())
@@ -83,7 +103,7 @@ def test_many_clients_at_everything(tmp_path: Path) -> None:
         others = [
             Repeat(sync, size(3.0, 10.0)),
             Repeat(lambda: stubs.sample(), 0.1),
-            Repeat(lambda: canceller.send("ForwardBackward", cancel=True), 0.2),
+            *(Repeat(functools.partial(cancel, one), 0.05) for one in cancellers),
             Repeat(look, 0.2),
         ]
         for one in others:
@@ -101,6 +121,9 @@ def test_many_clients_at_everything(tmp_path: Path) -> None:
     finally:
         stubs.channel.close()
         daemon.stop()
+    cancelled = [one for one in history.listed if one.outcome == CANCELLED]
+    assert cancelled and {one.operation for one in cancelled} == history.cancelled
+    assert all((daemon.home / f"failpoint-{place}").exists() for place in DEATHS)
     # The first third warms up.
     late = measured[len(measured) // 3 :]
     slope, _ = statistics.linear_regression([at for at, _, _ in late], [rss for _, rss, _ in late])
@@ -113,6 +136,7 @@ def test_many_clients_at_everything(tmp_path: Path) -> None:
         clients=CLIENTS,
         commands=len(history.listed),
         commands_a_second=round(rate, 1),
+        cancelled=len(cancelled),
         refused_for_now=sum(one.refused for one in work.clients),
         growth_mib_a_minute=round(growth, 2),
         descriptors=max(descriptors),

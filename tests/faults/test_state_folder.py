@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 import pytest
-from firetitan.v1 import operation_pb2, operation_service_pb2
+from firetitan.v1 import (
+    deployment_pb2,
+    deployment_service_pb2,
+    operation_pb2,
+    operation_service_pb2,
+)
 from support.daemon import DaemonProcess
-from support.disks import Disk, needs_root
+from support.disks import Disk, needs_root, sealed
 from support.stubs import LaneClient, Stubs, reason, status_reason
 
 from firetitan_daemon.doctor import examine
@@ -144,6 +152,83 @@ def test_a_disk_that_fails_under_the_whole_home(tmp_path: Path) -> None:
     finally:
         world.close()
         disk.unmount()
+
+
+@needs_root
+@pytest.mark.parametrize("dies", ["sampler", "trainer"])
+@pytest.mark.parametrize("part", ["state.db-wal", "workers"])
+def test_what_happens_while_a_part_is_read_only_is_caught_up_with(
+    world: World, part: str, dies: str
+) -> None:
+    """A worker dies, a hotload ends and a step goes on while the ledger or `workers/` is sealed."""
+    world.daemon.environment["FIRETITAN_FAILPOINTS"] += ";hotload.applied=note"
+    world.start()
+    daemon, stubs, home = world.daemon, world.stubs, world.daemon.home
+    snapshot = stubs.done(world.lane.save_snapshot("one")).snapshot.name
+    stubs.create_deployment("other")
+    other, path = deployment(stubs, "other").worker_pid, home / part
+    os.kill(other, signal.SIGSTOP)  # the hotload does not end before all is sealed
+    request = deployment_service_pb2.HotloadSnapshotRequest(
+        deployment="deployments/other", snapshot=snapshot, request_id=uuid.uuid4().hex
+    )
+    hotload = stubs.deployments.HotloadSnapshot(request).operation
+    sent = world.send()
+    (dead,) = set(daemon.worker_pids(dies)) - {other}
+    with sealed(path):
+        if part == "workers":
+            refused = stubs.create_trainer("refused")
+            assert status_reason(refused.error) == "STATE_NOT_WRITABLE"
+            assert str(path) in refused.error.message
+        else:
+            world.check_refused(home / "state.db")
+        told = len(daemon.log)
+        os.kill(dead, signal.SIGKILL)
+        os.kill(other, signal.SIGCONT)
+        until((home / "failpoint-hotload.applied").exists)
+        until(lambda: dead not in daemon.worker_pids())
+        # It tries, more often than a worker may die in a minute, and says where it cannot write.
+        until(lambda: daemon.log[told:].count("cannot write to") > 5)
+        if part == "workers":
+            stubs.done(hotload)
+        else:
+            not_done(world, hotload, 2.5)
+        for one in ("d", "other"):
+            assert deployment(stubs, one).state != deployment_pb2.Deployment.STATE_FAILED
+    world.check_done([hotload, *sent])
+    check_served(world, snapshot)
+    # What was caught up with is in the ledger too.
+    pids = sorted(daemon.worker_pids())
+    daemon.kill()
+    daemon.start()
+    check_served(world, snapshot)
+    assert sorted(daemon.worker_pids()) == pids
+
+
+def check_served(world: World, snapshot: str) -> None:
+    """Both deployments answer as recorded, and each worker is there once."""
+    stubs = world.stubs
+    assert stubs.sample().sequences == world.before
+    assert stubs.sample("deployments/other").snapshot == snapshot
+    for one in ("d", "other"):
+        assert deployment(stubs, one).state == deployment_pb2.Deployment.STATE_ACTIVE
+    until(lambda: len(world.daemon.worker_pids()) == 3)
+    request = operation_service_pb2.ListOperationsRequest(
+        parent=world.lane.session, pending_only=True
+    )
+    assert not stubs.retry(stubs.operations.ListOperations, request).operations
+
+
+def deployment(stubs: Stubs, deployment_id: str) -> deployment_pb2.Deployment:
+    request = deployment_service_pb2.GetDeploymentRequest(name=f"deployments/{deployment_id}")
+    return stubs.retry(stubs.deployments.GetDeployment, request).deployment
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for what happens by itself."""
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.02)
 
 
 def end_all(daemon: DaemonProcess) -> None:

@@ -64,12 +64,13 @@ def run(
     kill_at: int = -1,
     both: bool = False,
     idle: bool = False,
+    by: int = signal.SIGKILL,
     until: Callable[[system_service_pb2.SessionRecovery], bool] = lambda stats: True,
 ) -> tuple[dict[str, str], system_service_pb2.SessionRecovery]:
     """Send the commands; before command `kill_at` the trainer, or both, are killed by hand.
 
-    With `idle` the trainer has finished what it was sent by then. Points are made by themselves: it
-    ends once `until` holds too.
+    The trainer gets the signal `by`. With `idle` it has finished what it was sent by then. Points
+    are made by themselves: it ends once `until` holds too.
     """
     daemon = DaemonProcess(home, {**OFTEN, **environment})
     daemon.start()
@@ -93,7 +94,7 @@ def run(
                     pid = trainer_pid(daemon)
                     if both:
                         daemon.kill()
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(pid, by)
                     if both:
                         daemon.start()
                 sent.append(call())
@@ -153,6 +154,36 @@ def test_killed_by_hand(tmp_path: Path, undisturbed: dict[str, str], seed: int, 
     saved, stats = run(tmp_path, {}, kill_at, both, until=lambda stats: stats.recoveries >= 1)
     assert saved == undisturbed
     assert stats.recoveries == 1
+
+
+@pytest.mark.parametrize(
+    ("by", "cause"),
+    [
+        (signal.SIGSEGV, "killed by SIGSEGV"),
+        (signal.SIGABRT, "killed by SIGABRT"),
+        # A worker that takes leave although nobody asked it to.
+        (signal.SIGTERM, "exited with code 0"),
+    ],
+)
+def test_ended_by_another_signal(
+    tmp_path: Path, undisturbed: dict[str, str], by: int, cause: str
+) -> None:
+    saved, stats = run(tmp_path, {}, kill_at=8, by=by, until=lambda stats: stats.recoveries >= 1)
+    assert saved == undisturbed
+    assert stats.recoveries == 1
+    assert cause in (tmp_path / "test-daemon.log").read_text()
+
+
+@pytest.mark.parametrize("place", ["engine.step", "worker.applied"])
+def test_left_by_os_exit(tmp_path: Path, undisturbed: dict[str, str], place: str) -> None:
+    saved, stats = run(
+        tmp_path,
+        {"FIRETITAN_FAILPOINTS": f"{place}=4*off->exit_once(3)"},
+        until=lambda stats: stats.recoveries >= 1,
+    )
+    assert saved == undisturbed
+    assert stats.recoveries == 1
+    assert "exited with code 3" in (tmp_path / "test-daemon.log").read_text()
 
 
 @pytest.mark.parametrize("place", PLACES)

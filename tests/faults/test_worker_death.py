@@ -61,9 +61,12 @@ def test_a_dead_trainer_says_what_was_lost_and_can_go_on(
     daemon.start()
     stubs.create_trainer()
     lane = LaneClient(stubs, stubs.session())
-    lane.step()
+    first = stubs.done(lane.forward_backward())
+    stubs.done(lane.optim_step())
     saved = stubs.done(lane.save_state("good")).checkpoint
     lane.step()
+    # Gradients that no step will take, and a command that waits for one that never comes.
+    stubs.done(lane.forward_backward())
     held = lane.optim_step(seq=lane.seq + 1)
     pid = trainer(stubs).worker_pid
     if daemon_too:
@@ -76,8 +79,23 @@ def test_a_dead_trainer_says_what_was_lost_and_can_go_on(
     ended = stubs.wait(held.name)
     assert status_reason(ended.error) == "SESSION_LOSS"
     loss = loss_of(ended.error)
-    assert (loss.restored_step, loss.lost_steps) == (1, 1)
-    assert list(loss.lost_operations) == [held.name] and "good" in loss.hint
+    how = (
+        "it was gone when the daemon started"
+        if daemon_too
+        else "killed by SIGKILL, by hand or by the system for lack of memory"
+    )
+    assert loss == error_pb2.SessionLoss(
+        session=lane.session,
+        cause=f"{how}; no replay: payloads of 5 of 5 commands to replay are gone, the first of "
+        f"ForwardBackward {first.name}: over recovery.max_spool_bytes, or recovery.enabled was off",
+        restored_step=1,
+        restored_from=saved.name,
+        lost_steps=1,
+        lost_backwards=1,
+        lost_operations=[held.name],
+        hint="create trainers/t again with the same id and open its session, then "
+        "load_state_with_optimizer('good') (step 1), then resubmit from step 2",
+    )
     with pytest.raises(grpc.RpcError) as caught:
         lane.optim_step()
     assert reason(caught.value) == "SESSION_LOSS"

@@ -1,20 +1,37 @@
-"""Small disks of a test's own: ext4 in a file, mounted at a folder. Needs root."""
+"""Small disks of a test's own: ext4 in a file, mounted at a folder; what is sealed. Needs root."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-_TOOLS = ("mkfs.ext4", "mount", "umount")
+_TOOLS = ("mkfs.ext4", "mount", "umount", "chattr")
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or any(shutil.which(tool) is None for tool in _TOOLS),
     reason=f"mounting an ext4 needs root and {', '.join(_TOOLS)}",
 )
+
+
+@contextlib.contextmanager
+def sealed(path: Path) -> Iterator[None]:
+    """Refuse every write to one file, or every name new in one folder, also to who has it open.
+
+    Unlike a disk that is mounted read-only it can be done, and undone, while files are in use.
+    """
+    done = subprocess.run(["chattr", "+i", str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"the file system of {path} seals nothing: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", str(path)], check=True)
 
 
 class Disk:

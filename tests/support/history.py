@@ -10,6 +10,7 @@ Times are seconds of the monotonic clock, which processes of one machine share.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import sys
@@ -22,7 +23,11 @@ from pathlib import Path
 
 STEP = "OptimStep"
 READ = "GetSession"
-COMMITTED, FAILED, LOST, UNKNOWN = "committed", "failed", "lost", "unknown"
+COMMITTED, FAILED, CANCELLED = "committed", "failed", "cancelled"
+LOST, UNKNOWN = "lost", "unknown"
+PLACED = (COMMITTED, FAILED, CANCELLED)
+"""Ends of commands that keep their place in the order."""
+CASCADE = "PRECEDING_FAILED"
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,10 @@ class Call:
     """Of everything in the answer."""
     operation: str = ""
     """Its name."""
+    reason: str = ""
+    """Of its error."""
+    seen_failure: int = 0
+    """Up to which place of its lane the client knew of failures when it sent this."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,8 @@ class History:
     """Every operation in the session's own order, as listed when all was quiet."""
     lost: frozenset[str] = field(default_factory=frozenset)
     """Operations that a SessionLoss named."""
+    cancelled: frozenset[str] = field(default_factory=frozenset)
+    """Operations that CancelOperation answered to be cancelled."""
 
 
 class Recorder:
@@ -71,10 +82,13 @@ class Recorder:
         self._numbers = itertools.count()
         self._source = f"{path.name}-{time.monotonic_ns()}"
 
-    def invoked(self, client: str, method: str, request_id: str, seq: int = 0) -> str:
+    def invoked(
+        self, client: str, method: str, request_id: str, seq: int = 0, seen_failure: int = 0
+    ) -> str:
         """A call is about to be sent; returns its key for `returned`."""
         key = f"{self._source}-{next(self._numbers)}"
-        call = Call(client, method, request_id, time.monotonic(), seq=seq)
+        now = time.monotonic()
+        call = Call(client, method, request_id, now, seq=seq, seen_failure=seen_failure)
         self._write("invoked", key, call)
         return key
 
@@ -92,6 +106,10 @@ class Recorder:
         """A SessionLoss named this operation."""
         self._write("lost", "", {"operation": operation})
 
+    def cancelled(self, operation: str) -> None:
+        """CancelOperation answered that this operation is cancelled."""
+        self._write("cancelled", "", {"operation": operation})
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -105,7 +123,8 @@ class Recorder:
 def load(*paths: Path) -> History:
     """The history in the files of its recorders; a last line cut off by a death is left out."""
     calls: dict[str, Call] = {}
-    listed, lost = [], set()
+    listed: list[Call] = []
+    told: dict[str, set[str]] = {"lost": set(), "cancelled": set()}
     for path in paths:
         for line in path.read_text().splitlines():
             try:
@@ -120,8 +139,10 @@ def load(*paths: Path) -> History:
             elif event == "listed":
                 listed.append(Call(**fields))
             else:
-                lost.add(fields["operation"])
-    return History(list(calls.values()), listed, frozenset(lost))
+                told[event].add(fields["operation"])
+    return History(
+        list(calls.values()), listed, frozenset(told["lost"]), frozenset(told["cancelled"])
+    )
 
 
 def judge(history: History) -> list[str]:
@@ -133,12 +154,14 @@ def judge(history: History) -> list[str]:
         *_real_time_order(history),
         *_reads(history),
         *_losses(history),
+        *_cancellations(history),
+        *_cascades(history),
     ]
 
 
 def _committed(history: History) -> list[Call]:
     """Calls of commands that came back with a place in the order."""
-    return [one for one in history.calls if one.outcome in (COMMITTED, FAILED) and one.commit_seq]
+    return [one for one in history.calls if one.outcome in PLACED and one.commit_seq]
 
 
 def _order(history: History) -> list[Call]:
@@ -212,7 +235,7 @@ def _real_time_order(history: History) -> list[str]:
     for call in history.calls:
         sent = first_sent.get(call.request_id, call.invoked)
         first_sent[call.request_id] = min(sent, call.invoked)
-        if call.outcome in (COMMITTED, FAILED) and call.commit_seq:
+        if call.outcome in PLACED and call.commit_seq:
             former = first_answer.setdefault(call.request_id, call)
             if call.returned < former.returned:
                 first_answer[call.request_id] = call
@@ -275,6 +298,47 @@ def _losses(history: History) -> list[str]:
         *(f"{one} ended as lost, and no loss names it" for one in sorted(told - history.lost)),
         *(f"{one} was acknowledged, and a loss names it" for one in sorted(done & history.lost)),
     ]
+
+
+def _cancellations(history: History) -> list[str]:
+    """What was answered to be cancelled stays so: it never ran, then or later.
+
+    That a step of it was taken in silence shows in the steps behind it, which `_dense` counts.
+    """
+    told = [one for one in [*history.calls, *history.listed] if one.outcome != UNKNOWN]
+    known = {one.operation for one in history.listed} if history.listed else history.cancelled
+    return [
+        *(
+            f"{one.operation} was answered to be cancelled, yet it ended {one.outcome}: {one}"
+            for one in told
+            if one.operation in history.cancelled and (one.outcome != CANCELLED or one.step)
+        ),
+        *(
+            f"{one} was answered to be cancelled and is gone"
+            for one in sorted(history.cancelled - known)
+        ),
+    ]
+
+
+def _cascades(history: History) -> list[str]:
+    """A command fails with those before it only where one of its lane did by itself, unseen.
+
+    A cancelled one did not. Judged where everything is listed: what is not may have failed.
+    """
+    if not history.listed:
+        return []
+    failed: dict[str, list[int]] = defaultdict(list)
+    for call in sorted(history.listed, key=lambda one: one.seq):
+        if call.outcome == FAILED and call.reason != CASCADE:
+            failed[call.client].append(call.seq)
+    problems = []
+    for call in history.calls:
+        if call.reason == CASCADE:
+            seqs = failed[call.client]
+            latest = bisect.bisect_left(seqs, call.seq) - 1
+            if latest < 0 or seqs[latest] <= call.seen_failure:
+                problems.append(f"{call.request_id} failed with none before it that failed: {call}")
+    return problems
 
 
 def main() -> int:

@@ -29,6 +29,7 @@ sys.path[:0] = [] if __package__ else [str(Path(__file__).parents[1])]
 
 from support.commands import toy_datum  # noqa: E402
 from support.history import (  # noqa: E402
+    CANCELLED,
     COMMITTED,
     FAILED,
     LOST,
@@ -85,13 +86,18 @@ def call_of(operation: operation_pb2.Operation) -> Call:
         step=_step(operation),
         digest=digest_of(operation),
         operation=operation.name,
+        reason=_reason(operation),
     )
 
 
 def _outcome(operation: operation_pb2.Operation) -> str:
     if not operation.HasField("error"):
         return COMMITTED
-    return LOST if status_reason(operation.error) == "SESSION_LOSS" else FAILED
+    return {"SESSION_LOSS": LOST, "CANCELLED": CANCELLED}.get(_reason(operation), FAILED)
+
+
+def _reason(operation: operation_pb2.Operation) -> str:
+    return status_reason(operation.error) if operation.HasField("error") else ""
 
 
 def _step(operation: operation_pb2.Operation) -> int:
@@ -166,21 +172,25 @@ class TrainingClient(threading.Thread):
         """Close the connection."""
         self.stubs.channel.close()
 
-    def send(self, *methods: str, cancel: bool = False) -> list[operation_pb2.Operation]:
+    def send(
+        self, *methods: str, cancel_within_s: float | None = None
+    ) -> list[operation_pb2.Operation]:
         """Send commands without waiting in between, then wait for each; returns how they ended.
 
         Args:
             methods: The commands.
-            cancel: Try to cancel each as soon as it is sent.
+            cancel_within_s: Try to cancel each, at a moment so soon after it was sent; None: not.
         """
         sent, all_ended = [], []
         for method in methods:
             lane, seq = self.lane, self.lane.seq
-            key = self.recorder.invoked(lane.client_id, method, f"{lane.client_id}-{seq}", seq)
+            key = self.recorder.invoked(
+                lane.client_id, method, f"{lane.client_id}-{seq}", seq, lane.seen_failure
+            )
             sent.append((key, self.submit(message_of(method, lane.client_id, seq))))
-            if cancel:
-                request = operation_service_pb2.CancelOperationRequest(name=sent[-1][1].name)
-                self.stubs.retry(self.stubs.operations.CancelOperation, request)
+            if cancel_within_s is not None:
+                time.sleep(random.uniform(0.0, cancel_within_s))
+                self.cancel(sent[-1][1])
         for key, operation in sent:
             ended = self.wait(operation)
             self.answered.append(time.monotonic())
@@ -188,9 +198,18 @@ class TrainingClient(threading.Thread):
             if ended.HasField("error"):
                 # Another client's step may have taken the gradients of this one.
                 assert status_reason(ended.error) in EXPECTED, ended.error
-                self.lane.seen_failure = ended.seq
+                # A cancelled one is no failure: those behind it run without having seen it.
+                if _outcome(ended) != CANCELLED:
+                    self.lane.seen_failure = ended.seq
             all_ended.append(ended)
         return all_ended
+
+    def cancel(self, operation: operation_pb2.Operation) -> None:
+        """Try to cancel a command, and write down where the answer says that it is."""
+        request = operation_service_pb2.CancelOperationRequest(name=operation.name)
+        answer = self.stubs.retry(self.stubs.operations.CancelOperation, request).operation
+        if _outcome(answer) == CANCELLED:
+            self.recorder.cancelled(answer.name)
 
     def submit(self, message: object) -> operation_pb2.Operation:
         """Send a command; again where it is refused for now, as a RetryInfo says."""
@@ -230,6 +249,7 @@ def note(recorder: Recorder, key: str, operation: operation_pb2.Operation) -> No
         step=_step(operation),
         digest=digest_of(operation),
         operation=operation.name,
+        reason=_reason(operation),
     )
 
 

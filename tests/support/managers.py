@@ -33,7 +33,7 @@ from firetitan_daemon.core.records import (
     Snapshot,
     Trainer,
 )
-from firetitan_daemon.core.worker_ports import Worker
+from firetitan_daemon.core.worker_ports import Worker, WorkerLauncher
 from firetitan_daemon.launch.in_process import InProcessLauncher
 from firetitan_daemon.rpc.codec import read_header
 from support.commands import GOOD, SESSION
@@ -43,11 +43,11 @@ TOY = "firetitan/toy"
 
 
 class Managers:
-    """All managers of a daemon, on workers in this process."""
+    """All managers of a daemon, on workers in this process unless another launcher is given."""
 
-    def __init__(self, root: Path, run: Path) -> None:
+    def __init__(self, root: Path, run: Path, launcher: WorkerLauncher | None = None) -> None:
         self.services = services = services_in(
-            root, limits=Limits(gap_timeout_s=0.2), launcher=InProcessLauncher(run)
+            root, limits=Limits(gap_timeout_s=0.2), launcher=launcher or InProcessLauncher(run)
         )
         self.store = services.store
         self.pool = WorkerPool(services)
@@ -150,7 +150,7 @@ def forward_backward(session: Session, *, seq: int) -> tuple[Header, str, bytes]
 def command(session: Session, message: Any, *, seq: int) -> tuple[Header, str, bytes]:
     """What `SessionManager.submit` takes, of a command on lane "a"."""
     header = message.header
-    header.session, header.epoch, header.client_id = session.name, 1, "a"
+    header.session, header.epoch, header.client_id = session.name, session.epoch, "a"
     header.seq, header.request_id = seq, f"r{seq}"
     payload = message.SerializeToString()
     return read_header(payload), type(message).__name__.removesuffix("Request"), payload

@@ -46,12 +46,12 @@ def services_in(root: Path, *, limits: Limits | None = None, **ports: Any) -> Se
     limits = limits or Limits()
     ports.setdefault("store", MemoryStore())
     ports.setdefault("spool", FileSpool(root / "spool"))
+    ports.setdefault("clock", SystemClock())
     usual: dict[str, Any] = {
         "folders": FileFolders(root / "folders"),
         "launcher": InProcessLauncher(root),
-        "clock": SystemClock(),
         "codec": ProtobufCodec(),
         "limits": limits,
-        "operations": OperationRegistry(ports["store"], ports["spool"], limits),
+        "operations": OperationRegistry(ports["store"], ports["spool"], limits, ports["clock"]),
     }
     return Services(**(usual | ports))

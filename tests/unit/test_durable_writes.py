@@ -27,7 +27,7 @@ _ALLOWED = {
     "launch/local.py": (["open"], "a worker's log"),
     "store/adapters.py": (["open"], _STAGED),
     "store/disk.py": (["open"], "the reserve against a full disk: nothing is in it"),
-    "store/folders.py": (["hardlink_to"], _STAGED),
+    "store/folders.py": (["hardlink_to", "rename"], _STAGED),
     "store/lock.py": (["os.open"], _LOCK),
 }
 

@@ -12,6 +12,7 @@ import pytest
 from firetitan.v1 import checkpoint_service_pb2, operation_pb2, training_service_pb2
 from support.commands import GOOD, SESSION, TRAINER_SPEC
 from support.held_writes import HeldWrites
+from support.managers import until
 from support.services import services_in
 from support.stubs import optim_request
 
@@ -21,8 +22,9 @@ from firetitan_daemon.control.operations import OperationRegistry
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Change, Limits
 from firetitan_daemon.core.records import Operation, OperationState, SessionState
+from firetitan_daemon.core.recovery import RecoveryLimits
 from firetitan_daemon.core.sequencer import SessionSequencer
-from firetitan_daemon.core.worker_ports import Worker
+from firetitan_daemon.core.worker_ports import Command, Outcome, Worker
 from firetitan_daemon.launch.in_process import InProcessLauncher
 from firetitan_daemon.rpc.codec import read_header
 from firetitan_daemon.store.folders import FileFolders
@@ -139,6 +141,9 @@ async def test_a_full_disk_at_settling_is_waited_out(
     operation = await bench.forward_backward()
     assert (await bench.result(operation)).forward.metrics["loss:sum"] > 0
     assert bench.store.failures == 0
+    # None is left behind by the tries that failed.
+    named = {Path(ref.path).name for ref in (await bench.store.load()).spool}
+    assert {path.name for path in bench.spool_root.iterdir()} == named
     step = await bench.result(await bench.submit(optim_request()))
     assert step.optim_step.metrics["step"] == 1
 
@@ -274,6 +279,73 @@ async def test_a_queued_command_can_be_cancelled_and_its_lane_goes_on(bench: Ben
     ]
 
 
+async def test_a_command_that_was_begun_while_its_cancellation_waited_runs(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        ends = HeldWrites(
+            bench.store, patch, lambda change: any(one.done for one in change.operations)
+        )
+        first, second = await bench.forward_backward(), await bench.forward_backward()
+        await ends.begun.wait()
+        # Waits for the row of the first; when that is written, the second is begun at once.
+        cancelling = asyncio.create_task(bench.pipeline.cancel(second))
+        await asyncio.sleep(0)
+        ends.going.set()
+        assert (await cancelling).state is OperationState.ACCEPTED
+    assert [(await bench.ended(one)).state for one in (first, second)] == [OperationState.DONE] * 2
+
+
+async def test_a_command_whose_cancellation_is_being_written_is_not_begun(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recovery = bench.pipeline.recovery
+    # Payloads are let go of behind each command: where a pipeline waits with nothing running.
+    recovery.services = replace(bench.services, recovery=RecoveryLimits(max_spool_bytes=0))
+    with monkeypatch.context() as patch:
+        behind = HeldWrites(bench.store, patch, lambda change: bool(change.released_payloads))
+        cancels = HeldWrites(
+            bench.store,
+            patch,
+            lambda change: any(one.state is OperationState.CANCELLED for one in change.operations),
+        )
+        first, second, third = [await bench.forward_backward() for _ in range(3)]
+        await behind.begun.wait()
+        cancelling = asyncio.create_task(bench.pipeline.cancel(second))
+        await cancels.begun.wait()
+        behind.going.set()
+        # From there it goes without a wait to the second's turn.
+        await until(lambda: recovery.stats.kept_bytes == 0)
+        cancels.going.set()
+        assert (await cancelling).state is OperationState.CANCELLED
+        assert [(await bench.ended(one)).state for one in (first, third)] == [
+            OperationState.DONE,
+            OperationState.DONE,
+        ]
+    assert (await bench.ended(second)).state is OperationState.CANCELLED
+    assert (await bench.worker.describe()).sessions[0].pending_backwards == 2
+
+
+async def test_a_command_that_runs_on_when_the_daemon_ends_is_not_cancelled(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executing, execute = asyncio.Event(), bench.worker.execute
+
+    async def stuck(command: Command) -> Outcome:
+        executing.set()
+        await asyncio.Event().wait()
+        return await execute(command)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.worker, "execute", stuck)
+        operation = await bench.forward_backward()
+        await executing.wait()
+        await bench.pipeline.pause(0.01)
+        assert (await bench.pipeline.cancel(operation)).state is OperationState.ACCEPTED
+    bench.pipeline.start(bench.worker)
+    assert (await bench.ended(operation)).state is OperationState.DONE
+
+
 async def test_many_senders_at_once_keep_one_order(bench: Bench) -> None:
     async def send(lane: str) -> list[Operation]:
         sent = []
@@ -303,7 +375,7 @@ async def test_a_restored_pipeline_sends_again_what_was_not_settled(bench: Bench
     await bench.pipeline.pause(5)
     operations = [await bench.forward_backward() for _ in range(2)]
     ledger = await bench.store.load()
-    registry = OperationRegistry(bench.store, bench.spool, Limits())
+    registry = OperationRegistry(bench.store, bench.spool, Limits(), bench.services.clock)
     registry.restore(ledger)
     services = replace(bench.services, operations=registry)
     sequencer = SessionSequencer.restore(SESSION, ledger.lanes, ledger.open_operations, 0.0)

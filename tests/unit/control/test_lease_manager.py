@@ -1,4 +1,4 @@
-"""Clients that come back in the very moment they are struck off."""
+"""Clients that come, or come back, in the very moment that something is taken from them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,38 @@ from pathlib import Path
 
 import pytest
 from support.held_writes import HeldWrites
+from support.managers import Managers, forward_backward, until
 from support.services import TurnedClock, services_in
 
-from firetitan_daemon.control.leases import LeaseManager
-from firetitan_daemon.core.records import Cleanup
+from firetitan_daemon.control.leases import LeaseManager, MayBegin
+from firetitan_daemon.control.session_settings import Wanted
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.records import Cleanup, ResourceState
 
 pytestmark = pytest.mark.timeout(30)
-TRAINER = "trainers/t"
+TRAINER, DEPLOYMENT = "trainers/t", "deployments/d"
+
+
+class Deletion:
+    """A deletion that asks whether it may begin, and ends, when it is told to."""
+
+    def __init__(self) -> None:
+        self.reached, self.asks = asyncio.Event(), asyncio.Event()
+        self.asked, self.ends = asyncio.Event(), asyncio.Event()
+        self.began: list[bool] = []
+        self.asks.set()
+        self.ends.set()
+
+    async def clean_up(self, name: str, cleanup: Cleanup, may_begin: MayBegin) -> None:
+        self.reached.set()
+        await self.asks.wait()
+        self.began.append(await may_begin())
+        self.asked.set()
+        await self.ends.wait()
+
+
+async def keep_pins(alive: Callable[[str], bool]) -> None:
+    """Releases none."""
 
 
 async def test_a_client_that_comes_back_while_it_is_struck_off_stays(
@@ -25,7 +50,7 @@ async def test_a_client_that_comes_back_while_it_is_struck_off_stays(
     cleaned: list[str] = []
     pins_of: list[bool] = []
 
-    async def clean_up(name: str, cleanup: Cleanup) -> None:
+    async def clean_up(name: str, cleanup: Cleanup, may_begin: MayBegin) -> None:
         cleaned.append(name)
 
     async def release_pins(alive: Callable[[str], bool]) -> None:
@@ -54,3 +79,110 @@ async def test_a_client_that_comes_back_while_it_is_struck_off_stays(
     assert not leases.alive("late") and leases.alive("other")
     await asyncio.sleep(0.05)
     assert cleaned == [TRAINER]
+
+
+@pytest.mark.parametrize("cleanup", [Cleanup.DELETE, Cleanup.STOP])
+async def test_a_trainer_somebody_began_to_use_while_commands_ended_stays(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch, cleanup: Cleanup
+) -> None:
+    leases, operations = managers.leases, managers.services.operations
+    trainer, worker = await managers.trainer()
+    session, _ = await managers.sessions.create(trainer, worker, Wanted(), "s")
+    await leases.hold("a", "a", {TRAINER: cleanup}, None)
+    with monkeypatch.context() as patch:
+        ends = HeldWrites(
+            managers.store, patch, lambda change: any(one.done for one in change.operations)
+        )
+        running = await managers.sessions.submit(*forward_backward(session, seq=1))
+        await ends.begun.wait()
+        leaving = asyncio.create_task(leases.release("a", {TRAINER: cleanup}, everything=True))
+        await until(lambda: running.id in operations._ended)
+        await leases.hold("b", "b.py", {TRAINER: Cleanup.KEEP}, None)
+        ends.going.set()
+        (outcome,) = await leaving
+    assert (outcome.cleanup, outcome.used_by, outcome.error) == (cleanup, ["b.py"], None)
+    assert managers.trainers.get("t").state is ResourceState.ACTIVE
+    assert [one.name for one in (await managers.store.load()).cleanups] == [TRAINER]
+    await managers.done(await managers.sessions.submit(*forward_backward(session, seq=2)))
+    # It waits for whoever came, and runs when they leave.
+    assert await leases.release("b", {}, everything=True) == []
+    assert not leases.cleanups() and not (await managers.store.load()).cleanups
+    if cleanup is Cleanup.DELETE:
+        assert managers.trainers.all() == []
+    else:
+        assert managers.trainers.get("t").state is ResourceState.STOPPED
+
+
+@pytest.mark.parametrize("cleanup", [Cleanup.DELETE, Cleanup.STOP])
+async def test_a_deployment_somebody_began_to_use_while_requests_ended_stays(
+    managers: Managers, cleanup: Cleanup
+) -> None:
+    leases, activity = managers.leases, managers.services.activity
+    await managers.deployment()
+    with activity.using(DEPLOYMENT):
+        leaving = asyncio.create_task(leases.release("a", {DEPLOYMENT: cleanup}, everything=True))
+        await until(lambda: DEPLOYMENT in activity._ended)
+        await leases.hold("b", "b.py", {DEPLOYMENT: Cleanup.KEEP}, None)
+    (outcome,) = await leaving
+    assert outcome.used_by == ["b.py"]
+    assert managers.deployments.get("d").state is ResourceState.ACTIVE
+    assert [one.name for one in leases.cleanups()] == [DEPLOYMENT]
+
+
+async def test_whoever_was_told_that_it_holds_a_trainer_is_not_overlooked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deletion = Deletion()
+    deletion.asks.clear()
+    services = services_in(tmp_path)
+    leases = LeaseManager(services, 60.0, deletion.clean_up, keep_pins)
+    leaving = asyncio.create_task(leases.release("a", {TRAINER: Cleanup.DELETE}, everything=True))
+    await deletion.reached.wait()
+    holds = HeldWrites(services.store, monkeypatch, lambda change: bool(change.leases))
+    holding = asyncio.create_task(leases.hold("b", "b", {TRAINER: Cleanup.KEEP}, None))
+    await holds.begun.wait()
+    deletion.asks.set()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    holds.going.set()
+    await holding
+    (outcome,) = await leaving
+    assert deletion.began == [False] and outcome.used_by == ["b"]
+
+
+async def test_nobody_begins_to_use_what_is_being_deleted(tmp_path: Path) -> None:
+    deletion, clock = Deletion(), TurnedClock()
+    deletion.ends.clear()
+    leases = LeaseManager(services_in(tmp_path, clock=clock), 60.0, deletion.clean_up, keep_pins)
+    await leases.hold("b", "b", {DEPLOYMENT: Cleanup.KEEP}, 10.0)
+    leaving = asyncio.create_task(leases.release("a", {TRAINER: Cleanup.DELETE}, everything=True))
+    await deletion.asked.wait()
+    clock.running += 9
+    uses = {DEPLOYMENT: Cleanup.KEEP, f"{TRAINER}/sessions/s": Cleanup.KEEP}
+    with pytest.raises(FiretitanError, match=f"{TRAINER} is being deleted") as caught:
+        await leases.hold("b", "b", uses, 10.0)
+    assert caught.value.reason is Reason.RECOVERING
+    clock.running += 9
+    await leases.expire()
+    assert leases.alive("b"), "refused, it is there all the same"
+    deletion.ends.set()
+    (outcome,) = await leaving
+    assert deletion.began == [True] and not outcome.used_by
+    await leases.hold("b", "b", uses, 10.0)
+    assert leases.users(TRAINER) == ["b"]
+
+
+async def test_what_is_asked_for_while_a_clean_up_ends_is_not_forgotten(tmp_path: Path) -> None:
+    stop = Deletion()
+    stop.ends.clear()
+    services = services_in(tmp_path)
+    leases = LeaseManager(services, 60.0, stop.clean_up, keep_pins)
+    first = asyncio.create_task(leases.release("a", {TRAINER: Cleanup.STOP}, everything=True))
+    await stop.asked.wait()
+    await leases.hold("c", "c", {TRAINER: Cleanup.KEEP}, None)
+    (deferred,) = await leases.release("b", {TRAINER: Cleanup.DELETE}, everything=True)
+    assert deferred.used_by == ["c"]
+    stop.ends.set()
+    await first
+    (row,) = (await services.store.load()).cleanups
+    assert row.cleanup is Cleanup.DELETE and leases.cleanups() == [row]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.services import TurnedClock
 
 from firetitan_daemon.control.operations import OperationRegistry
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -45,7 +46,7 @@ def spool(tmp_path: Path) -> FileSpool:
 @pytest.fixture
 def registry(spool: FileSpool) -> OperationRegistry:
     limits = Limits(max_session_operations=2, max_operations=3, max_queued_bytes=100)
-    return OperationRegistry(MemoryStore(), spool, limits)
+    return OperationRegistry(MemoryStore(), spool, limits, TurnedClock())
 
 
 async def test_a_watch_keeps_the_order_of_seq(registry: OperationRegistry) -> None:
@@ -87,7 +88,7 @@ class SlowReads(MemoryStore):
 
 async def test_who_watches_the_same_lane_shares_what_is_read(spool: FileSpool) -> None:
     store = SlowReads()
-    registry = OperationRegistry(store, spool, Limits())
+    registry = OperationRegistry(store, spool, Limits(), TurnedClock())
     one = operation(1)
     await registry.write(Change(operations=[one]))
     watches = [registry.watch(SESSION, "a", 0) for _ in range(8)]
@@ -109,7 +110,7 @@ async def test_who_watches_the_same_lane_shares_what_is_read(spool: FileSpool) -
 async def test_a_long_lane_is_read_bit_by_bit(spool: FileSpool) -> None:
     # Who does not read must not hold a whole run's rows.
     store = SlowReads()
-    registry = OperationRegistry(store, spool, Limits())
+    registry = OperationRegistry(store, spool, Limits(), TurnedClock())
     await registry.write(Change(operations=[done(operation(seq)) for seq in range(1, 201)]))
     watch = registry.watch(SESSION, "a", 0)
     assert [(await anext(watch)).seq for _ in range(200)] == list(range(1, 201))
@@ -124,7 +125,7 @@ async def test_a_long_lane_is_read_bit_by_bit(spool: FileSpool) -> None:
 
 async def test_what_ends_while_a_lane_is_read_is_read_again(spool: FileSpool) -> None:
     store = SlowReads()
-    registry = OperationRegistry(store, spool, Limits())
+    registry = OperationRegistry(store, spool, Limits(), TurnedClock())
     one = operation(1)
     await registry.write(Change(operations=[one]))
     store.going.clear()

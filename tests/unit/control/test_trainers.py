@@ -23,8 +23,9 @@ from firetitan_daemon.core.records import (
     ResourceState,
     Session,
     SessionState,
+    Trainer,
 )
-from firetitan_daemon.core.worker_ports import Worker
+from firetitan_daemon.core.worker_ports import Worker, WrittenPoint
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -237,3 +238,143 @@ async def test_a_full_disk_delays_a_new_worker_and_the_session_goes_on(
     assert refused == 3
     second = await managers.sessions.submit(*forward_backward(session, seq=2))
     assert (await managers.done(second)).state is OperationState.DONE
+
+
+@pytest.mark.parametrize("end", ["deleted", "stopped"])
+async def test_a_point_that_is_being_written_leaves_no_files(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    trainer, worker = await managers.trainer()
+    session, _ = await managers.sessions.create(trainer, worker, Wanted(), "s")
+    wait, begun = worker.wait_point, asyncio.Event()
+
+    async def slow(session: str, staging: Path) -> WrittenPoint:
+        written = await wait(session, staging)
+        begun.set()
+        await asyncio.Event().wait()
+        return written
+
+    monkeypatch.setattr(worker, "wait_point", slow)
+    managers.sessions._pipelines[session.name].recovery._policy.want()
+    await managers.sessions.submit(*forward_backward(session, seq=1))
+    step = await managers.sessions.submit(*command(session, optim_request(), seq=2))
+    assert (await managers.done(step)).state is OperationState.DONE
+    await begun.wait()
+    staging = managers.services.folders._root / "staging"
+    assert [file for folder in staging.iterdir() for file in folder.iterdir()]
+    if end == "deleted":
+        await managers.trainers.delete("t")
+    else:
+        assert await managers.trainers.stop("t")
+    assert not list(staging.iterdir())
+
+
+async def lost_session(managers: Managers, patch: pytest.MonkeyPatch) -> tuple[Trainer, Worker]:
+    """A session whose worker is gone for good; returns its trainer, which is made again."""
+    with patch.context() as impatient:
+        impatient.setattr("firetitan_daemon.control.trainer_workers._MAX_RESTARTS", 0)
+        trainer, worker = await managers.trainer()
+        await managers.sessions.create(trainer, worker, Wanted(), "s")
+        worker._process.kill()
+        await until(lambda: managers.trainers.get("t").state is ResourceState.FAILED)
+    return await managers.trainer("again")
+
+
+def reopened(managers: Managers, patch: pytest.MonkeyPatch) -> HeldWrites:
+    """Holds back the row that says that a session is there again."""
+    return HeldWrites(
+        managers.store,
+        patch,
+        lambda change: any(one.state is SessionState.ACTIVE for one in change.sessions),
+    )
+
+
+async def goes_on(managers: Managers, session: Session) -> None:
+    first = await submitted(managers, forward_backward(session, seq=1))
+    assert (await managers.done(first)).state is OperationState.DONE
+
+
+async def test_a_session_whose_worker_ends_as_it_is_reopened_goes_on_in_the_next(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, worker = await lost_session(managers, monkeypatch)
+    row = reopened(managers, monkeypatch)
+    reopening = asyncio.create_task(managers.sessions.create(trainer, worker, Wanted(), "again"))
+    await row.begun.wait()
+    worker._process.kill()
+
+    def replaced() -> bool:
+        live = managers.pool.live(managers.trainers.get("t").worker_id)
+        return live is not None and live is not worker
+
+    await until(replaced)
+    row.going.set()
+    session, _ = await reopening
+    assert session.epoch == 2
+    await goes_on(managers, session)
+
+
+async def test_a_session_whose_trainer_is_lost_as_it_is_reopened_is_lost_again(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, worker = await lost_session(managers, monkeypatch)
+    row = reopened(managers, monkeypatch)
+    reopening = asyncio.create_task(managers.sessions.create(trainer, worker, Wanted(), "again"))
+    await row.begun.wait()
+    monkeypatch.setattr("firetitan_daemon.control.trainer_workers._MAX_RESTARTS", 0)
+    worker._process.kill()
+    await until(lambda: len(managers.pool.ends) == 2)
+    row.going.set()
+    session, _ = await reopening
+    await until(lambda: managers.trainers.get("t").state is ResourceState.FAILED)
+    assert managers.sessions.get(session.name).state is SessionState.LOST
+    trainer, worker = await managers.trainer("once more")
+    session, _ = await managers.sessions.create(trainer, worker, Wanted(), "once more")
+    assert session.epoch == 3
+    await goes_on(managers, session)
+
+
+class HeldOpening:
+    """A worker whose answer that it opened a session is held back."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self.opened, self.going = asyncio.Event(), asyncio.Event()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._worker, name)
+
+    async def open_session(self, session: Session) -> object:
+        answer = await self._worker.open_session(session)
+        self.opened.set()
+        await self.going.wait()
+        return answer
+
+
+async def test_a_session_whose_trainer_is_deleted_as_it_is_reopened_stays_closed(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, worker = await lost_session(managers, monkeypatch)
+    held = HeldOpening(worker)
+    reopening = asyncio.create_task(managers.sessions.create(trainer, held, Wanted(), "again"))
+    await held.opened.wait()
+    await managers.trainers.delete("t")
+    held.going.set()
+    with pytest.raises(FiretitanError) as caught:
+        await reopening
+    assert caught.value.reason is Reason.CLOSED
+    (row,) = (await managers.store.load()).sessions
+    assert row.state is SessionState.CLOSED
+
+
+async def test_a_session_whose_trainer_is_stopped_as_it_is_opened_goes_on_when_it_is_used(
+    managers: Managers,
+) -> None:
+    trainer, worker = await managers.trainer()
+    held = HeldOpening(worker)
+    opening = asyncio.create_task(managers.sessions.create(trainer, held, Wanted(), "s"))
+    await held.opened.wait()
+    assert await managers.trainers.stop("t")
+    held.going.set()
+    session, _ = await opening
+    await goes_on(managers, session)

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,13 +38,14 @@ def test_what_cannot_be_read_is_refused(text: str) -> None:
         ("commands.applied=2*off->kill", 3, -9),
         ("commands.settled=kill", 1, -9),
         ("commands.applied=1*delay(1)->off; commands.settled=3*off->kill", 4, -9),
+        ("commands.applied=2*off->exit_once(5)", 3, 5),
         ("commands.applied=enospc", 1, 1),
     ],
 )
-def test_actions_come_in_their_turn(text: str, reached: int, code: int) -> None:
+def test_actions_come_in_their_turn(tmp_path: Path, text: str, reached: int, code: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM],
-        env={**os.environ, "FIRETITAN_FAILPOINTS": text},
+        env={**os.environ, "FIRETITAN_FAILPOINTS": text, "FIRETITAN_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=30,

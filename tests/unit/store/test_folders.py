@@ -52,6 +52,22 @@ async def test_files_that_are_gone_are_told(folders: FileFolders) -> None:
     assert caught.value.reason == Reason.CHECKSUM_MISMATCH
 
 
+async def test_who_still_writes_to_what_is_discarded_adds_nothing(
+    folders: FileFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staging, remove = folders.staging(), durable.remove
+    (staging / "weights").write_text("weights")
+
+    def while_removing(path: Path) -> None:
+        with pytest.raises(FileNotFoundError):
+            (staging / "optimizer").write_text("moments")
+        remove(path)
+
+    monkeypatch.setattr(durable, "remove", while_removing)
+    await folders.discard(staging)
+    assert not list(staging.parent.iterdir())
+
+
 async def test_discarding_stays_inside(folders: FileFolders, tmp_path: Path) -> None:
     final = await folders.publish(sealed(folders), "snapshots", "a")
     await folders.discard(final)

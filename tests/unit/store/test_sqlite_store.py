@@ -18,6 +18,7 @@ from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Change
 from firetitan_daemon.core.records import (
     Lane,
+    Moment,
     Operation,
     OperationState,
     ResourceState,
@@ -334,6 +335,9 @@ async def test_looking_for_old_results_reads_no_others(
         return decode(kind, text)
 
     monkeypatch.setattr(sqlite, "decode", counted)
-    assert [one.id for one in await store.untaken_results(3.0)] == ["op1", "op2"]
+    assert [one.id for one in await store.untaken_results(Moment(3.0, "boot", 0.0))] == [
+        "op1",
+        "op2",
+    ]
     assert read == 2
     await store.close()

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from support import history as module
 from support.history import (
+    CANCELLED,
+    CASCADE,
     COMMITTED,
     FAILED,
     LOST,
@@ -39,17 +41,20 @@ def simulate(seed: int, clients: int = 3, commands: int = 60) -> History:
         returned = free[client] = applied + generator.random()
         method = generator.choice([STEP, "ForwardBackward", READ])
         planned.append((applied, number, client, method, invoked, returned))
-    calls, listed, step = [], [], 0
+    calls, listed, step, cancelled = [], [], 0, set()
     for applied, number, client, method, invoked, returned in sorted(planned):
-        step += method == STEP
-        call = Call(f"c{client}", method, f"r{number}", invoked, returned, COMMITTED, step=step)
+        outcome = CANCELLED if method != READ and number % 9 == 8 else COMMITTED
+        step += method == STEP and outcome == COMMITTED
+        call = Call(f"c{client}", method, f"r{number}", invoked, returned, outcome, step=step)
+        if outcome == CANCELLED:
+            cancelled.add(f"operations/{number}")
         if method != READ:
             seqs[client] += 1
             call = replace(
                 call,
                 seq=seqs[client],
                 commit_seq=len(listed) + 1,
-                step=step if method == STEP else 0,
+                step=step if method == STEP and outcome == COMMITTED else 0,
                 digest=f"d{number}",
                 operation=f"operations/{number}",
             )
@@ -57,7 +62,7 @@ def simulate(seed: int, clients: int = 3, commands: int = 60) -> History:
         calls.append(call)
         assert invoked <= applied <= returned
     generator.shuffle(calls)
-    return History(calls, listed)
+    return History(calls, listed, cancelled=frozenset(cancelled))
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -75,9 +80,9 @@ def test_a_right_history_passes(seed: int) -> None:
 
 
 def commands(history: History, method: str = STEP) -> list[Call]:
-    return sorted(
-        (one for one in history.calls if one.method == method), key=lambda one: one.commit_seq
-    )
+    """Those that were run, in their order."""
+    found = (one for one in history.calls if one.method == method and one.outcome == COMMITTED)
+    return sorted(found, key=lambda one: one.commit_seq)
 
 
 def without(history: History, call: Call) -> list[Call]:
@@ -184,6 +189,53 @@ def loss_of_what_was_done(history: History) -> History:
     return replace(history, lost=frozenset({commands(history)[0].operation}))
 
 
+def cancelled_and_run(history: History) -> History:
+    """What CancelOperation answered to be cancelled ran, and says so."""
+    return replace(history, cancelled=frozenset({commands(history)[1].operation}))
+
+
+def cancelled_and_run_in_silence(history: History) -> History:
+    """It is listed as cancelled; the step it took shows in those behind it."""
+    told = cancelled_step(history)
+    return replace(history, listed=told, calls=[call_of_listed(history, one) for one in told])
+
+
+def cancelled_step(history: History) -> list[Call]:
+    gone = commands(history)[2]
+    return [
+        replace(one, outcome=CANCELLED, step=0) if one.request_id == gone.request_id else one
+        for one in history.listed
+    ]
+
+
+def call_of_listed(history: History, listed: Call) -> Call:
+    (call,) = [one for one in history.calls if one.request_id == listed.request_id]
+    return replace(call, outcome=listed.outcome, step=listed.step)
+
+
+def cancelled_and_gone(history: History) -> History:
+    """Nor had anybody seen how it ended, other than by that answer."""
+    name = sorted(history.cancelled)[0]
+    return replace(
+        history,
+        calls=[one for one in history.calls if one.operation != name],
+        listed=[one for one in history.listed if one.operation != name],
+    )
+
+
+def failed_for_a_cancelled_one(history: History) -> History:
+    cancelled = Call("a", STEP, "r1", 0.0, 1.0, CANCELLED, 1, 1, operation="operations/1")
+    behind = Call("a", STEP, "r2", 1.0, 2.0, FAILED, 2, 2, reason=CASCADE)
+    calls = [cancelled, behind]
+    return History(calls, calls, cancelled=frozenset({"operations/1"}))
+
+
+def failed_for_one_that_was_seen(history: History) -> History:
+    seen = Call("a", STEP, "r1", 0.0, 1.0, FAILED, 1, 1, reason="NO_GRADIENTS")
+    behind = Call("a", STEP, "r2", 1.0, 2.0, FAILED, 2, 2, reason=CASCADE, seen_failure=1)
+    return History([seen, behind], [seen, behind])
+
+
 @pytest.mark.parametrize(
     ("broken", "told"),
     [
@@ -202,6 +254,11 @@ def loss_of_what_was_done(history: History) -> History:
         (read_of_nothing, "which was never taken"),
         (loss_unnamed, "no loss names it"),
         (loss_of_what_was_done, "a loss names it"),
+        (cancelled_and_run, "cancelled, yet it ended committed"),
+        (cancelled_and_run_in_silence, "steps are not 1..n"),
+        (cancelled_and_gone, "cancelled and is gone"),
+        (failed_for_a_cancelled_one, "none before it that failed"),
+        (failed_for_one_that_was_seen, "none before it that failed"),
     ],
     ids=lambda one: getattr(one, "__name__", ""),
 )
@@ -218,12 +275,21 @@ def test_a_failed_command_has_a_place_and_no_step() -> None:
     assert judge(History(calls, calls)) == []
 
 
+def test_what_stands_behind_an_unseen_failure_fails_with_it() -> None:
+    failed = Call("a", STEP, "r1", 0.0, 3.0, FAILED, 1, 1, reason="NO_GRADIENTS")
+    cancelled = Call("a", STEP, "r2", 0.1, 3.0, CANCELLED, 2, 2, operation="operations/2")
+    behind = Call("a", STEP, "r3", 0.2, 3.0, FAILED, 3, 3, reason=CASCADE)
+    calls = [failed, cancelled, behind]
+    assert judge(History(calls, calls, cancelled=frozenset({"operations/2"}))) == []
+
+
 def test_what_was_recorded_is_judged_again_from_the_file(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     recorder = Recorder(path)
     first = recorder.invoked("a", STEP, "r1", 1)
     recorder.invoked("a", STEP, "r2", 2)
     recorder.returned(first, COMMITTED, commit_seq=1, step=1, digest="d")
+    recorder.cancelled("operations/2")
     recorder.close()
     with path.open("a") as file:
         file.write('{"event": "returned", "key": "cut')  # as a death in the middle leaves it
@@ -232,6 +298,7 @@ def test_what_was_recorded_is_judged_again_from_the_file(tmp_path: Path) -> None
         ("r1", COMMITTED),
         ("r2", "unknown"),
     ]
+    assert history.cancelled == {"operations/2"} and not history.lost
     command = [sys.executable, module.__file__, str(path)]
     right = subprocess.run(command, capture_output=True, text=True)
     assert right.returncode == 0 and "0 problems" in right.stdout
