@@ -32,34 +32,38 @@ class Closing:
         """In a child: another thread of the parent may be closing."""
         self._lock = threading.RLock()
 
-    def run(self, *steps: tuple[str, Callable[[], object]]) -> None:
+    def run(self, *steps: tuple[str, Callable[[], object]], wait: bool = True) -> None:
         """Do every step, each once; a run that was broken off is gone on with.
 
-        Another thread that calls this meanwhile waits for the end. A first Ctrl-C breaks off the
-        step it comes in and is raised when the others are done; a second one leaves the rest, and
-        says so.
+        A first Ctrl-C breaks off the step it comes in and is raised when the others are done; a
+        second one leaves the rest, and says so. A signal's handler that closes while its own thread
+        does goes on with the step that was interrupted.
 
         Args:
             steps: What each does, for people, and how; only those of the first run count.
+            wait: Where another thread is at it, wait for its end.
 
         Raises:
             KeyboardInterrupt: As it came.
             Exception: The first that a step ended with; others are logged.
         """
-        with self._lock:
+        if not self._lock.acquire(blocking=wait):
+            return
+        try:
             if self._steps is None:
                 self._steps = deque(steps)
             self._run(self._steps)
+        finally:
+            self._lock.release()
 
     def _run(self, steps: deque[tuple[str, Callable[[], object]]]) -> None:
         first: BaseException | None = None
         while steps:
-            label, step = steps.popleft()  # at once: a signal's handler may close, too
+            current = label, step = steps[0]
             try:
                 step()
             except KeyboardInterrupt as interrupt:
                 if isinstance(first, KeyboardInterrupt):
-                    steps.appendleft((label, step))
                     left = ", ".join(one for one, _ in steps)
                     logger.warning(
                         "%s: interrupted again, not finished: %s; close() again goes on with it",
@@ -75,6 +79,8 @@ class Closing:
                     first = error
                 else:
                     self._note(error)
+            if steps and steps[0] is current:
+                steps.popleft()
         if first is not None:
             raise first
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 import uuid
 import warnings
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 from firetitan.v1 import sampling_service_pb2
 
 from firetitan_client import address as addresses
-from firetitan_client import chat_templates
+from firetitan_client import chat_templates, forking
 from firetitan_client.completions import (
     CompletionOptions,
     SampledCompletion,
@@ -87,6 +88,8 @@ class DeploymentSampler(SelfFuture[Target]):
         self._source = tokenizer
         self._loaded: Any = None
         self._has_texts = True
+        self._after_fork()
+        forking.on_fork(self)
         if max_concurrency is not None:
             warnings.warn(
                 "max_concurrency is deprecated; pass "
@@ -99,6 +102,10 @@ class DeploymentSampler(SelfFuture[Target]):
         )
         self._metrics: list[ServerMetrics] = []
         self._closed = False
+
+    def _after_fork(self) -> None:
+        """In a child: a thread of the parent may be loading."""
+        self._loading = threading.Lock()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -121,8 +128,9 @@ class DeploymentSampler(SelfFuture[Target]):
     def tokenizer(self) -> Any:
         """The tokenizer; None where there is nothing to load one from."""
         source = self._source or self._opened.tokenizer
-        if self._loaded is None and source:
-            self._loaded = load_tokenizer(source)
+        with self._loading:
+            if self._loaded is None and source:
+                self._loaded = load_tokenizer(source)
         return self._loaded
 
     async def _decoder(self) -> Any:
@@ -148,10 +156,11 @@ class DeploymentSampler(SelfFuture[Target]):
             self._go_without_texts(str(error))
 
     def _go_without_texts(self, why: str) -> None:
-        self._has_texts = False
-        logger.warning(
-            "%s: completions have tokens and no text: %s; pass tokenizer=", self.model, why
-        )
+        if self._has_texts:
+            self._has_texts = False
+            logger.warning(
+                "%s: completions have tokens and no text: %s; pass tokenizer=", self.model, why
+            )
 
     async def sample_with_tokens(
         self,

@@ -112,7 +112,8 @@ class Lease:
             what: For people.
 
         Raises:
-            ClientClosed: This client is leaving.
+            ClientClosed: This client is leaving, or has left when the answer comes: take back
+                what was created.
         """
         if self._leaving:
             raise ClientClosed(f"closed before {what} was asked for; create a new service")
@@ -120,6 +121,8 @@ class Lease:
         self._none_creating.clear()
         try:
             yield
+            if self._ended:
+                raise ClientClosed(f"closed while {what} was asked for")
         finally:
             self._num_creating -= 1
             if not self._num_creating:
@@ -161,8 +164,8 @@ class Lease:
         ]
 
     def end(self) -> None:
-        """Renew no more; the daemon is not told."""
-        self._ended = True
+        """Renew no more, create nothing more; the daemon is not told."""
+        self._ended = self._leaving = True
         self._uses.clear()
 
     async def _hold(self, patience_s: float | None = None) -> float:

@@ -294,8 +294,12 @@ class Provisioner:
             config.deployment_id = default_deployment_id(base_model)
         await self.lease.hold(self.deployment_name)
         existing = await self._find_deployment(base_model)
-        trainer_name = existing.trainer if existing else joined_for
-        made = await self._ask_for_deployment(base_model, trainer_name)
+        if existing is not None:
+            # It stays with its trainer: as it is then, unless it has to be made anew.
+            failed = existing.state == deployment_pb2.Deployment.STATE_FAILED
+            made = await self._ask_for_deployment(base_model, existing.trainer if failed else "")
+        else:
+            made = await self._ask_for_deployment(base_model, joined_for)
         if trainer is not None:
             await trainer
         self._joined_for = joined_for
@@ -304,7 +308,7 @@ class Provisioner:
     async def _ask_for_deployment(
         self, base_model: str, trainer_name: str
     ) -> deployment_pb2.Deployment:
-        """Create the deployment, or join one that exists and attach it to a trainer."""
+        """Create the deployment, or join one that exists; no trainer leaves it with its own."""
         config = self.config
         request = deployment_service_pb2.CreateDeploymentRequest(
             deployment_id=config.deployment_id or "",

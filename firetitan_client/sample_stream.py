@@ -167,6 +167,8 @@ class SampleStream:
         made_by: list[str] = []
         patience = Patience(target.transport)
         while True:
+            if running.done():  # ended by whoever tracks it, between two calls
+                running.result(0)
             try:
                 rpc = target.transport.channel.unary_stream(
                     "/firetitan.v1.SamplingService/SampleStream",
@@ -195,7 +197,7 @@ class SampleStream:
                         if response.HasField("summary"):
                             return
             except grpc.RpcError as error:
-                if running.done():  # by whoever tracks it
+                if running.done():
                     running.result(0)
                 await patience.after(error)
                 if len(made_by) > 1:

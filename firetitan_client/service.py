@@ -282,6 +282,7 @@ class FiretitanServiceClient(
             ("the inference deployments", self._leave_inference),
             ("the calls that were made", self._finish_calls),
             ("the clean-up", self._leave),
+            wait=not transport.in_own_thread(),  # who is at it may wait for this thread
         )
         return completed(None, "close")
 

@@ -19,6 +19,7 @@ from firetitan_client import transport
 from firetitan_client.deployment_config import STATES, DeploymentConfig, transition_of
 from firetitan_client.deployment_sampler import DeploymentSampler
 from firetitan_client.errors import (
+    ClientClosed,
     FailedPrecondition,
     FiretitanError,
     InvalidArgument,
@@ -165,14 +166,18 @@ class InferenceDeployments(ServiceCore):
             replicas=config.max_replica_count,
             transition=transition_of(config.hot_load_transition_type),
         )
-        async with self._lease.creating(name):
-            answer = await self._transport.call(
-                "DeploymentService/CreateDeployment",
-                request,
-                deployment_service_pb2.CreateDeploymentResponse,
-            )
-            if answer.created and cleanup is not None:
-                self._inference[name] = cleanup
+        try:
+            async with self._lease.creating(name):
+                answer = await self._transport.call(
+                    "DeploymentService/CreateDeployment",
+                    request,
+                    deployment_service_pb2.CreateDeploymentResponse,
+                )
+                if answer.created and cleanup is not None:
+                    self._inference[name] = cleanup
+        except ClientClosed:
+            await self._drop_inference()
+            raise
         try:
             async with asyncio.timeout(timeout_s):
                 operation = await wait_operation(self._transport, answer.operation)

@@ -16,7 +16,13 @@ from firetitan.v1 import checkpoint_service_pb2, deployment_service_pb2
 
 from firetitan_client import arguments, references
 from firetitan_client.deployment_sampler import DeploymentSampler
-from firetitan_client.errors import FailedPrecondition, FiretitanError, SnapshotNotActive
+from firetitan_client.errors import (
+    FailedPrecondition,
+    FiretitanError,
+    InvalidArgument,
+    NotFound,
+    SnapshotNotActive,
+)
 from firetitan_client.futures import APIFuture
 from firetitan_client.managed import wait_operation
 from firetitan_client.sample_requests import Target, follow
@@ -68,15 +74,13 @@ class SamplingClients(ServiceCore):
             logger.warning("retry_config is ignored: retries need no settings here")
         self._agree("base_model", base_model, self._config.base_model)
         path = None if model_path is None else references.snapshot_reference(model_path)
-        before = self._config.base_model
-        self._config.base_model = base_model or before
         return self._sampling(
             lambda: self._path(path),
             tokenizer,
             pinned,
             controller=concurrency_controller,
             of=deployment_sampler,
-            failed=lambda: setattr(self._config, "base_model", before),
+            base_model=base_model,
         )
 
     def _sampling_after(
@@ -99,8 +103,10 @@ class SamplingClients(ServiceCore):
         wait: bool = True,
         controller: Any = None,
         of: DeploymentSampler | None = None,
-        failed: Callable[[], object] = lambda: None,
+        base_model: str | None = None,
     ) -> FiretitanSamplingClient:
+        config, before = self._config, self._config.base_model
+        config.base_model = base_model or before
         ready: APIFuture[Target] = APIFuture("create_sampling_client")
         client = FiretitanSamplingClient(
             ready,
@@ -114,9 +120,15 @@ class SamplingClients(ServiceCore):
                 return await self._open_target(snapshot, of)
             return await self._open_pinned(snapshot, client, of)
 
+        def restore(_: Any) -> None:
+            if self._training or self._provisioner.trainer or self._provisioner.deployment:
+                return  # others go by it
+            if ready.cancelled() or ready.exception() is not None:
+                config.base_model = before
+
         follow(open_(), ready)
         if wait:
-            self._await_ready(client, "the deployment", failed)
+            self._await_ready(client, "the deployment", lambda: ready.add_done_callback(restore))
         return client
 
     def create_deployment_sampler(
@@ -173,10 +185,12 @@ class SamplingClients(ServiceCore):
             target = await of._ready
             if path is not None:
                 await self._hotload(target.transport, target.deployment, path)
-            return target
+            return replace(target, snapshot="")
         provisioner = self._provisioner
+        provisioner.check_deployment()
         if path is not None and provisioner.deployment is None:
-            with _hotload_failure(path):  # before anything is made for it
+            # Before anything is made for it.
+            with _hotload_failure(path, NotFound, InvalidArgument):
                 await _find_snapshot(self._transport, path)
         async with provisioner.opening("deployment", "trainer"):
             deployment = await provisioner.attach_deployment()
@@ -207,7 +221,7 @@ class SamplingClients(ServiceCore):
         return target
 
     async def _hotload(self, daemon: Transport, deployment: str, path: str) -> None:
-        with _hotload_failure(path):
+        with _hotload_failure(path, FiretitanError):
             answer = await daemon.call(
                 "DeploymentService/HotloadSnapshot",
                 deployment_service_pb2.HotloadSnapshotRequest(
@@ -233,11 +247,11 @@ class SamplingClients(ServiceCore):
 
 
 @contextlib.contextmanager
-def _hotload_failure(path: str) -> Iterator[None]:
-    """Raises what goes wrong as the documented RuntimeError."""
+def _hotload_failure(path: str, *kinds: type[FiretitanError]) -> Iterator[None]:
+    """Raises errors of some kinds as the documented RuntimeError."""
     try:
         yield
-    except FiretitanError as error:
+    except kinds as error:
         raise FailedPrecondition(
             f"Hotload failed for sampler snapshot {path!r}: {error}",
             reason=error.reason,

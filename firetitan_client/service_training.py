@@ -229,12 +229,19 @@ class TrainingClients(ServiceCore):
             client = self._client(kind, opened)
             self._training.append(client)
 
+        def restore(ready: Any) -> None:
+            if not ready.cancelled() and ready.exception() is None:
+                return  # made after all, behind a Ctrl-C
+            config.base_model, config.lora_rank = before
+            others = self._training or self._provisioner.trainer is not None
+            if session is not None and not others:
+                # An id that was chosen here stays: it finds what the first try made.
+                config.trainer_job_id = id_before
+
         def failed() -> None:
             """Let the call be repeated, with other settings too."""
             self._training.remove(client)
-            config.base_model, config.lora_rank = before
-            if session is not None:  # an id that was chosen here finds what the first try made
-                config.trainer_job_id = id_before
+            client._ready.add_done_callback(restore)
 
         if resume is None:
             follow(self._open(session, wanted), opened)

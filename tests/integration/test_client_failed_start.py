@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from support.daemon import DaemonProcess
 from support.data import ragged_data
 from support.stubs import Stubs
 
-from firetitan_client import AdamParams, FiretitanServiceClient, NotFound
+from firetitan_client import AdamParams, DaemonNotRunning, FiretitanServiceClient, NotFound
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -177,6 +178,22 @@ def test_a_snapshot_is_brought_to_where_the_sampler_samples(
     assert later.path in repr(pinned)
     asked = owner.create_sampling_client(deployment_sampler=sampler)
     assert asked.sample([1, 2]).result().snapshot == later.path
+    # Of one that stays with its snapshot it takes the deployment alone.
+    again = owner.create_sampling_client(saved, deployment_sampler=pinned.deployment_sampler)
+    assert again.sample([1, 2]).result().snapshot == saved.path
+
+
+def test_that_no_daemon_runs_is_no_failed_hotload(tmp_path: Path) -> None:
+    service = FiretitanServiceClient.from_firetitan_config(
+        address=f"unix:{tmp_path}/nobody.sock", base_model=TOY, autostart=False
+    )
+    with pytest.raises(DaemonNotRunning):
+        service.create_sampling_client("step-00000000")
+    trainer_only = FiretitanServiceClient.from_firetitan_config(
+        address=f"unix:{tmp_path}/nobody.sock", base_model=TOY, create_deployment=False
+    )
+    with pytest.raises(NotImplementedError, match="no deployment"):
+        trainer_only.create_sampling_client("step-00000000")
 
 
 async def test_whether_a_sync_is_needed_is_known_once_it_is_attached(

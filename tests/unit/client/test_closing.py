@@ -90,13 +90,36 @@ def test_a_thread_that_closes_meanwhile_waits_and_repeats_nothing() -> None:
     assert done == ["calls", "clean-up", "the other returned"]
 
 
-def test_a_step_that_closes_again_repeats_nothing() -> None:
+def test_a_signal_that_closes_waits_for_the_interrupted_step_again() -> None:
     done: list[str] = []
     closing = Closing("close")
 
-    def again() -> None:
+    def interrupted() -> None:
         done.append("calls")
-        closing.run()
+        if len(done) == 1:
+            closing.run()
 
-    closing.run(("calls", again), step(done, "clean-up"))
+    closing.run(("calls", interrupted), step(done, "clean-up"))
+    assert done == ["calls", "calls", "clean-up"]
+
+
+def test_who_may_not_wait_leaves_it_to_the_thread_that_is_at_it() -> None:
+    done: list[str] = []
+    closing = Closing("close")
+    began, other_left = threading.Event(), threading.Event()
+
+    def waits_for_the_other() -> None:
+        began.set()
+        assert other_left.wait(10)
+        done.append("calls")
+
+    def close_too() -> None:
+        began.wait(10)
+        closing.run(wait=False)
+        other_left.set()
+
+    other = threading.Thread(target=close_too)
+    other.start()
+    closing.run(("calls", waits_for_the_other), step(done, "clean-up"))
+    other.join(10)
     assert done == ["calls", "clean-up"]
