@@ -121,7 +121,7 @@ class Cleaner:
             while open_ones := operations.open_of(target):
                 await operations.wait(open_ones[0].id, _WAIT_S)
 
-    async def close(self) -> None:
-        """Let what is being stopped end."""
+    async def close(self, timeout_s: float) -> None:
+        """Let what is being stopped end, up to a time: what then runs the next start sees to."""
         if self._stopping:
-            await asyncio.wait(list(self._stopping.values()))
+            await asyncio.wait(list(self._stopping.values()), timeout=timeout_s)

@@ -328,6 +328,9 @@ class DeploymentWorkers:
 
         async def exited(cause: str) -> None:
             self.replica_set(deployment_id).remove(worker_id)
+            deployment = self._deployments.get(deployment_id)
+            if deployment is None or worker_id not in deployment.worker_ids:
+                return  # whoever takes it away sees to what is left of it
             await self._begin(worker_id, self._ended(deployment_id, worker_id, cause))
 
         self._pool.watch(worker, exited)

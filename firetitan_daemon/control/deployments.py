@@ -240,11 +240,16 @@ class DeploymentManager(DeploymentWorkers):
                 self._provide(deployment_id, worker_id)
         elif deployment.state is ResourceState.RECOVERING:
             reached = (self._reach(deployment_id, one) for one in deployment.worker_ids)
-            make_up = functools.partial(self._make_up, deployment)
+            make_up = functools.partial(self._make_up, deployment_id)
             await asyncio.gather(when_there_is_space(deployment.name, make_up), *reached)
 
-    async def _make_up(self, deployment: Deployment) -> None:
+    async def _make_up(self, deployment_id: str) -> None:
+        """Add the samplers that are missing, if it was not scaled or deleted meanwhile."""
         async with self._lock:
+            deployment = self._deployments.get(deployment_id)
+            runs = (ResourceState.RECOVERING, ResourceState.ACTIVE)
+            if deployment is None or deployment.state not in runs:
+                return
             if len(deployment.worker_ids) < deployment.replicas:
                 await self._grow(deployment, deployment.replicas)
 

@@ -151,7 +151,7 @@ class Supervisor:
         with contextlib.suppress(ValueError):
             await asyncio.wait(list(self._tasks))
         await self._leases.close()
-        await self._cleaner.close()
+        await self._cleaner.close(timeout_s)
         await self._sessions.pause(timeout_s)
         await self._syncer.close()
         await self._trainers.close()

@@ -6,13 +6,14 @@ Knows: specifications and the launcher. Must not know: what a worker computes.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
-from firetitan_daemon.control.services import DISK_TROUBLE, Services, internal_error
+from firetitan_daemon.control.services import Services, internal_error, when_there_is_space
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.model_records import ModelInfo, Shape
 from firetitan_daemon.core.ports import Change, Ledger
@@ -21,7 +22,6 @@ from firetitan_daemon.core.worker_ports import Worker
 
 logger = logging.getLogger("firetitan.workers")
 _ADOPT_RETRY_S = 1.0
-_STOP_RETRY_S = 1.0
 _PULSE_S = 3.0
 """Between an answer of a worker and the next question whether it still answers."""
 
@@ -239,25 +239,15 @@ class WorkerPool:
         self._silent.pop(worker_id, None)
 
     async def stop(self, worker_id: str | None) -> None:
-        """End a worker, found or not, and forget it; tried again until that is done.
-
-        Half of it would be a worker that is gone and that nobody misses.
+        """End a worker, found or not, and forget it.
 
         Raises:
-            FiretitanError: UNSUPPORTED where it speaks another protocol: it is left alone.
+            FiretitanError: WORKER_UNAVAILABLE where it lives and does not answer, UNSUPPORTED where
+                it speaks another protocol: it is left alone.
         """
         spec = self._specs.get(worker_id or "")
-        while spec is not None:
-            try:
-                await self._stop(spec)
-                return
-            except FiretitanError as error:
-                if error.reason not in (Reason.WORKER_UNAVAILABLE, *DISK_TROUBLE):
-                    raise
-                logger.error("worker not ended, trying again worker=%s: %s", worker_id, error)
-                await asyncio.sleep(_STOP_RETRY_S)
-
-    async def _stop(self, spec: WorkerSpec) -> None:
+        if spec is None:
+            return
         watch = self._watches.pop(spec.worker_id, None)
         if watch is not None:
             watch.cancel()
@@ -267,7 +257,9 @@ class WorkerPool:
             worker = await self._services.launcher.adopt(spec)
         if worker is not None:
             await worker.shutdown()
-        await self.forget(spec.worker_id)
+        # Half of it would be a worker that is gone and that nobody misses.
+        forget = functools.partial(self.forget, spec.worker_id)
+        await when_there_is_space(f"the end of worker {spec.worker_id}", forget)
 
     async def forget(self, worker_id: str | None) -> None:
         """Remove what is left of a worker whose process is gone; again is fine.

@@ -15,8 +15,10 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from firetitan_daemon import handshake
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -102,22 +104,27 @@ class LocalLauncher:
         try:
             return await self._launch(spec, bundle)
         except (BundleError, OSError) as error:
-            raise self._failure(spec, "was not started", error) from error
+            raise _unavailable(spec, "was not started", error) from error
 
     async def _launch(self, spec: WorkerSpec, bundle: Bundle) -> RemoteWorker:
         incarnation = uuid.uuid4().hex
         socket = handshake.socket_path(self._run, spec.worker_id, incarnation)
-        self._run.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = bundle.lock()
+        with _writing(self._run):
+            self._run.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _writing(self._workers):
+            lock = bundle.lock()
         if lock is None:
             raise FiretitanError(
                 Reason.ALREADY_EXISTS,
                 f"worker {spec.worker_id} runs already; adopt it or end it first",
             )
         try:
-            bundle.check_owned()
-            bundle.prepare(convert.spec_to_proto(spec, f"unix:{socket}", incarnation))
-            process = start(spec, bundle, lock)
+            with _writing(self._workers):
+                bundle.check_owned()
+                bundle.prepare(convert.spec_to_proto(spec, f"unix:{socket}", incarnation))
+                output = bundle.log.open("ab")
+            with output:
+                process = start(spec, bundle, lock, output)
         finally:
             os.close(lock)
         try:
@@ -131,12 +138,6 @@ class LocalLauncher:
             raise
         log.info("event=launched worker=%s pid=%d", spec.worker_id, process.pid)
         return worker
-
-    def _failure(self, spec: WorkerSpec, what: str, error: BundleError | OSError) -> FiretitanError:
-        """What is tried again: a disk is waited for, tries after anything else are counted."""
-        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
-            return cannot_write(self._workers, error)
-        return FiretitanError(Reason.WORKER_UNAVAILABLE, f"worker {spec.worker_id} {what}: {error}")
 
     async def adopt(self, spec: WorkerSpec) -> RemoteWorker | None:
         """The live worker of a specification, or None; its identity is checked.
@@ -172,9 +173,7 @@ class LocalLauncher:
             return None
         except OSError as error:
             # Not that it is dead: whoever asks, asks again.
-            raise FiretitanError(
-                Reason.WORKER_UNAVAILABLE, f"worker {spec.worker_id} cannot be looked for: {error}"
-            ) from error
+            raise _unavailable(spec, "cannot be looked for", error) from error
         log.info("event=adopted worker=%s pid=%d", spec.worker_id, process.pid)
         return worker
 
@@ -185,9 +184,10 @@ class LocalLauncher:
             FiretitanError: STATE_NOT_WRITABLE, WORKER_UNAVAILABLE; some of it may be left.
         """
         try:
-            self._discard(spec, Bundle(self._workers, spec.worker_id))
+            with _writing(self._workers):
+                self._discard(spec, Bundle(self._workers, spec.worker_id))
         except OSError as error:
-            raise self._failure(spec, "was not removed", error) from error
+            raise _unavailable(spec, "was not removed", error) from error
 
     def _discard(self, spec: WorkerSpec, bundle: Bundle) -> None:
         if bundle.locked():
@@ -292,14 +292,30 @@ class LocalLauncher:
             await asyncio.sleep(START_POLL_S)
 
 
-def start(spec: WorkerSpec, bundle: Bundle, lock: int) -> OsProcess:
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Raises what is to be waited for as what it is; tries after other errors are counted."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        raise cannot_write(folder, error) from error
+
+
+def _unavailable(spec: WorkerSpec, what: str, error: BundleError | OSError) -> FiretitanError:
+    return FiretitanError(Reason.WORKER_UNAVAILABLE, f"worker {spec.worker_id} {what}: {error}")
+
+
+def start(spec: WorkerSpec, bundle: Bundle, lock: int, output: IO[bytes]) -> OsProcess:
     """Exec a worker for a prepared bundle.
 
     Args:
         spec: What it is for.
-        bundle: Holds the specification; takes the log.
+        bundle: Holds the specification.
         lock: The bundle's lock; the worker inherits it, never looks at it, and so holds it until
             its end, however that comes.
+        output: Its log.
     """
     command = [
         sys.executable,
@@ -309,18 +325,17 @@ def start(spec: WorkerSpec, bundle: Bundle, lock: int) -> OsProcess:
         spec.worker_id,
         str(bundle.folder.absolute()),
     ]
-    with bundle.log.open("ab") as output:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            cwd=bundle.folder,
-            env=environment(os.environ, spec.num_threads),
-            start_new_session=True,
-            close_fds=True,
-            pass_fds=(lock,),
-        )
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        cwd=bundle.folder,
+        env=environment(os.environ, spec.num_threads),
+        start_new_session=True,
+        close_fds=True,
+        pass_fds=(lock,),
+    )
     try:
         process = OsProcess(child.pid, os.pidfd_open(child.pid), bundle.read_exit)
     except BaseException:

@@ -8,13 +8,15 @@ import os
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.managers import Managers, forward_backward
+from support.managers import TOY, Managers, forward_backward
 
 from firetitan_daemon import durable
+from firetitan_daemon.control.deployment_requests import DeploymentRequest
 from firetitan_daemon.control.session_settings import Wanted
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Change
@@ -23,6 +25,7 @@ from firetitan_daemon.core.records import (
     ResourceState,
     Session,
     SessionState,
+    WorkerSpec,
 )
 from firetitan_daemon.core.worker_ports import Worker
 from firetitan_daemon.launch.local import LocalLauncher
@@ -35,7 +38,6 @@ _WORKERS = "firetitan_daemon.control"
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     for where in ("services.DISK_RETRY_S", "deployment_workers.DISK_RETRY_S"):
         monkeypatch.setattr(f"{_WORKERS}.{where}", 0.02)
-    monkeypatch.setattr(f"{_WORKERS}.workers._STOP_RETRY_S", 0.02)
 
 
 @pytest.fixture
@@ -278,6 +280,63 @@ async def test_a_trainer_stops_though_its_worker_cannot_be_forgotten_at_once(
     assert len(found) == 3 and managers.trainers.get("t").state is ResourceState.STOPPED
     await managers.trainers.ready("t")
     await done(managers, session, seq=2)
+
+
+async def test_a_daemon_ends_though_a_worker_that_ended_cannot_be_forgotten(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An idle stop is in the middle of it; the next start sees to what is left."""
+    await session_of(managers)
+    trainer = managers.trainers.get("t")
+    managers.trainers._trainers["t"] = replace(trainer, inactivity_s=1e-9)
+    with monkeypatch.context() as patch:
+        found = refuse_writes(managers, patch, forgets, 10**9)
+        managers.supervisor._cleaner.stop_idle()
+        await until(lambda: len(found) > 2)
+        async with asyncio.timeout(20):
+            await managers.supervisor.stop(0.1)
+
+
+async def test_a_sampler_that_does_not_answer_holds_up_no_other_deployment(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As behind a restart: it lives, and was not reached again."""
+    await managers.deployment()
+    worker = sampler_of(managers)
+    adopt = managers.services.launcher.adopt
+
+    async def silent(spec: WorkerSpec) -> Worker | None:
+        if spec.worker_id != worker.spec.worker_id:
+            return await adopt(spec)
+        raise FiretitanError(Reason.WORKER_UNAVAILABLE, f"{spec.worker_id} does not answer")
+
+    monkeypatch.setattr(managers.services.launcher, "adopt", silent)
+    live = managers.pool._live.pop(worker.spec.worker_id)
+    with pytest.raises(FiretitanError) as caught:
+        await managers.deployments.delete("d")
+    assert caught.value.reason is Reason.WORKER_UNAVAILABLE
+    other = DeploymentRequest("e", TOY, 0, "", "auto", None, "make-e", "digest")
+    assert (await managers.done(await managers.deployments.create(other))).error is None
+    # Once it answers, the deployment can be deleted.
+    monkeypatch.setattr(managers.services.launcher, "adopt", adopt)
+    managers.pool._live[worker.spec.worker_id] = live
+    await managers.deployments.delete("d")
+    assert [one.id for one in managers.deployments.all()] == ["e"]
+
+
+async def test_a_scaled_deployment_gets_no_sampler_it_was_short_of(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await managers.deployment()
+    short = replace(managers.deployments.get("d"), replicas=2, state=ResourceState.RECOVERING)
+    managers.deployments._deployments["d"] = short
+    found = refuse_writes(managers, monkeypatch, recovers, 10**9)
+    making_up = asyncio.create_task(managers.deployments.recover("d"))
+    await until(lambda: len(found) > 0)
+    managers.deployments._deployments["d"] = replace(short, replicas=1)
+    async with asyncio.timeout(20):
+        await making_up
+    assert len(managers.deployments.get("d").worker_ids) == 1
 
 
 class SlowRest:

@@ -23,7 +23,10 @@ DISK = {
     errno.EROFS: Reason.STATE_NOT_WRITABLE,
     errno.EIO: Reason.STATE_NOT_WRITABLE,
 }
-SYSTEM = dict.fromkeys([errno.EMFILE, errno.ENOMEM, errno.EAGAIN], Reason.WORKER_UNAVAILABLE)
+SYSTEM = dict.fromkeys(
+    [errno.EMFILE, errno.ENOMEM, errno.EAGAIN, errno.EACCES, errno.EPERM],
+    Reason.WORKER_UNAVAILABLE,
+)
 PLACES = [(durable, "make_folder"), (durable, "publish_file"), (Path, "open"), (os, "open")]
 STARTS = [(subprocess, "Popen"), (os, "pidfd_open")]
 
@@ -71,6 +74,16 @@ async def test_a_start_that_is_refused_is_told_and_leaves_nothing(
     assert await local.adopt(TRAINER_SPEC) is None
     await local.discard(TRAINER_SPEC)
     assert list((tmp_path / "workers").iterdir()) == []
+
+
+async def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to("/proc/1/nothing")
+    local = LocalLauncher(tmp_path / "workers", tmp_path / "run" / "below")
+    with pytest.raises(FiretitanError) as caught:
+        await local.launch(TRAINER_SPEC)
+    assert caught.value.reason in (Reason.STATE_NOT_WRITABLE, Reason.WORKER_UNAVAILABLE)
+    assert str(tmp_path / "run") in caught.value.message
+    assert str(tmp_path / "workers") not in caught.value.message
 
 
 async def test_what_cannot_be_removed_is_told(
