@@ -124,7 +124,8 @@ async def test_a_worker_whose_launcher_died_right_after_exec_is_found(
     (tmp_path / "run").mkdir(mode=0o700)
     path = handshake.socket_path(tmp_path / "run", "trainer-1", "a" * 32)
     bundle.prepare(convert.spec_to_proto(TRAINER_SPEC, f"unix:{path}", "a" * 32))
-    process = start(TRAINER_SPEC, bundle, lock)
+    with bundle.log.open("ab") as log:
+        process = start(TRAINER_SPEC, bundle, lock, log)
     os.close(lock)
     assert not bundle.serves()
     with pytest.raises(FiretitanError) as caught:
