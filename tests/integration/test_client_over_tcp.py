@@ -116,7 +116,7 @@ def test_train_and_sample(daemon: TcpDaemon, laptop: Path, monkeypatch: pytest.M
         assert DeploymentManager(base_url=daemon.target).get("d") is not None
         native = DeploymentSampler(daemon.target, "d")
         assert native.base_url == f"firetitan+tcp:{daemon.target}"
-        result = native.sample_with_prompt_tokens([1, 2], n=1, max_tokens=2)
+        result = native.sample_with_prompt_tokens([1, 2], n=1, max_tokens=2, stop=[])
         assert len(asyncio.run(result)[0].full_tokens) == 4
         beside.close()
 
@@ -296,7 +296,7 @@ def test_samplers_of_a_syncer_show_what_its_manager_shows(
         answer = client.sample([1, 2], 1, PARAMS).result()
         assert answer.snapshot == snapshot
         native = syncer.get_deployment_sampler()
-        (made,) = asyncio.run(native.sample_with_prompt_tokens([1, 2], max_tokens=6))
+        (made,) = asyncio.run(native.sample_with_prompt_tokens([1, 2], max_tokens=6, stop=[]))
         assert len(made.full_tokens) == 8
         copy = pickle.loads(pickle.dumps(client))
         assert tokens(copy.sample([1, 2], 1, PARAMS).result()) == tokens(answer)

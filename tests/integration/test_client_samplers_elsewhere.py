@@ -197,7 +197,7 @@ def test_tokens_need_no_tokenizer(
 
     async def use() -> None:
         for _ in range(2):
-            (made,) = await sampler.sample_with_prompt_tokens([1, 2], max_tokens=3)
+            (made,) = await sampler.sample_with_prompt_tokens([1, 2], max_tokens=3, stop=[])
             assert len(made.full_tokens) == 5 and made.text == ""
         result = await sampler.sample_with_prompt_tokens_result([1, 2], max_tokens=3)
         assert result.completions[0].text == ""
@@ -215,5 +215,5 @@ def test_a_tokenizer_that_was_named_has_to_be_there(
 ) -> None:
     sampler = service.create_deployment_sampler(tokenizer=str(tmp_path))
     with pytest.raises(ValueError, match="no tokenizer in"):
-        asyncio.run(sampler.sample_with_prompt_tokens([1, 2], max_tokens=3))
+        asyncio.run(sampler.sample_with_prompt_tokens([1, 2], max_tokens=3, stop=[]))
     assert sampler.drain_metrics() == []  # nothing was sampled for it
