@@ -374,7 +374,12 @@ class Patience:
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_after_s is not None:
             await asyncio.sleep(error.retry_after_s * random.uniform(1.0, 1.2))
             return
-        tries = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+        # CANCELLED is what a daemon that ends leaves of a call it was in the middle of.
+        tries = (
+            grpc.StatusCode.UNAVAILABLE,
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            grpc.StatusCode.CANCELLED,
+        )
         if code not in tries or error.reason in self.final:
             raise error from None
         unreachable = error.reason == "UNAVAILABLE"

@@ -92,13 +92,14 @@ class Stubs:
         self.system = system_service_pb2_grpc.SystemServiceStub(self.channel)
 
     def retry(self, call: Any, request: Any, timeout_s: float = 30.0) -> Any:
-        """Send until something other than UNAVAILABLE comes back."""
+        """Send until something else comes back than from a daemon that is away or ends."""
+        away = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         deadline = time.monotonic() + timeout_s
         while True:
             try:
                 return call(request, timeout=timeout_s)
             except grpc.RpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > deadline:
+                if error.code() not in away or time.monotonic() > deadline:
                     raise
                 time.sleep(0.05)
 
