@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from firetitan.v1 import (
-    checkpoint_service_pb2,
     deployment_pb2,
     deployment_service_pb2,
     operation_pb2,
@@ -26,6 +25,7 @@ from firetitan_client.deployment_config import STATES
 from firetitan_client.errors import FiretitanError, NotFound, Unsupported, from_status
 from firetitan_client.managed import wait_operation
 from firetitan_client.references import snapshot_reference
+from firetitan_client.sessions import find_snapshot
 
 logger = logging.getLogger("firetitan")
 
@@ -206,14 +206,6 @@ class Hotloading(ControlClient):
                 f"{deployment.base_model!r}; give that, or another deployment"
             )
 
-    async def _snapshot_name(self, identity: str) -> str:
-        answer = await self._transport.call(
-            "CheckpointService/GetSnapshot",
-            checkpoint_service_pb2.GetSnapshotRequest(name=snapshot_reference(identity)),
-            checkpoint_service_pb2.GetSnapshotResponse,
-        )
-        return str(answer.snapshot.name)
-
     async def _hotload(
         self,
         deployment_id: str,
@@ -223,7 +215,7 @@ class Hotloading(ControlClient):
         reset_prompt_cache: bool,
     ) -> _Hotload:
         self._agree(await self._find_deployment(deployment_id, patience_s), base_model)
-        snapshot = await self._snapshot_name(identity)
+        snapshot = await find_snapshot(self._transport, snapshot_reference(identity))
         answer = await self._transport.call(
             "DeploymentService/HotloadSnapshot",
             deployment_service_pb2.HotloadSnapshotRequest(
@@ -288,7 +280,7 @@ class Hotloading(ControlClient):
         """None once the snapshot is served, else why it is not."""
         self._agree(await self._find_deployment(deployment_id, timeout_s), base_model)
         try:
-            snapshot = await self._snapshot_name(identity)
+            snapshot = await find_snapshot(self._transport, snapshot_reference(identity))
         except NotFound as error:
             return f"Hotload of {identity!r} into {deployment_id!r}: {error}"
         begun = self._hotloads.get(deployment_id)

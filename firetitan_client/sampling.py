@@ -106,16 +106,18 @@ class FiretitanSamplingClient(SelfFuture[Target]):
 
     def get_sampler_handle(self) -> str:
         """A text that opens this sampler in another process; it holds no key."""
+        return str(self._handle())
+
+    def _handle(self) -> SamplerHandle:
         target = self._opened
         given = self._given_tokenizer if isinstance(self._given_tokenizer, str) else ""
-        handle = SamplerHandle(
+        return SamplerHandle(
             target.transport.address,
             target.deployment,
             target.snapshot,
             target.base_model,
             given or target.tokenizer,
         )
-        return str(handle)
 
     @classmethod
     def from_sampler_handle(
@@ -157,8 +159,7 @@ class FiretitanSamplingClient(SelfFuture[Target]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles as its handle, and where the daemon's credentials are; without the key."""
-        parsed = SamplerHandle.parse(self.get_sampler_handle())
-        return FiretitanSamplingClient._reopened, (parsed, self._opened.transport)
+        return FiretitanSamplingClient._reopened, (self._handle(), self._opened.transport)
 
     def __repr__(self) -> str:
         if not self._ready.done():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from firetitan.v1 import checkpoint_service_pb2, deployment_service_pb2
+from firetitan.v1 import deployment_service_pb2
 
 from firetitan_client import arguments, references
 from firetitan_client.deployment_sampler import DeploymentSampler
@@ -28,6 +28,7 @@ from firetitan_client.managed import wait_operation
 from firetitan_client.sample_requests import Target, follow
 from firetitan_client.sampling import FiretitanSamplingClient
 from firetitan_client.service_core import ServiceCore
+from firetitan_client.sessions import find_snapshot
 from firetitan_client.transport import Transport
 
 logger = logging.getLogger("firetitan")
@@ -191,7 +192,7 @@ class SamplingClients(ServiceCore):
         if path is not None and provisioner.deployment is None:
             # Before anything is made for it.
             with _hotload_failure(path, NotFound, InvalidArgument):
-                await _find_snapshot(self._transport, path)
+                await find_snapshot(self._transport, path)
         async with provisioner.opening("deployment", "trainer"):
             deployment = await provisioner.attach_deployment()
             if path is not None:
@@ -208,7 +209,7 @@ class SamplingClients(ServiceCore):
         self, path: str, client: FiretitanSamplingClient, of: DeploymentSampler | None
     ) -> Target:
         daemon = self._transport if of is None else (await of._ready).transport
-        snapshot = await _find_snapshot(daemon, path)
+        snapshot = await find_snapshot(daemon, path)
         for last in (False, False, True):
             target = replace(await self._open_target(snapshot, of), snapshot=snapshot)
             try:
@@ -258,13 +259,3 @@ def _hotload_failure(path: str, *kinds: type[FiretitanError]) -> Iterator[None]:
             field=error.field,
             metadata=error.metadata,
         ) from error
-
-
-async def _find_snapshot(daemon: Transport, path: str) -> str:
-    """The full name of a snapshot."""
-    answer = await daemon.call(
-        "CheckpointService/GetSnapshot",
-        checkpoint_service_pb2.GetSnapshotRequest(name=path),
-        checkpoint_service_pb2.GetSnapshotResponse,
-    )
-    return str(answer.snapshot.name)

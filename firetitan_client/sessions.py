@@ -231,6 +231,20 @@ async def find_checkpoint(transport: Transport, reference: str) -> checkpoint_pb
     return row
 
 
+async def find_snapshot(transport: Transport, reference: str) -> str:
+    """The full name of a snapshot.
+
+    Raises:
+        FiretitanError: SNAPSHOT_NOT_FOUND, NAME_INVALID.
+    """
+    answer = await transport.call(
+        "CheckpointService/GetSnapshot",
+        checkpoint_service_pb2.GetSnapshotRequest(name=reference),
+        checkpoint_service_pb2.GetSnapshotResponse,
+    )
+    return str(answer.snapshot.name)
+
+
 async def checkpoints(transport: Transport, parent: str) -> list[checkpoint_pb2.Checkpoint]:
     """The checkpoints of a trainer or session, in natural order of their names."""
     rows: list[checkpoint_pb2.Checkpoint] = []

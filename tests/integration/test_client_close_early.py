@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from firetitan.v1 import deployment_service_pb2, trainer_service_pb2
 from support.daemon import DaemonProcess
 from support.data import ragged_data
 from support.stubs import Stubs
@@ -40,10 +39,9 @@ def make_service(daemon: DaemonProcess, **config: Any) -> FiretitanServiceClient
 def everything(daemon: DaemonProcess) -> list[str]:
     """Names of all trainers and deployments."""
     stubs = Stubs(daemon.address)
-    trainers = stubs.trainers.ListTrainers(trainer_service_pb2.ListTrainersRequest()).trainers
-    served = stubs.deployments.ListDeployments(deployment_service_pb2.ListDeploymentsRequest())
+    names = [*stubs.all_trainers(), *stubs.all_deployments()]
     stubs.channel.close()
-    return [one.name for one in (*trainers, *served.deployments)]
+    return names
 
 
 async def ended(client: SelfFuture[Any]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from firetitan.v1 import (
     deployment_pb2,
-    deployment_service_pb2,
     trainer_service_pb2,
     training_service_pb2,
 )
@@ -41,19 +40,18 @@ def make_service(daemon: DaemonProcess, **config: Any) -> FiretitanServiceClient
 
 def trainers(daemon: DaemonProcess) -> set[str]:
     stubs = Stubs(daemon.address)
-    listed = stubs.trainers.ListTrainers(trainer_service_pb2.ListTrainersRequest()).trainers
+    names = set(stubs.all_trainers())
     stubs.channel.close()
-    return {one.name for one in listed}
+    return names
 
 
 def deployments(daemon: DaemonProcess) -> dict[str, deployment_pb2.Deployment]:
     stubs = Stubs(daemon.address)
-    request = deployment_service_pb2.ListDeploymentsRequest()
-    listed = stubs.deployments.ListDeployments(request).deployments
+    found = stubs.all_deployments()
     stubs.channel.close()
-    for one in listed:
+    for one in found.values():
         one.ClearField("last_use_time")
-    return {one.name: one for one in listed}
+    return found
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import numpy as np
 from firetitan.v1 import (
     checkpoint_service_pb2,
     checkpoint_service_pb2_grpc,
+    deployment_pb2,
     deployment_service_pb2,
     deployment_service_pb2_grpc,
     model_service_pb2_grpc,
@@ -24,6 +25,7 @@ from firetitan.v1 import (
     sampling_service_pb2_grpc,
     system_service_pb2_grpc,
     tensor_pb2,
+    trainer_pb2,
     trainer_service_pb2,
     trainer_service_pb2_grpc,
     training_service_pb2,
@@ -159,6 +161,17 @@ class Stubs:
             deployment=deployment, snapshot=snapshot, request_id=uuid.uuid4().hex, **more
         )
         return self.wait(self.retry(self.deployments.HotloadSnapshot, request).operation.name)
+
+    def all_trainers(self) -> dict[str, trainer_pb2.Trainer]:
+        """Every trainer, by name."""
+        listed = self.trainers.ListTrainers(trainer_service_pb2.ListTrainersRequest())
+        return {one.name: one for one in listed.trainers}
+
+    def all_deployments(self) -> dict[str, deployment_pb2.Deployment]:
+        """Every deployment, by name."""
+        request = deployment_service_pb2.ListDeploymentsRequest()
+        listed = self.deployments.ListDeployments(request)
+        return {one.name: one for one in listed.deployments}
 
     def session(self, trainer: str = "trainers/t", *, seed: int = 7) -> str:
         """Open the trainer's session; returns its name."""
