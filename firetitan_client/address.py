@@ -186,4 +186,4 @@ def start_daemon(timeout_s: float = 30.0) -> str:
 def _command() -> list[str]:
     beside = Path(sys.executable).parent / "firetitand"
     found = str(beside) if beside.exists() else shutil.which("firetitand")
-    return [found, "serve"] if found else [sys.executable, "-m", "firetitan_daemon", "serve"]
+    return [found, "serve"] if found else [sys.executable, "-P", "-m", "firetitan_daemon", "serve"]

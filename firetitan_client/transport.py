@@ -258,7 +258,9 @@ class Transport:
     ) -> Any:
         """Call a unary RPC; tries again where that is safe and promises something.
 
-        Every RPC of the protocol may be repeated: those that change something carry a request id.
+        Every RPC of the protocol may be repeated. Commands and what creates or hotloads carry a
+        request id; of all others the same again is the same: gone is gone, pinned is pinned, a
+        model or an export that is there is compared and answered.
 
         Args:
             method: `Service/Method`.

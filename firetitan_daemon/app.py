@@ -115,7 +115,11 @@ class Daemon:
         self._lock = StateLock(places.lock)
         places.announcement.unlink(missing_ok=True)
         durable.sweep_temporaries(places.home)
-        self._store = SqliteStore(places.database, fsync_operations=config.server.fsync_operations)
+        self._store = SqliteStore(
+            places.database,
+            folders=places.store,
+            fsync_operations=config.server.fsync_operations,
+        )
         self._spool = FileSpool(places.spool, fsync=config.server.fsync_operations)
         self._folders = FileFolders(places.store, config.server.adapter_folders)
         clock = SystemClock()
@@ -160,7 +164,9 @@ class Daemon:
         deployments.connect(syncer.restore)
         remover = SavedRemover(services, checkpoints, sessions, deployments)
         models = ModelRegistry(services, trainers, deployments)
-        exports = ExportManager(services, checkpoints, ProcessExporter(services.num_threads))
+        exports = ExportManager(
+            services, checkpoints, ProcessExporter(services.num_threads), self.places.home
+        )
         cleaner = Cleaner(services, sessions, trainers, deployments)
         leases = LeaseManager(
             services, self.config.leases.ttl_s, cleaner.clean_up, syncer.release_pins
@@ -198,7 +204,13 @@ class Daemon:
             TrainerServicer(trainers, sessions, messages, supervisor),
             LeaseServicer(leases, services),
             SystemServicer(
-                self._identity, services, supervisor, pool, sessions, self._stopping.set
+                self._identity,
+                services,
+                supervisor,
+                pool,
+                sessions,
+                self._stopping.set,
+                self.config.server.drain_timeout_s,
             ),
         )
         return RpcServer(
@@ -231,9 +243,12 @@ class Daemon:
             "instance_id": self._identity.instance_id,
             "version": self._identity.version,
         }
-        durable.publish_file(
-            self.places.announcement, json.dumps(announcement).encode(), fsync=False
-        )
+        try:
+            durable.publish_file(
+                self.places.announcement, json.dumps(announcement).encode(), fsync=False
+            )
+        except OSError as error:  # on a full disk it has to serve: things are deleted through it
+            logger.error("not announced file=%s: %s", self.places.announcement, error)
 
     def request_stop(self) -> None:
         """Begin to stop; `run` returns when that is done."""
@@ -243,7 +258,10 @@ class Daemon:
         """Refuse new work, let running commands end, keep the workers, close the state."""
         logger.info("stopping")
         service_manager.tell(service_manager.STOPPING)
-        self.places.announcement.unlink(missing_ok=True)
+        try:
+            self.places.announcement.unlink(missing_ok=True)
+        except OSError as error:  # the next start removes it
+            logger.warning("left behind file=%s: %s", self.places.announcement, error)
         self._supervisor.refuse_new_work()
         await self._server.drain()
         await self._supervisor.stop(self.config.server.drain_timeout_s)

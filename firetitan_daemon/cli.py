@@ -8,6 +8,7 @@ runs, 5 one runs and does not answer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import json
@@ -15,6 +16,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +24,15 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from firetitan_daemon.config import ConfigError, DaemonConfig, home_folder, load_config
+from firetitan_daemon.config import DaemonConfig, ServerConfig, home_folder, load_config
 from firetitan_daemon.places import PlaceError, Places
-from firetitan_daemon.processes import listener, state_of
+from firetitan_daemon.processes import find_daemon, state_of
+from firetitan_daemon.setting_values import ConfigError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_OWNED, EXIT_NOT_RUNNING, EXIT_SILENT = 1, 2, 3, 4, 5
 _STOP_MARGIN_S = 15.0
+_ANSWER_S = 5.0
+_LINGER_S = 5.0
 _T = TypeVar("_T")
 
 _home_option = click.option(
@@ -63,6 +68,10 @@ def serve(home: Path | None, log_level: str | None, tcp: str | None) -> None:
 
     async def run() -> None:
         await Daemon(config).run()
+        # A thread that waits for a file system for ever must not keep what has ended.
+        ending = threading.Timer(_LINGER_S, os._exit, (0,))
+        ending.daemon = True
+        ending.start()
 
     raise_file_limit()
     try:
@@ -140,7 +149,8 @@ def stop(home: Path | None) -> None:
     """Stop the daemon: running commands end, the rest waits in the spool, workers go on."""
     places = _places(home)
     running = _running(places)
-    pid = listener(places.socket)
+    drain_s = _drain_timeout_s(running["address"], home)
+    places, pid = find_daemon(places)
     if pid is None or pid != running["pid"]:
         _fail(
             f"{places.announcement} names process {running['pid']}, but {pid} serves "
@@ -148,7 +158,7 @@ def stop(home: Path | None) -> None:
             EXIT_FAILED,
         )
     os.kill(pid, signal.SIGTERM)
-    _wait_gone(places, pid, home)
+    _wait_gone(pid, drain_s)
     click.echo(f"stopped firetitand (pid {pid})")
 
 
@@ -161,13 +171,14 @@ def drain(home: Path | None) -> None:
     import grpc
     from firetitan.v1 import system_service_pb2, system_service_pb2_grpc
 
+    drain_s = _drain_timeout_s(running["address"], home)
     with grpc.insecure_channel(running["address"]) as channel:
         stub = system_service_pb2_grpc.SystemServiceStub(channel)
         try:
             answer = stub.Drain(system_service_pb2.DrainRequest(), timeout=10)
         except grpc.RpcError as error:
             _refused(error)
-    _wait_gone(places, running["pid"], home)
+    _wait_gone(running["pid"], drain_s)
     click.echo(f"drained firetitand (pid {running['pid']}), {answer.pending_operations} pending")
 
 
@@ -311,7 +322,8 @@ def _places(home: Path | None) -> Places:
 
 def _running(places: Places) -> dict[str, Any]:
     """What the running daemon announced; ends the program where none runs."""
-    announced, pid = places.announced(), listener(places.socket)
+    announced = places.announced()
+    places, pid = find_daemon(places)
     if announced is None and pid is not None:  # it is about to end
         return {"address": f"unix:{places.socket}", "pid": pid}
     if announced is None or pid is None:
@@ -320,14 +332,35 @@ def _running(places: Places) -> dict[str, Any]:
             f"no firetitand runs on {places.home}{was}; start it: firetitand serve",
             EXIT_NOT_RUNNING,
         )
-    return announced
+    return {**announced, "address": f"unix:{places.socket}"}
 
 
-def _wait_gone(places: Places, pid: int, home: Path | None) -> None:
-    deadline = time.monotonic() + _config(home, {}).server.drain_timeout_s + _STOP_MARGIN_S
+def _drain_timeout_s(address: str, home: Path | None) -> float:
+    """How long a daemon drains, by its own settings: those of this shell may be others.
+
+    Asked before it is told to end. It is ended all the same where it does not say: it may hang, or
+    be of a release that tells nothing of it.
+    """
+    import grpc
+    from firetitan.v1 import system_service_pb2, system_service_pb2_grpc
+
+    with contextlib.suppress(grpc.RpcError), grpc.insecure_channel(address) as channel:
+        stub = system_service_pb2_grpc.SystemServiceStub(channel)
+        info = stub.GetSystemInfo(system_service_pb2.GetSystemInfoRequest(), timeout=_ANSWER_S)
+        if info.HasField("drain_timeout"):
+            return float(info.drain_timeout.ToNanoseconds() / 1e9)
+    try:
+        return load_config(home=home)[0].server.drain_timeout_s
+    except ConfigError:
+        return ServerConfig.drain_timeout_s
+
+
+def _wait_gone(pid: int, drain_s: float) -> None:
+    wait_s = drain_s + _STOP_MARGIN_S
+    deadline = time.monotonic() + wait_s
     while state_of(pid) not in ("", "Z"):  # a zombie holds nothing any more
         if time.monotonic() > deadline:
-            _fail(f"firetitand (pid {pid}) still runs; see its log", EXIT_FAILED)
+            _fail(f"firetitand (pid {pid}) still runs after {wait_s:g} s; see its log", EXIT_FAILED)
         time.sleep(0.02)
 
 

@@ -2,14 +2,13 @@
 
 Knows: every setting, its default and where a value came from. Must not know: what uses it.
 A key `section.name` is `[section] name = ...` in the file and `FIRETITAN_SECTION_NAME` in the
-environment. Unknown keys are errors.
+environment. Unknown keys are errors, and variables that are nearly a setting's.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -22,10 +21,13 @@ from firetitan_daemon.core.model_records import Shape
 from firetitan_daemon.core.ports import Limits
 from firetitan_daemon.core.recovery import RecoveryLimits
 from firetitan_daemon.core.shapes import DEVICES, DTYPES, MODES
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the text names the key, the value and where it came from."""
+from firetitan_daemon.setting_values import (
+    ConfigError,
+    check_variable,
+    convert,
+    separated,
+    unknown,
+)
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,6 @@ class ServerConfig:
     def adapter_folders(self) -> tuple[Path, ...]:
         """`adapter_roots` one by one, absolute."""
         return _folders(self.adapter_roots)
-
-
-_TCP_ADDRESS = re.compile(
-    r"(?P<host>[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\]):(?P<port>\d{1,5})"
-)
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class TcpConfig:
     @property
     def host_names(self) -> tuple[str, ...]:
         """`names` one by one."""
-        return tuple(one.strip() for one in self.names.split(",") if one.strip())
+        return separated(self.names)
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -88,7 +85,7 @@ class WorkersConfig:
     """The worker processes."""
 
     num_threads: int = 0
-    """Threads each computes with; 0: as many as there are cores."""
+    """Threads each computes with; 0: OMP_NUM_THREADS, else as many as there are cores."""
     adopt_timeout_s: float = 5.0
     """How long one attempt to reach a worker of a former daemon may take."""
 
@@ -151,7 +148,6 @@ class DaemonConfig:
 
 _SECTIONS = ("server", "limits", "workers", "recovery", "leases", "idle", "retention", "log", "tcp")
 _MODELS = "models."
-_LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True)
@@ -173,7 +169,8 @@ def home_folder(given: Path | None = None, environment: Mapping[str, str] | None
     variables = os.environ if environment is None else environment
     home = Path(given or variables.get("FIRETITAN_HOME") or "~/.firetitan")
     try:
-        return home.expanduser().absolute()
+        # One spelling, whatever links lead there: it goes into rows and into sockets' names.
+        return Path(os.path.realpath(home.expanduser()))
     except RuntimeError as error:
         raise ConfigError(
             f"home: {str(home)!r} lies in the home of no user; give a folder, by --home or "
@@ -198,12 +195,14 @@ def load_config(
         The configuration, and every setting with its origin, by key.
 
     Raises:
-        ConfigError: Unknown key, wrong type, value out of range, or unreadable file.
+        ConfigError: Unknown key, wrong type, value out of range, or unreadable file; a variable
+            that is nearly a setting's.
     """
     variables = os.environ if environment is None else environment
     root = home_folder(home, variables)
     given = _read_file(root / "config.toml")
-    given.update(_read_environment(variables))
+    environment_given = _read_environment(variables)
+    given.update(environment_given)
     given.update({key: Setting(key, value, "command line") for key, value in (flags or {}).items()})
     sections: dict[str, object] = {}
     settings = [
@@ -222,11 +221,13 @@ def load_config(
             key = f"{section}.{entry.name}"
             setting = given.pop(key, None)
             if setting is not None:
-                values[entry.name] = _convert(setting, hints[entry.name])
-                settings.append(dataclasses.replace(setting, value=values[entry.name]))
+                value = convert(key, setting.value, setting.origin, hints[entry.name])
+                values[entry.name] = value
+                settings.append(dataclasses.replace(setting, value=value))
             else:
                 settings.append(Setting(key, entry.default, "default"))
         sections[section] = cls(**values)
+    keys = [one.key for one in settings]
     models = {}
     for key in [key for key in given if key.startswith(_MODELS)]:
         name = key.removeprefix(_MODELS)
@@ -238,11 +239,10 @@ def load_config(
             found.append(_shape(section, given[key]))
             settings.append(given.pop(key))
     if given:
-        unknown = next(iter(given.values()))
-        raise ConfigError(
-            f"{unknown.key}: no such setting (from {unknown.origin}); "
-            "`firetitand config` lists all of them"
-        )
+        other = next(iter(given.values()))
+        raise unknown(other.key, other.origin, keys)
+    for variable in variables.keys() - {one.origin for one in environment_given.values()}:
+        check_variable(variable, keys)
     config = DaemonConfig(
         home=root,
         models=models,
@@ -279,7 +279,7 @@ def _shape(section: str, setting: Setting) -> Shape:
         raise ConfigError(f"{where}: must be a table of {', '.join(sorted(names))}")
     defaults: dict[str, Any] = {"deployment_shape": "local" if "trainer_mode" in names else ""}
     values = {
-        name: _convert(Setting(f"{setting.key}.{name}", one, setting.origin), hints[name])
+        name: convert(f"{setting.key}.{name}", one, setting.origin, hints[name])
         for name, one in value.items()
     }
     shape = Shape(setting.key.removeprefix(f"{section}."), **{**defaults, **values})
@@ -320,27 +320,3 @@ def _read_environment(variables: Mapping[str, str]) -> dict[str, Setting]:
                 key = f"{section}.{variable.removeprefix(prefix).lower()}"
                 found[key] = Setting(key, value, variable)
     return found
-
-
-def _convert(setting: Setting, kind: type) -> object:
-    value, where = setting.value, f"{setting.key} = {setting.value!r} (from {setting.origin})"
-    if kind is bool and isinstance(value, str) and value.lower() in ("0", "1", "false", "true"):
-        return value.lower() in ("1", "true")
-    if kind in (int, float) and isinstance(value, str):
-        try:
-            value = kind(value)
-        except ValueError:
-            raise ConfigError(f"{where}: must be a number") from None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{where}: must be of type {kind.__name__}")
-    if isinstance(value, int | float) and value < 0:
-        raise ConfigError(f"{where}: must not be negative")
-    if setting.key == "log.level" and value not in _LEVELS:
-        raise ConfigError(f"{where}: must be one of {', '.join(_LEVELS)}")
-    if setting.key == "tcp.address" and value:
-        match = _TCP_ADDRESS.fullmatch(str(value))
-        if match is None or int(match["port"]) > 65535:
-            raise ConfigError(f"{where}: must be host:port, such as 127.0.0.1:7465")
-    return value

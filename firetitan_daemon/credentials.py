@@ -61,8 +61,8 @@ def server_credentials(places: Places, names: Iterable[str] = ()) -> ServerCrede
         from firetitan_daemon import certificates
     except ImportError as error:
         raise PlaceError(
-            f"tcp.address needs the package cryptography ({error}); install it: "
-            "pip install 'firetitan[daemon]'"
+            f"tcp.address needs the package cryptography ({error}); install firetitan with its "
+            "daemon extra, in its folder: pip install '.[daemon]'"
         ) from error
     folder, token = places.credentials, places.credentials / "token"
     if not folder.exists():

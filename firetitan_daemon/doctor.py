@@ -2,7 +2,7 @@
 
 Knows: files of a home, processes, sockets, versions. Must not know: the command line, what a
 running daemon tells of itself (`health`). Changes nothing, and never opens the ledger of a running
-daemon, which looks it over itself.
+daemon with SQLite: it looks that over itself.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
-
 from firetitan_daemon import health
-from firetitan_daemon.config import ConfigError, load_config
+from firetitan_daemon.answers import ask
+from firetitan_daemon.client_addresses import check_address
+from firetitan_daemon.config import load_config
 from firetitan_daemon.handshake import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION
 from firetitan_daemon.health import Finding
 from firetitan_daemon.host import count_gpus, look_at
@@ -31,15 +31,14 @@ from firetitan_daemon.places import Places
 from firetitan_daemon.processes import (
     daemons,
     file_limit,
+    find_daemon,
     is_locked,
-    listener,
     open_files,
-    state_of,
 )
-from firetitan_daemon.resources import Resources, View
+from firetitan_daemon.resources import View
+from firetitan_daemon.setting_values import ConfigError
 from firetitan_daemon.store import schema
 
-ANSWER_S = 5.0
 FEW_FILES = 1024
 _WAL_FIX = (3, 51, 3)
 _LARGE_DEBT = 0.8
@@ -50,7 +49,8 @@ class Report:
     """What was found."""
 
     state: str
-    """`running`, `silent` (it runs and does not answer) or `none`."""
+    """`running`, `silent` (it runs and does not answer) or `none`: none serves, though one may be
+    about to, or about to end."""
     facts: dict[str, str]
     """Versions and the like, to be passed on with a question."""
     findings: Sequence[Finding]
@@ -64,49 +64,26 @@ def examine(places: Places, environment: dict[str, str] | None = None) -> Report
         environment: Stands in for `os.environ`.
     """
     variables = dict(os.environ) if environment is None else environment
-    pid = listener(places.socket)
-    view, silence = _ask(places, pid)
-    state = "running" if view else "silent" if pid else "none"
+    places, pid = find_daemon(places)
+    state, view, trouble = ask(places, pid)
     found = [
         *check_announcement(places, pid, view),
-        *silence,
-        *check_address(places, variables),
+        *trouble,
+        *check_address(places, pid, variables),
         *check_home(places),
         *check_settings(places, variables),
-        *check_worker_folders(places, view),
+        *check_worker_folders(places, state, view),
         *check_machine(pid),
     ]
     if view is not None:
-        found += [*health.findings(view), *check_debt(places, view), *check_version(view)]
+        found += [*health.findings(view), *check_debt(places, variables, view)]
+        found += check_version(view)
     elif state == "none":
         found += [*check_none_runs(places), *check_closed_ledger(places)]
-    return Report(state, facts(places, view), found)
-
-
-def _ask(places: Places, pid: int | None) -> tuple[View | None, list[Finding]]:
-    if pid is None:
-        return None, []
-    try:
-        with grpc.insecure_channel(f"unix:{places.socket}") as channel:
-            return Resources(channel, ANSWER_S).view(check_ledger=True), []
-    except grpc.RpcError as error:
-        return None, [_silent(pid, error)]
-
-
-def _silent(pid: int, error: Any) -> Finding:
-    if state_of(pid) in ("T", "t"):
-        return Finding(
-            "daemon",
-            "firetitand",
-            f"process {pid} is stopped (SIGSTOP) and does not answer",
-            f"kill -CONT {pid}",
-        )
-    return Finding(
-        "daemon",
-        "firetitand",
-        f"process {pid} does not answer: {error.code().name}",
-        f"see its log; kill -9 {pid} loses nothing (workers go on), then: firetitand serve",
-    )
+    told = facts(places, view)
+    if variables.get("FIRETITAN_ADDRESS"):
+        told["clients go to"] = variables["FIRETITAN_ADDRESS"]
+    return Report(state, told, found)
 
 
 def check_announcement(places: Places, pid: int | None, view: View | None) -> Iterator[Finding]:
@@ -125,18 +102,6 @@ def check_announcement(places: Places, pid: int | None, view: View | None) -> It
             str(places.socket),
             f"the daemon behind it (pid {view.info.pid}) has the home {view.info.home}",
             f"use that one (FIRETITAN_HOME={view.info.home}), or stop it",
-        )
-
-
-def check_address(places: Places, environment: dict[str, str]) -> Iterator[Finding]:
-    """Clients of this environment come to this home's daemon."""
-    address = environment.get("FIRETITAN_ADDRESS")
-    if address and Path(address.removeprefix("unix:")) != places.socket:
-        yield Finding(
-            "daemon",
-            "FIRETITAN_ADDRESS",
-            f"sends clients to {address}, this home's daemon is at unix:{places.socket}",
-            "unset it, or look at the home of that daemon: firetitand doctor --home ...",
         )
 
 
@@ -222,8 +187,11 @@ def check_settings(places: Places, environment: dict[str, str]) -> Iterator[Find
 
 
 def check_closed_ledger(places: Places) -> Iterator[Finding]:
-    """The ledger of a home without a daemon: a copy of it is whole, and of a known schema."""
-    if not places.database.exists():
+    """The ledger of a home without a daemon: a copy of it is whole, and of a known schema.
+
+    One that starts or ends writes in it, and a copy made meanwhile is of two moments.
+    """
+    if not places.database.exists() or is_locked(places.lock):
         return
     with tempfile.TemporaryDirectory(prefix="firetitan-doctor-") as folder:
         copy = Path(folder) / places.database.name
@@ -237,6 +205,8 @@ def check_closed_ledger(places: Places) -> Iterator[Finding]:
                 "ledger", str(places.database), f"cannot be copied: {error}", "see its disk"
             )
             return
+        if is_locked(places.lock):
+            return
         problems, version = schema.examine(copy)
     for problem in problems:
         yield health.broken_ledger(str(places.database), problem)
@@ -249,7 +219,7 @@ def check_closed_ledger(places: Places) -> Iterator[Finding]:
         )
 
 
-def check_worker_folders(places: Places, view: View | None) -> Iterator[Finding]:
+def check_worker_folders(places: Places, state: str, view: View | None) -> Iterator[Finding]:
     """Every live worker process belongs to a record, and speaks a protocol that is spoken here."""
     if not places.workers.is_dir():
         return
@@ -271,14 +241,14 @@ def check_worker_folders(places: Places, view: View | None) -> Iterator[Finding]
                 f"{OLDEST_PROTOCOL_VERSION} to {PROTOCOL_VERSION}",
                 "run the firetitan it was started by, save, and create it anew with this one",
             )
-        elif known is None:
+        elif state == "none":
             yield Finding(
                 "workers",
                 where,
                 f"process {pid} goes on without a daemon, for {spec.target}",
                 "nothing: the next start finds it again",
             )
-        elif folder.name not in known:
+        elif known is not None and folder.name not in known:
             yield Finding(
                 "workers",
                 where,
@@ -287,12 +257,14 @@ def check_worker_folders(places: Places, view: View | None) -> Iterator[Finding]
             )
 
 
-def check_debt(places: Places, view: View) -> Iterator[Finding]:
-    """A replay after a worker's death stays possible."""
-    try:
-        limits = load_config(home=places.home)[0].recovery
-    except ConfigError:
-        return
+def check_debt(places: Places, environment: dict[str, str], view: View) -> Iterator[Finding]:
+    """A replay after a worker's death stays possible, by the settings that the daemon has."""
+    limits: Any = view.info.recovery_limits
+    if not view.info.HasField("recovery_limits"):  # of a release that does not tell
+        try:
+            limits = load_config(home=places.home, environment=environment)[0].recovery
+        except ConfigError:
+            return
     for one in view.info.recoveries:
         share = one.kept_bytes / max(1, limits.max_spool_bytes)
         if limits.enabled and share > _LARGE_DEBT:

@@ -43,6 +43,8 @@ class Places:
     """Paths below one home."""
 
     home: Path
+    found_socket: Path | None = None
+    """Where its daemon was found to listen; see `processes.find_daemon`."""
 
     @property
     def lock(self) -> Path:
@@ -82,10 +84,10 @@ class Places:
     def announced(self) -> dict[str, Any] | None:
         """What the last daemon announced; None where nothing is."""
         try:
-            found: dict[str, Any] = json.loads(self.announcement.read_text())
+            found = json.loads(self.announcement.read_text())
         except (OSError, ValueError):
             return None
-        return found
+        return found if isinstance(found, dict) else None
 
     @property
     def credentials(self) -> Path:
@@ -108,8 +110,8 @@ class Places:
 
     @property
     def socket(self) -> Path:
-        """Where the daemon serves."""
-        return self.run / "firetitan.sock"
+        """Where the daemon serves: as it was found, else where this process would have it serve."""
+        return self.found_socket or self.run / "firetitan.sock"
 
     def make(self) -> None:
         """Make the folders that are missing, for this user alone.

@@ -1,14 +1,17 @@
 """Processes, locks and sockets, looked at from outside: nothing is taken or changed.
 
-Knows: procfs, the owner of a socket. Must not know: what the processes are for.
+Knows: procfs, the owner of a socket, where a daemon says it serves. Must not know: what the
+processes are for.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
 from firetitan_daemon.handshake import socket_owner
+from firetitan_daemon.places import Places
 
 _PROC = Path("/proc")
 
@@ -19,6 +22,28 @@ def listener(socket: Path) -> int | None:
         return socket_owner(socket)[0]
     except OSError:
         return None
+
+
+def find_daemon(places: Places) -> tuple[Places, int | None]:
+    """A home's places with the socket that its daemon listens on, and the daemon's process id.
+
+    What it announced counts first: it may have another temporary directory than this process, or
+    know the home by another name. But for root, that is passed over where another user listens.
+
+    Returns:
+        None for the id where nobody listens.
+    """
+    address = (places.announced() or {}).get("address")
+    if isinstance(address, str) and address.startswith("unix:/"):
+        try:
+            announced = Path(address.removeprefix("unix:"))
+            pid, user = socket_owner(announced)
+        except (OSError, ValueError):  # gone, or no path at all
+            pass
+        else:
+            if os.geteuid() in (user, 0):
+                return dataclasses.replace(places, found_socket=announced), pid
+    return places, listener(places.socket)
 
 
 def state_of(pid: int) -> str:

@@ -79,18 +79,14 @@ class Resources:
         self._deployments = deployment_service_pb2_grpc.DeploymentServiceStub(channel)
         self._leases = lease_service_pb2_grpc.LeaseServiceStub(channel)
 
-    def view(self, *, check_ledger: bool = False) -> View:
-        """All that a daemon tells of itself.
-
-        Args:
-            check_ledger: Have it look its ledger over.
+    def view(self) -> View:
+        """All that a daemon tells of itself without looking its ledger over.
 
         Raises:
             grpc.RpcError: The daemon does not answer.
         """
         info = self._system.GetSystemInfo(
-            system_service_pb2.GetSystemInfoRequest(check_ledger=check_ledger),
-            timeout=self._timeout_s,
+            system_service_pb2.GetSystemInfoRequest(), timeout=self._timeout_s
         )
         leases = self._leases.ListLeases(
             lease_service_pb2.ListLeasesRequest(), timeout=self._timeout_s
@@ -106,6 +102,18 @@ class Resources:
             leases.leases,
             leases.cleanups,
         )
+
+    def ledger_problems(self, timeout_s: float) -> Sequence[str]:
+        """What a daemon finds wrong with its ledger, which takes seconds where that is large.
+
+        Args:
+            timeout_s: For the answer.
+
+        Raises:
+            grpc.RpcError: The daemon does not answer, or could not look.
+        """
+        request = system_service_pb2.GetSystemInfoRequest(check_ledger=True)
+        return self._system.GetSystemInfo(request, timeout=timeout_s).ledger_problems
 
     def rows(self) -> list[Row]:
         """Trainers with their sessions, then deployments, by name.

@@ -35,6 +35,12 @@ FILES = (
     trainer_service_pb2,
     training_service_pb2,
 )
+BREAKS = {
+    "broken_after_two": grpc.StatusCode.UNAVAILABLE,
+    # What a daemon that ends leaves of a call it was in the middle of.
+    "cancelled_after_two": grpc.StatusCode.CANCELLED,
+}
+"""How a stream ends behind its second message."""
 QUEUE_PAUSE_S = 0.3
 """What the injected QUEUE_FULL asks a client to wait."""
 
@@ -81,9 +87,11 @@ class Faults:
         ("ForwardBackward", 1): "queue_full",
         ("ForwardBackward", 3): "answer_lost",
         ("OptimStep", 2): "unreached",
+        ("OptimStep", 4): "cancelled",
         ("SaveSnapshot", 1): "answer_lost",
         ("HotloadSnapshot", 1): "answer_lost",
         ("WatchOperations", 1): "broken_after_two",
+        ("WatchOperations", 2): "cancelled_after_two",
         ("SampleStream", 1): "broken_after_two",
         ("Sample", 1): "answer_lost",
     }
@@ -146,6 +154,8 @@ class Proxy(grpc.GenericRpcHandler):
             call.responses.append(response)
             if call.fault == "answer_lost":
                 await _fail(context, call, grpc.StatusCode.UNAVAILABLE)
+            if call.fault == "cancelled":
+                await _fail(context, call, grpc.StatusCode.CANCELLED)
             call.code = grpc.StatusCode.OK
             return response
 
@@ -167,10 +177,10 @@ class Proxy(grpc.GenericRpcHandler):
                 async for response in upstream:
                     call.responses.append(response)
                     yield response
-                    if call.fault == "broken_after_two" and len(call.responses) == 2:
+                    if call.fault in BREAKS and len(call.responses) == 2:
                         # Time for acknowledgements of what was just sent.
                         await asyncio.sleep(0.2)
-                        await _fail(context, call, grpc.StatusCode.UNAVAILABLE)
+                        await _fail(context, call, BREAKS[call.fault])
                 call.code = grpc.StatusCode.OK
             except grpc.aio.AioRpcError as error:
                 await _pass_on(context, call, error)

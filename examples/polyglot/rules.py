@@ -24,7 +24,11 @@ COMMANDS = (
     "SaveSnapshot",
     "LoadAdapter",
 )
-AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+AGAIN = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+)
 Rule = Callable[[list[Call]], Iterator[str]]
 
 
@@ -111,9 +115,9 @@ def request_id(calls: list[Call]) -> Iterator[str]:
 
 
 def retry(calls: list[Call]) -> Iterator[str]:
-    """UNAVAILABLE is retried; QUEUE_FULL after the time that RetryInfo names."""
+    """UNAVAILABLE and CANCELLED are retried; QUEUE_FULL after the time that RetryInfo names."""
     for index, call in enumerate(calls):
-        if call.fault not in ("unreached", "answer_lost", "queue_full"):
+        if call.fault not in ("unreached", "answer_lost", "cancelled", "queue_full"):
             continue
         again = [
             later

@@ -69,7 +69,7 @@ class Cleaner:
         elif not await self._trainers.stop(trainer_id):
             logger.warning("goes on: it is used, or could not be brought back trainer=%s", name)
 
-    def stop_idle(self) -> None:
+    async def expire(self) -> None:
         """Begin to stop the workers of what was not used for long enough."""
         for trainer in self._trainers.all():
             if self._is_idle(trainer) and not self._trainers.busy(trainer.id):

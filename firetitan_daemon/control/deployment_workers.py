@@ -65,8 +65,8 @@ class ReplicaInfo:
 class DeploymentWorkers:
     """The samplers of every deployment.
 
-    Owns the records, and one lock a deployment for whatever changes its weights. `_lock` is held
-    while samplers are added or taken away.
+    Owns the records, and two locks a deployment: for what changes its samplers, and for what
+    changes their weights. The first is taken before the second.
     """
 
     def __init__(self, services: Services, pool: WorkerPool) -> None:
@@ -75,9 +75,9 @@ class DeploymentWorkers:
         self._deployments: dict[str, Deployment] = {}
         self._sets: dict[str, ReplicaSet] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._weights_locks: dict[str, asyncio.Lock] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         """What is done to a sampler, by the worker's id: it is provisioned or let go."""
-        self._lock = asyncio.Lock()
         self._rows = asyncio.Lock()
         self._deaths: dict[str, list[float]] = {}
         """When a sampler and those it replaced ended of late, monotonic seconds, by worker id."""
@@ -103,9 +103,13 @@ class DeploymentWorkers:
             )
         return deployment
 
+    def _lock(self, deployment_id: str) -> asyncio.Lock:
+        """Held while samplers are added or taken away: one that hangs holds up no other's."""
+        return self._locks.setdefault(deployment_id, asyncio.Lock())
+
     def weights_lock(self, deployment_id: str) -> asyncio.Lock:
         """Held while a deployment's weights change."""
-        return self._locks.setdefault(deployment_id, asyncio.Lock())
+        return self._weights_locks.setdefault(deployment_id, asyncio.Lock())
 
     def replica_set(self, deployment_id: str) -> ReplicaSet:
         """The samplers of a deployment that answer requests."""
@@ -352,7 +356,7 @@ class DeploymentWorkers:
 
         async def restart() -> None:
             # Free in between: while the disk refuses, it may be scaled or deleted.
-            async with self._lock:
+            async with self._lock(deployment_id):
                 await self._restart(deployment_id, worker_id, cause, deaths)
 
         await when_there_is_space(f"a new sampler of deployments/{deployment_id}", restart)

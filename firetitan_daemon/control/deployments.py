@@ -157,7 +157,7 @@ class DeploymentManager(DeploymentWorkers):
     async def _create(self, request: DeploymentRequest) -> Operation:
         services, name = self._services, names.deployment_name(request.deployment_id)
         trainer_id = names.parse_trainer(request.trainer) if request.trainer else ""
-        async with self._lock:
+        async with self._lock(request.deployment_id):
             former = await services.operations.by_request(
                 name, request.request_id, request.payload_digest
             )
@@ -245,7 +245,7 @@ class DeploymentManager(DeploymentWorkers):
 
     async def _make_up(self, deployment_id: str) -> None:
         """Add the samplers that are missing, if it was not scaled or deleted meanwhile."""
-        async with self._lock:
+        async with self._lock(deployment_id):
             deployment = self._deployments.get(deployment_id)
             runs = (ResourceState.RECOVERING, ResourceState.ACTIVE)
             if deployment is None or deployment.state not in runs:
@@ -270,7 +270,7 @@ class DeploymentManager(DeploymentWorkers):
         return await asyncio.shield(asyncio.create_task(self._scale(deployment_id, replicas)))
 
     async def _scale(self, deployment_id: str, replicas: int) -> Deployment:
-        async with self._lock:
+        async with self._lock(deployment_id):
             deployment = self.get(deployment_id)
             stopped = deployment.state is ResourceState.STOPPED
             if deployment.state is ResourceState.DELETING or (stopped and not replicas):
@@ -298,7 +298,7 @@ class DeploymentManager(DeploymentWorkers):
             await asyncio.shield(asyncio.create_task(self._delete(deployment_id)))
 
     async def _delete(self, deployment_id: str) -> None:
-        async with self._lock:
+        async with self._lock(deployment_id):
             deployment = self._deployments.get(deployment_id)
             if deployment is None:
                 return

@@ -26,6 +26,7 @@ from firetitan_daemon.core.texts import check_text
 
 logger = logging.getLogger("firetitan.leases")
 MAX_USES = 1000
+MAX_LEASES = 4096
 _TTL_S = (0.5, 24 * 3600.0)
 _RETRY_S = 5.0
 
@@ -116,8 +117,9 @@ class LeaseManager:
             ttl_s: None: the setting.
 
         Raises:
-            FiretitanError: INVALID_ARGUMENT, NAME_INVALID; RECOVERING where it begins to use what
-                is being deleted: what it held before is renewed all the same.
+            FiretitanError: INVALID_ARGUMENT, NAME_INVALID; QUEUE_FULL for one client too many;
+                RECOVERING where it begins to use what is being deleted: what it held before is
+                renewed all the same.
         """
         _check_client(client_id)
         check_text(label, "label")
@@ -136,6 +138,14 @@ class LeaseManager:
     async def _hold(self, lease: Lease) -> None:
         async with self._lock:
             former = self._table.lease(lease.client_id)
+            if former is None and len(self._table.leases) >= MAX_LEASES:
+                raise FiretitanError(
+                    Reason.QUEUE_FULL,
+                    f"client_id: {MAX_LEASES} clients hold leases; renew one under the client_id "
+                    "it has, or wait until one ends",
+                    limit="leases",
+                    retry_after_s="1",
+                )
             try:
                 self._check_not_deleted(lease, former)
             except FiretitanError:

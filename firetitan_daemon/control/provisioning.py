@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from firetitan_daemon.control.services import Services
 from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.expiry import MAX_TTL_S
 from firetitan_daemon.core.model_names import check_location
 from firetitan_daemon.core.model_records import ModelInfo, Shape
 from firetitan_daemon.core.records import (
@@ -44,10 +45,11 @@ def check_request(
             f"max_context_length: {max_context_length} is negative; 0 takes the model's own limit",
             field="max_context_length",
         )
-    if inactivity is not None and inactivity < 0:
+    if inactivity is not None and not 0 <= inactivity <= MAX_TTL_S:
         raise FiretitanError(
             Reason.INVALID_ARGUMENT,
-            f"inactivity_timeout: {inactivity:g} s is negative; 0 never stops it",
+            f"inactivity_timeout: {inactivity:g} s; give up to {MAX_TTL_S:.0f} s, or 0 to never "
+            "stop it",
             field="inactivity_timeout",
         )
     if dtype not in DTYPES:

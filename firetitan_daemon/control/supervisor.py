@@ -105,12 +105,19 @@ class Supervisor:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
-            self._cleaner.stop_idle()
-            for keeper in (self._sessions, self._leases, self._remover, self._retention):
+            for keeper in (
+                self._cleaner,
+                self._sessions,
+                self._leases,
+                self._remover,
+                self._retention,
+            ):
                 try:
                     await keeper.expire()
                 except FiretitanError as error:
                     logger.warning("what is over is looked after again later: %s", error)
+                except Exception as error:  # a supervisor: the others are looked after all the same
+                    internal_error("looking after what is over", error)
 
     def _spawn(self, what: str, work: Awaitable[None]) -> None:
         async def run() -> None:

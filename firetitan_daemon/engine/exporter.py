@@ -8,6 +8,7 @@ the snapshot that would have been saved beside it.
 
 from __future__ import annotations
 
+import errno
 import shutil
 from dataclasses import dataclass
 from itertools import pairwise
@@ -40,7 +41,7 @@ class Export:
     """(folder, digest): a base or an adapter and the deltas on it, or one training state."""
     is_state: bool
     target: str
-    """Folder that does not exist yet, or is empty."""
+    """Folder that does not exist yet, is empty, or holds this very export."""
 
 
 def export(job: Export) -> None:
@@ -48,7 +49,9 @@ def export(job: Export) -> None:
 
     Raises:
         FiretitanError: CHECKSUM_MISMATCH naming a damaged file, MODEL_NOT_FOUND and
-            INVALID_ARGUMENT for a state whose base model is gone or another, STATE_DISK_FULL.
+            INVALID_ARGUMENT for a state whose base model is gone or another, or a target that holds
+            something else, STATE_DISK_FULL.
+        OSError: The target cannot be written to.
     """
     target = Path(job.target)
     staging = target.parent / f"{durable.TEMPORARY_PREFIX}{target.name}"
@@ -58,11 +61,37 @@ def export(job: Export) -> None:
         staging.mkdir()
         try:
             _fill(job, staging)
+            if _is_same(staging, target):
+                return
             if target.is_dir():
-                target.rmdir()
+                _remove_empty(target)
             durable.publish_folder(staging, target)
         finally:
             durable.remove(staging)
+
+
+def _is_same(staging: Path, target: Path) -> bool:
+    """Whether the target holds the export already: its sender did not hear of it."""
+    try:
+        if durable.read_manifest(staging) != durable.read_manifest(target):
+            return False
+        durable.verify_folder(target)
+    except (FileNotFoundError, FiretitanError):  # none, or changed by its owner since
+        return False
+    return True
+
+
+def _remove_empty(target: Path) -> None:
+    try:
+        target.rmdir()
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        raise FiretitanError(
+            Reason.INVALID_ARGUMENT,
+            f"folder: {target} is there and not empty; choose another",
+            field="folder",
+        ) from error
 
 
 def _fill(job: Export, staging: Path) -> None:

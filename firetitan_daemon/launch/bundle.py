@@ -29,6 +29,10 @@ class BundleError(Exception):
     """A bundle that must not be used; the text says why."""
 
 
+class BundleUnreadableError(BundleError):
+    """A file that is there and cannot be read, maybe for the moment: it proves nothing."""
+
+
 class Bundle:
     """The folder `workers/<id>`.
 
@@ -93,24 +97,19 @@ class Bundle:
 
         Raises:
             BundleError: It is missing, a link, another user's, or writable by others.
+            OSError: It cannot be looked at.
         """
         try:
-            found = self.folder.lstat()
-        except OSError as error:
+            check_owned(self.folder)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise BundleError(f"{self.folder}: {error.strerror}") from error
-        if not stat.S_ISDIR(found.st_mode):
-            raise BundleError(f"{self.folder} is not a folder")
-        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
-            raise BundleError(
-                f"{self.folder} belongs to user {found.st_uid} with mode "
-                f"{stat.S_IMODE(found.st_mode):o}; it must be this user's alone"
-            )
 
     def read_spec(self) -> worker_pb2.WorkerSpec:
         """What the worker was started for.
 
         Raises:
             BundleError: No such file, or not such a message.
+            BundleUnreadableError: It cannot be read.
         """
         spec = worker_pb2.WorkerSpec()
         self._read(handshake.SPEC, spec)
@@ -121,6 +120,7 @@ class Bundle:
 
         Raises:
             BundleError: No such file, or not such a message.
+            BundleUnreadableError: It cannot be read.
         """
         result = worker_pb2.BootstrapResult()
         self._read(handshake.BOOTSTRAP, result)
@@ -164,9 +164,30 @@ class Bundle:
     def _read(self, name: str, message: worker_pb2.WorkerSpec | worker_pb2.BootstrapResult) -> None:
         path = self.folder / name
         try:
-            json_format.Parse(path.read_text(encoding="utf-8"), message)
-        except (OSError, UnicodeDecodeError, json_format.ParseError) as error:
+            # A newer release may have written more than is known here; whether its worker can be
+            # spoken with, the protocol's version says.
+            json_format.Parse(path.read_text(encoding="utf-8"), message, ignore_unknown_fields=True)
+        except (FileNotFoundError, UnicodeDecodeError, json_format.ParseError) as error:
             raise BundleError(f"{path}: {error}") from error
+        except OSError as error:
+            raise BundleUnreadableError(f"{path}: {error}") from error
+
+
+def check_owned(folder: Path) -> None:
+    """Refuse a folder that someone else could have written to.
+
+    Raises:
+        BundleError: It is a link or a file, another user's, or writable by others.
+        OSError: It is missing, or cannot be looked at.
+    """
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise BundleError(f"{folder} is not a folder")
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise BundleError(
+            f"{folder} belongs to user {found.st_uid} with mode "
+            f"{stat.S_IMODE(found.st_mode):o}; it must be this user's alone"
+        )
 
 
 def _taken(descriptor: int) -> bool:

@@ -30,6 +30,7 @@ class ProcessExporter(Exporter):
         """Write a folder; it is there as a whole, or not."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # whatever lies in the folder the daemon was started in is no module
             "-m",
             "firetitan_daemon.worker.export",
             stdin=asyncio.subprocess.PIPE,
@@ -37,12 +38,17 @@ class ProcessExporter(Exporter):
             stderr=asyncio.subprocess.PIPE,
             env=environment(os.environ, self._num_threads),
         )
-        said, log = await process.communicate(json.dumps(dataclasses.asdict(job)).encode())
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write(json.dumps(dataclasses.asdict(job)).encode() + b"\n")
+        # Left open: its end tells the export that the daemon is gone.
+        said, log, _ = await asyncio.gather(
+            process.stdout.read(), process.stderr.read(), process.wait()
+        )
+        process.stdin.close()
         if process.returncode != 0:
-            tail = log.decode(errors="replace").strip()[-600:]
-            raise FiretitanError(
-                Reason.INTERNAL, f"the export ended with {process.returncode}: {tail}"
-            )
+            # For the log alone: whoever asked is told where in it.
+            tail = log.decode(errors="replace").strip()[-4000:]
+            raise RuntimeError(f"the export ended with {process.returncode}: {tail}")
         outcome = json.loads(said or b"{}")
         if outcome:
             raise FiretitanError(

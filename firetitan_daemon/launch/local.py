@@ -24,13 +24,15 @@ from firetitan_daemon import handshake
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.records import WorkerSpec
 from firetitan_daemon.disk_errors import cannot_write
-from firetitan_daemon.launch import convert
-from firetitan_daemon.launch.bundle import Bundle, BundleError
+from firetitan_daemon.launch import convert, identity
+from firetitan_daemon.launch.bundle import Bundle, BundleError, BundleUnreadableError
 from firetitan_daemon.launch.process import OsProcess, adopt_child
 from firetitan_daemon.launch.remote import RemoteWorker
 
 START_TIMEOUT_S = 60.0
 START_POLL_S = 0.02
+LOST_SOCKET_S = 30.0
+"""More than a worker takes to end after its socket went; time to bring a moved folder back."""
 TRIM_THRESHOLD_BYTES = 1 << 30
 
 PASSED_NAMES = frozenset(
@@ -79,6 +81,7 @@ class LocalLauncher:
         workers: Folder of the bundles, `$FIRETITAN_HOME/workers`.
         run: Folder of the sockets, short and this user's alone.
         start_timeout_s: How long a start may take until the worker serves.
+        lost_socket_s: How long a live worker is waited for on whose socket nobody listens.
     """
 
     def __init__(
@@ -87,10 +90,14 @@ class LocalLauncher:
         run: Path,
         *,
         start_timeout_s: float = START_TIMEOUT_S,
+        lost_socket_s: float = LOST_SOCKET_S,
     ) -> None:
         self._workers = workers
         self._run = run
         self._start_timeout_s = start_timeout_s
+        self._lost_socket_s = lost_socket_s
+        self._lost: dict[str, float] = {}
+        """Starts of workers that live and on whose socket nobody listens; since when, monotonic."""
 
     async def launch(self, spec: WorkerSpec) -> RemoteWorker:
         """Start a worker and wait until it serves (not until its model is loaded).
@@ -129,8 +136,8 @@ class LocalLauncher:
             os.close(lock)
         try:
             await self._wait_until_serving(bundle, process)
-            worker = self._connect(spec, bundle, process, socket)
-            await self._check(worker, bundle, socket, incarnation)
+            await identity.find_listener(bundle, process.pid, incarnation, (socket,))
+            worker = await self._connect(spec, bundle, process, socket, incarnation)
         except BaseException:
             # Nobody else knows of this process.
             process.kill()
@@ -142,40 +149,80 @@ class LocalLauncher:
     async def adopt(self, spec: WorkerSpec) -> RemoteWorker | None:
         """The live worker of a specification, or None; its identity is checked.
 
-        A process that is not beyond doubt this worker is left alone.
+        A process that is not beyond doubt this worker is left alone. One that is, and that nobody
+        can reach any more, is ended.
 
         Raises:
-            FiretitanError: WORKER_UNAVAILABLE where it lives but does not answer, or where it
-                could not be seen whether it lives; UNSUPPORTED where it speaks a protocol that
-                this daemon does not.
+            FiretitanError: WORKER_UNAVAILABLE where it lives but does not answer or cannot be
+                connected to, or where it could not be seen whether it lives: ask again;
+                UNSUPPORTED where it speaks a protocol that this daemon does not.
         """
         bundle = Bundle(self._workers, spec.worker_id)
         try:
-            if not bundle.locked():
-                return None
-            bundle.check_owned()
-            known = bundle.read_spec()
-            socket = handshake.socket_path(self._run, spec.worker_id, known.incarnation)
-            wanted = convert.spec_to_proto(spec, f"unix:{socket}", known.incarnation)
-            wanted.protocol_version = known.protocol_version
-            if known != wanted:
-                raise BundleError("its specification is not the one that is looked for")
-            await self._wait_for_bootstrap(bundle)
-            process = self._hold(bundle)
-            worker = self._connect(spec, bundle, process, socket)
-            try:
-                await self._check(worker, bundle, socket, known.incarnation)
-            except BaseException:
-                process.release()
-                raise
-        except BundleError as error:
-            log.warning("event=not_adopted worker=%s cause=%r", spec.worker_id, str(error))
-            return None
-        except OSError as error:
+            worker = await self._find(spec, bundle) if bundle.locked() else None
+        except (BundleUnreadableError, OSError) as error:
             # Not that it is dead: whoever asks, asks again.
             raise _unavailable(spec, "cannot be looked for", error) from error
-        log.info("event=adopted worker=%s pid=%d", spec.worker_id, process.pid)
+        except BundleError as error:
+            log.warning("event=not_adopted worker=%s cause=%r", spec.worker_id, str(error))
+            worker = None
+        if worker is not None:
+            log.info("event=adopted worker=%s pid=%d", spec.worker_id, worker.pid)
         return worker
+
+    async def _find(self, spec: WorkerSpec, bundle: Bundle) -> RemoteWorker | None:
+        bundle.check_owned()
+        known = bundle.read_spec()
+        wanted = convert.spec_to_proto(spec, known.address, known.incarnation)
+        wanted.protocol_version = known.protocol_version
+        if known != wanted:
+            raise BundleError("its specification is not the one that is looked for")
+        sockets = identity.sockets_of(known, self._run)
+        await self._wait_for_bootstrap(bundle)
+        process = identity.hold(bundle)
+        try:
+            socket = await identity.find_listener(bundle, process.pid, known.incarnation, sockets)
+            worker = await self._connect(spec, bundle, process, socket, known.incarnation)
+        except identity.NobodyListensError as error:
+            try:
+                await self._end_lost(bundle, process, known.incarnation, error)
+            finally:
+                process.release()
+            return None
+        except BaseException:
+            self._lost.pop(known.incarnation, None)
+            process.release()
+            raise
+        self._lost.pop(known.incarnation, None)
+        return worker
+
+    async def _end_lost(
+        self,
+        bundle: Bundle,
+        process: OsProcess,
+        incarnation: str,
+        error: identity.NobodyListensError,
+    ) -> None:
+        """End a live worker that has had no socket for long.
+
+        It binds none again, so no daemon ever reaches it: its weights are lost whether it lives or
+        not, and come back by a replay in its successor. Left alone beside that it would hold them
+        a second time, for ever, and be nobody's.
+
+        Raises:
+            NobodyListensError: Not yet: it may be about to end, or its folder may come back.
+            BundleError: It is not beyond doubt the worker.
+        """
+        identity.check_has_lock(bundle, process.pid)
+        now = time.monotonic()
+        if now - self._lost.setdefault(incarnation, now) < self._lost_socket_s:
+            raise error
+        log.error(
+            "event=ended_lost worker=%s pid=%d cause=%r", bundle.worker_id, process.pid, str(error)
+        )
+        process.kill()
+        await process.wait()
+        self._lost.pop(incarnation, None)
 
     async def discard(self, spec: WorkerSpec) -> None:
         """Remove what is left of a dead worker but its log; a live one is left alone.
@@ -186,74 +233,44 @@ class LocalLauncher:
         try:
             with _writing(self._workers):
                 self._discard(spec, Bundle(self._workers, spec.worker_id))
-        except OSError as error:
+        except (BundleUnreadableError, OSError) as error:
             raise _unavailable(spec, "was not removed", error) from error
 
     def _discard(self, spec: WorkerSpec, bundle: Bundle) -> None:
         if bundle.locked():
             log.warning("event=left_alone worker=%s cause='it still runs'", spec.worker_id)
             return
-        try:
-            incarnation = bundle.read_spec().incarnation
-        except BundleError:
-            incarnation = ""
-        if incarnation:
-            socket = handshake.socket_path(self._run, spec.worker_id, incarnation)
+        for socket in self._sockets_left(spec, bundle):
             socket.unlink(missing_ok=True)
         bundle.discard()
 
-    @staticmethod
-    def _hold(bundle: Bundle) -> OsProcess:
-        """The process a bundle names, if it lives and is the one that wrote it.
-
-        Raises:
-            BundleError: It is not.
-        """
-        word = bundle.read_bootstrap()
-        if word.boot_id != handshake.boot_id() or word.pid < 2:
-            raise BundleError("its bootstrap is from another boot of this machine")
+    def _sockets_left(self, spec: WorkerSpec, bundle: Bundle) -> list[Path]:
+        """Where a dead worker's socket may be; no file that no launcher would have named."""
         try:
-            pidfd = os.pidfd_open(word.pid)
-        except ProcessLookupError as error:
-            raise BundleError(f"no process {word.pid}") from error
-        try:
-            # After the descriptor is held, so the id cannot come to mean another process.
-            same = handshake.start_ticks(word.pid) == word.start_ticks
-        except ProcessLookupError:
-            same = False
-        if not same:
-            os.close(pidfd)
-            raise BundleError(f"process {word.pid} is another than the one that wrote the bundle")
-        return OsProcess(word.pid, pidfd, bundle.read_exit)
+            bundle.check_owned()
+            known = bundle.read_spec()
+            sockets = identity.sockets_of(known, self._run)
+        except BundleUnreadableError:
+            raise
+        except BundleError:
+            return []
+        return [
+            one
+            for one in sockets
+            if one == handshake.socket_path(one.parent, spec.worker_id, known.incarnation)
+        ]
 
-    def _connect(
-        self, spec: WorkerSpec, bundle: Bundle, process: OsProcess, socket: Path
+    async def _connect(
+        self, spec: WorkerSpec, bundle: Bundle, process: OsProcess, socket: Path, incarnation: str
     ) -> RemoteWorker:
-        return RemoteWorker(
-            spec,
-            process,
-            f"unix:{socket}",
-            tail=bundle.log_tail,
-        )
-
-    async def _check(
-        self, worker: RemoteWorker, bundle: Bundle, socket: Path, incarnation: str
-    ) -> None:
-        """Make sure that who answers on the socket is the worker of the bundle."""
+        """A worker behind a socket that its process listens on, once it has answered."""
+        worker = RemoteWorker(spec, process, f"unix:{socket}", tail=bundle.log_tail)
         try:
-            word = bundle.read_bootstrap()
-            if (word.pid, word.incarnation) != (worker.pid, incarnation):
-                raise BundleError("its bootstrap names another start")
-            owner, user = await asyncio.to_thread(handshake.socket_owner, socket)
-            if (owner, user) != (worker.pid, os.geteuid()):
-                raise BundleError(f"process {owner} of user {user} listens on its socket")
             await self._check_answer(worker, incarnation)
-        except OSError as error:
-            await worker.close()
-            raise BundleError(f"nobody listens on its socket: {error}") from error
         except BaseException:
             await worker.close()
             raise
+        return worker
 
     @staticmethod
     async def _check_answer(worker: RemoteWorker, incarnation: str) -> None:
@@ -273,13 +290,18 @@ class LocalLauncher:
             )
 
     async def _wait_for_bootstrap(self, bundle: Bundle) -> None:
-        """Wait for a worker that its launcher did not see come up."""
+        """Wait for a worker that its launcher did not see come up; one that hangs is not dead."""
         deadline = time.monotonic() + self._start_timeout_s
         while not bundle.serves():
             if not bundle.locked():
                 raise BundleError("it died at its start")
             if time.monotonic() > deadline:
-                raise BundleError(f"it did not serve within {self._start_timeout_s:g} s")
+                raise FiretitanError(
+                    Reason.WORKER_UNAVAILABLE,
+                    f"worker {bundle.worker_id} lives but does not serve yet, "
+                    f"{self._start_timeout_s:g} s after it was looked for",
+                    worker=bundle.worker_id,
+                )
             await asyncio.sleep(START_POLL_S)
 
     async def _wait_until_serving(self, bundle: Bundle, process: OsProcess) -> None:
@@ -362,7 +384,8 @@ def environment(ours: Mapping[str, str], num_threads: int) -> dict[str, str]:
         or name.lower() in PROXIES
     }
     if "PYTHONPATH" in theirs:
-        folders = theirs["PYTHONPATH"].split(os.pathsep)
+        # An empty entry would be whatever folder this process was started in.
+        folders = filter(None, theirs["PYTHONPATH"].split(os.pathsep))
         theirs["PYTHONPATH"] = os.pathsep.join(str(Path(folder).absolute()) for folder in folders)
     threads = str(num_threads or ours.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     theirs["OMP_NUM_THREADS"] = theirs["MKL_NUM_THREADS"] = threads

@@ -49,6 +49,7 @@ class SystemServicer:
         pool: WorkerPool,
         sessions: SessionManager,
         begin_drain: Callable[[], None],
+        drain_timeout_s: float,
     ) -> None:
         self._identity = identity
         self._services = services
@@ -56,6 +57,7 @@ class SystemServicer:
         self._pool = pool
         self._sessions = sessions
         self._begin_drain = begin_drain
+        self._drain_timeout_s = drain_timeout_s
 
     async def GetSystemInfo(
         self, request: system_service_pb2.GetSystemInfoRequest
@@ -89,6 +91,11 @@ class SystemServicer:
             failures=map(_failure, reversed(operations.failures)),
             ledger_problems=problems,
             worker_ends=map(_worker_end, reversed(self._pool.ends)),
+            drain_timeout=convert.duration(self._drain_timeout_s),
+            recovery_limits=system_service_pb2.RecoveryLimits(
+                enabled=services.recovery.enabled,
+                max_spool_bytes=services.recovery.max_spool_bytes,
+            ),
         )
 
     async def Drain(

@@ -6,6 +6,7 @@ never keeps a daemon out; the file itself stays.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import time
@@ -49,14 +50,20 @@ class StateLock:
         self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+            self._sign(self._descriptor)
         except BlockingIOError as error:
             self.release()
             raise StateOwned(path, _owner(path)) from error
         except BaseException:
             self.release()
             raise
+
+    def _sign(self, descriptor: int) -> None:
+        """Say whose it is; it is held all the same where the disk has no room for that."""
+        text = f"{os.getpid()}\n".encode()
+        with contextlib.suppress(OSError):
+            os.pwrite(descriptor, text, 0)
+            os.ftruncate(descriptor, len(text))
 
     def release(self) -> None:
         """Give the lock up; again is fine."""

@@ -38,6 +38,7 @@ from firetitan_daemon import durable
 from firetitan_daemon.core.errors import FiretitanError, Reason
 
 Migration = Callable[[sqlite3.Connection], None]
+_MAX_PROBLEMS = 10
 
 _FIRST = (
     "CREATE TABLE trainers (id TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID",
@@ -177,13 +178,28 @@ def migrate(
         raise
 
 
-def problems(connection: sqlite3.Connection) -> list[str]:
-    """What SQLite's quick_check finds wrong with an open file; empty: nothing."""
+def tables(connection: sqlite3.Connection) -> list[str]:
+    """What `problems` looks at one by one: the tables, and the list of them and of free pages."""
+    query = "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name"
     try:
-        rows = connection.execute("PRAGMA quick_check(10)").fetchall()
+        return ["sqlite_schema", *(name for (name,) in connection.execute(query))]
+    except sqlite3.DatabaseError:
+        return ["sqlite_schema"]  # where this is found again
+
+
+def problems(connection: sqlite3.Connection, table: str = "") -> list[str]:
+    """What SQLite's quick_check finds wrong with an open file, the first ten; empty: nothing.
+
+    Args:
+        connection: To the file.
+        table: Look at that one alone, and its indices; empty: at all, and whether two use one page.
+    """
+    try:
+        # It takes the one or the other, never both.
+        rows = connection.execute(f"PRAGMA quick_check({table or _MAX_PROBLEMS})").fetchall()
     except sqlite3.DatabaseError as error:
         return [str(error)]
-    return [str(row[0]) for row in rows if row[0] != "ok"]
+    return [str(row[0]) for row in rows[:_MAX_PROBLEMS] if row[0] != "ok"]
 
 
 def examine(copy: Path) -> tuple[list[str], int]:

@@ -39,42 +39,15 @@ from firetitan_daemon.core.records import (
     WorkerSpec,
 )
 from firetitan_daemon.disk_errors import disk_full, not_writable
-from firetitan_daemon.store import schema
+from firetitan_daemon.store import schema, statements
 from firetitan_daemon.store.codec import UnreadableRecordError, decode, encode
 from firetitan_daemon.store.disk import Ballast
+from firetitan_daemon.store.relocation import relocate
 from firetitan_daemon.store.rules import clamp, in_use, reused, stood_on, trainer_of, unknown_page
 
 _NOT_WRITABLE = ("SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_CANTOPEN")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-
-_LANE = "INSERT INTO lanes VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET" + (
-    " next_seq = excluded.next_seq, acked_through = max(acked_through, excluded.acked_through),"
-    " broken = excluded.broken, failed_seq = excluded.failed_seq"
-)
-_OPERATION = (
-    "INSERT INTO operations (id, target, request_id, client_id, seq, commit_seq, done,"
-    " has_payload, has_result, body) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-    " ON CONFLICT (id) DO UPDATE SET target = excluded.target, request_id = excluded.request_id,"
-    " client_id = excluded.client_id, seq = excluded.seq, commit_seq = excluded.commit_seq,"
-    " done = excluded.done, has_payload = excluded.has_payload, has_result = excluded.has_result,"
-    " body = excluded.body"
-)
-_SAVED = (
-    "INSERT INTO {table} ({key}, trainer, folder, body) VALUES (?, ?, ?, ?) ON CONFLICT ({key})"
-    " DO UPDATE SET trainer = excluded.trainer, folder = excluded.folder, body = excluded.body"
-)
-_CLEANUP = (
-    "INSERT INTO cleanups (name, body) VALUES (?, ?)"
-    " ON CONFLICT (name) DO UPDATE SET body = excluded.body"
-)
-_ENDED_BEFORE = (
-    "CASE json_extract(body, '$.finished.boot_id') WHEN ?"
-    " THEN json_extract(body, '$.finished.monotonic_s') < ?"
-    " ELSE json_extract(body, '$.finish_time') < ? END"
-)
-_CHECKPOINT = _SAVED.format(table="checkpoints", key="name")
-_SNAPSHOT = _SAVED.format(table="snapshots", key="id")
 
 
 class SqliteStore(Store):
@@ -82,6 +55,7 @@ class SqliteStore(Store):
 
     Args:
         path: The file; made where there is none. Its folder exists.
+        folders: Where the folders that rows name are now; None: where the rows say.
         fsync_operations: Make every change durable, not only those that ask for it.
 
     Raises:
@@ -89,8 +63,11 @@ class SqliteStore(Store):
             opened, is not a ledger or is open elsewhere.
     """
 
-    def __init__(self, path: Path, *, fsync_operations: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, folders: Path | None = None, fsync_operations: bool = False
+    ) -> None:
         self._path = path
+        self._folders = folders
         self._fsync_operations = fsync_operations
         self._ballast = Ballast(path.with_name(f"{path.name}.ballast"))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="firetitan-store")
@@ -174,7 +151,7 @@ class SqliteStore(Store):
     async def untaken_results(self, before: Moment) -> Sequence[Operation]:
         """Operations that ended before a moment and whose result was not acknowledged."""
         # Chosen here and not by whoever reads the rows: there may be a day's, and a few are old.
-        where = f"operations WHERE has_result = 1 AND done = 1 AND {_ENDED_BEFORE}"
+        where = f"operations WHERE has_result = 1 AND done = 1 AND {statements.ENDED_BEFORE}"
         boot_id, running_s, wall_s = before.boot_id, before.monotonic_s, before.wall_s
         return await self._run(self._all, Operation, where, boot_id, running_s, wall_s)
 
@@ -187,8 +164,10 @@ class SqliteStore(Store):
         return await self._run(self._delete_operations, before)
 
     async def check(self) -> Sequence[str]:
-        """Look the file over, by SQLite's quick_check."""
-        return await self._run(schema.problems, self._db)
+        """Look the file over, a table at a time, so that changes go between."""
+        tables = await self._run(schema.tables, self._db)
+        found = [await self._run(schema.problems, self._db, table) for table in tables]
+        return [problem for problems in found for problem in problems]
 
     async def close(self) -> None:
         """Finish what is queued and close the file; again is fine."""
@@ -219,6 +198,8 @@ class SqliteStore(Store):
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("BEGIN IMMEDIATE")
             db.execute("COMMIT")
+            if self._folders is not None:
+                relocate(db, self._folders)
             self._ballast.ensure()
             durable.fsync_path(self._path.parent)
         except sqlite3.Error as error:
@@ -239,7 +220,8 @@ class SqliteStore(Store):
         )
         where = "operations WHERE has_payload = 1 ORDER BY target, commit_seq"
         payloads = self._all(Operation, where)
-        results = self._all(Operation, "operations WHERE has_result = 1")
+        # Of many rows only a little: each that is decoded makes the start longer.
+        results = self._db.execute(statements.RESULTS).fetchall()
         folders = self._db.execute(
             "SELECT folder FROM checkpoints UNION SELECT folder FROM snapshots"
             " UNION SELECT folder FROM recovery_points UNION SELECT folder FROM models"
@@ -262,7 +244,7 @@ class SqliteStore(Store):
             cleanups=self._all(DeferredCleanup, "cleanups ORDER BY number"),
             spool=[
                 *(one.payload for one in payloads if one.payload),
-                *(one.result for one in results if one.result),
+                *(SpoolRef(*result) for result in results),
             ],
             folders=[*(folder for (folder,) in folders), *in_use([*opened, *kept])],
         )
@@ -347,7 +329,7 @@ class SqliteStore(Store):
             db.execute("REPLACE INTO sessions VALUES (?, ?, ?)", row)
         for lane in change.lanes:
             db.execute(
-                _LANE,
+                statements.LANE,
                 (
                     lane.session,
                     lane.client_id,
@@ -361,10 +343,10 @@ class SqliteStore(Store):
             self._put_operation(operation)
         for checkpoint in change.checkpoints:
             row4 = (checkpoint.name, trainer_of(checkpoint.session), checkpoint.folder)
-            db.execute(_CHECKPOINT, (*row4, encode(checkpoint)))
+            db.execute(statements.CHECKPOINT, (*row4, encode(checkpoint)))
         for snapshot in change.snapshots:
             row4 = (snapshot.id, trainer_of(snapshot.session), snapshot.folder)
-            db.execute(_SNAPSHOT, (*row4, encode(snapshot)))
+            db.execute(statements.SNAPSHOT, (*row4, encode(snapshot)))
         for deployment in change.deployments:
             row2 = (deployment.id, encode(deployment))
             db.execute("REPLACE INTO deployments VALUES (?, ?)", row2)
@@ -383,14 +365,14 @@ class SqliteStore(Store):
         for lease in change.leases:
             db.execute("REPLACE INTO leases VALUES (?, ?)", (lease.client_id, encode(lease)))
         for cleanup in change.cleanups:
-            db.execute(_CLEANUP, (cleanup.name, encode(cleanup)))
+            db.execute(statements.CLEANUP, (cleanup.name, encode(cleanup)))
 
     def _put_operation(self, one: Operation) -> None:
         place = (one.client_id, one.seq, one.commit_seq)
         flags = (one.done, one.payload is not None, one.result is not None)
         row = (one.id, one.target, one.request_id, *place, *flags, encode(one))
         try:
-            self._db.execute(_OPERATION, row)
+            self._db.execute(statements.OPERATION, row)
         except sqlite3.IntegrityError as error:
             raise reused(one, by_request="request_id" in str(error)) from error
 
@@ -453,7 +435,7 @@ class SqliteStore(Store):
     def _delete_operations(self, before: Moment) -> int:
         query = (
             "DELETE FROM operations WHERE done = 1 AND client_id = '' AND has_payload = 0"
-            f" AND {_ENDED_BEFORE}"
+            f" AND {statements.ENDED_BEFORE}"
         )
         clocks = before.boot_id, before.monotonic_s, before.wall_s
         with self._transaction(durable=False):

@@ -15,10 +15,13 @@ from pathlib import Path
 
 import grpc
 import pytest
+from click.testing import CliRunner
 from firetitan.v1 import system_service_pb2
 from support.daemon import DaemonProcess
 from support.history_client import message_of
 from support.stubs import LaneClient, Stubs, reason
+
+from firetitan_daemon import cli
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -56,6 +59,56 @@ def test_sigterm(tmp_path: Path, grace_s: str, signals: int) -> None:
         assert [int(ended[index].optim_step.metrics["step"]) for index in (1, 3)] == [1, 2]
         assert [one.commit_seq for one in ended] == [1, 2, 3, 4]
         stubs.channel.close()
+    finally:
+        daemon.stop()
+
+
+@pytest.mark.parametrize("command", ["stop", "drain"])
+def test_who_stops_it_waits_as_long_as_it_was_told_to_drain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Not as long as the shell of the one who stops it, or the file since, would say."""
+    monkeypatch.setattr(cli, "_STOP_MARGIN_S", 1.0)
+    daemon = DaemonProcess(
+        tmp_path / "home",
+        {"FIRETITAN_FAILPOINTS": "engine.step=delay(4000)"},
+    )
+    daemon.start({"FIRETITAN_SERVER_DRAIN_TIMEOUT_S": "600"})
+    try:
+        stubs = Stubs(daemon.address)
+        stubs.create_trainer()
+        lane = LaneClient(stubs, stubs.session())
+        stubs.done(lane.forward_backward())
+        step = lane.optim_step()
+        (daemon.home / "config.toml").write_text("[server\n")
+        shell = {"FIRETITAN_SERVER_DRAIN_TIMEOUT_S": "0"}
+        stopping = CliRunner().invoke(cli.main, [command, "--home", str(daemon.home)], env=shell)
+        assert stopping.exit_code == 0, stopping.output
+        assert daemon.wait_exit(5) == 0
+        (daemon.home / "config.toml").unlink()
+        daemon.start()
+        assert stubs.done(step).optim_step.metrics["step"] == 1
+        stubs.channel.close()
+    finally:
+        daemon.stop()
+
+
+def test_one_that_does_not_tell_how_long_it_drains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hangs, or is of a release that does not say: it is stopped all the same."""
+    monkeypatch.setattr(cli, "_ANSWER_S", 0.5)
+    daemon = DaemonProcess(tmp_path / "home")
+    daemon.start()
+    try:
+        assert daemon.process is not None
+        process = daemon.process
+        process.send_signal(signal.SIGSTOP)
+        (daemon.home / "config.toml").write_text("[server\n")
+        threading.Timer(2, process.send_signal, (signal.SIGCONT,)).start()
+        stopping = CliRunner().invoke(cli.main, ["stop", "--home", str(daemon.home)])
+        assert stopping.exit_code == 0, stopping.output
+        assert daemon.wait_exit(5) == 0
     finally:
         daemon.stop()
 

@@ -23,6 +23,9 @@ from support.stubs import LaneClient, Stubs, reason, retry_delay_s
 CAPACITY = 2
 """Few: the flood, on this machine too, is to fill the places and not the cores."""
 FLOODERS = 10 * CAPACITY
+COMMAND_MS = 20
+"""What a command takes in the worker, which needs no core meanwhile: what is compared is then how
+long it waits, and not how daemon, worker and flood share this machine."""
 SECONDS = size(15, 60)
 READERS = 32
 ROUNDS, STEPS = size(3, 10), size(15, 100)
@@ -102,7 +105,11 @@ def full_without_a_flood(stubs: Stubs) -> list[float]:
 
 def test_a_flood_is_refused_and_what_was_accepted_is_done(tmp_path: Path) -> None:
     daemon = DaemonProcess(
-        tmp_path / "home", {"FIRETITAN_LIMITS_MAX_SESSION_OPERATIONS": str(CAPACITY)}
+        tmp_path / "home",
+        {
+            "FIRETITAN_LIMITS_MAX_SESSION_OPERATIONS": str(CAPACITY),
+            "FIRETITAN_FAILPOINTS": f"worker.admitted=delay({COMMAND_MS})",
+        },
     )
     daemon.start()
     stubs = Stubs(daemon.address)

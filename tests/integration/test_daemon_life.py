@@ -25,6 +25,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 from support.daemon import DaemonProcess
+from support.disks import needs_root, sealed
 from support.stubs import LaneClient, Stubs, optim_request, reason, status_reason
 
 pytestmark = pytest.mark.timeout(90)
@@ -87,6 +88,8 @@ def test_health_reflection_and_information(daemon: DaemonProcess) -> None:
         }
         == told
     )
+    assert info.drain_timeout.seconds == 30
+    assert info.recovery_limits.enabled and info.recovery_limits.max_spool_bytes == 2**30
     stubs.create_trainer()
     info = stubs.system.GetSystemInfo(system_service_pb2.GetSystemInfoRequest())
     assert [worker.pid for worker in info.workers] == daemon.worker_pids()
@@ -167,6 +170,51 @@ def test_a_stop_keeps_queued_commands_for_the_next_start(daemon: DaemonProcess) 
     assert stubs.done(lane.forward_backward(seq=1)).commit_seq == 1
     assert stubs.done(held).optim_step.metrics["step"] == 1
     assert daemon.worker_pids() == pids
+    stubs.channel.close()
+
+
+def test_a_thread_that_hangs_keeps_no_daemon_that_has_ended(tmp_path: Path) -> None:
+    """As one that looks at a folder of a file system that does not answer."""
+    code = (
+        "import asyncio, sys, time\n"
+        "from firetitan_daemon import app, cli\n"
+        "run = app.Daemon.run\n"
+        "async def hanging(daemon):\n"
+        "    asyncio.get_running_loop().run_in_executor(None, time.sleep, 3600)\n"
+        "    await run(daemon)\n"
+        "app.Daemon.run = hanging\n"
+        "cli.main(['serve'])\n"
+    )
+    environment = {**os.environ, "FIRETITAN_HOME": str(tmp_path / "home")}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "home" / "daemon.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@needs_root
+def test_a_home_that_is_read_only_when_it_ends(daemon: DaemonProcess) -> None:
+    stubs = Stubs(daemon.address)
+    stubs.create_trainer()
+    lane = LaneClient(stubs, stubs.session())
+    lane.step()
+    stubs.channel.close()
+    assert daemon.process is not None
+    with sealed(daemon.home), sealed(Path(daemon.address.removeprefix("unix:")).parent):
+        daemon.process.terminate()
+        assert daemon.process.wait(30) == 0
+    assert "stopped" in daemon.log and "left behind" in daemon.log
+    daemon.start()
+    stubs = Stubs(daemon.address)
+    lane = LaneClient(stubs, lane.session)
+    assert lane.step().optim_step.metrics["step"] == 2
     stubs.channel.close()
 
 

@@ -19,6 +19,7 @@ from support.stubs import LaneClient, Stubs
 from firetitan_daemon.doctor import Report, examine
 from firetitan_daemon.launch.bundle import Bundle
 from firetitan_daemon.places import Places
+from firetitan_daemon.store.lock import StateLock
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -165,6 +166,38 @@ def test_a_running_daemon_looks_its_ledger_over(tmp_path: Path) -> None:
         daemon.stop()
 
 
+def test_a_ledger_that_somebody_holds_is_left_alone(tmp_path: Path) -> None:
+    """Whoever starts or ends writes in it: a copy made meanwhile is of two moments."""
+    places = Places(tmp_path / "home")
+    places.make()
+    places.database.write_bytes(b"\xff" * 8192)
+    lock = StateLock(places.lock)
+    report = examine(places, {})
+    assert report.state == "none"
+    assert "it starts or ends" in str(report.findings)
+    assert not [one for one in report.findings if one.check == "ledger"]
+    lock.release()
+    named(examine(places, {}), "state.db", "damaged")
+
+
+def test_a_daemon_that_starts_while_its_ledger_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = Places(tmp_path / "home")
+    places.make()
+    places.database.write_bytes(b"\xff" * 8192)
+    copy, locks = shutil.copyfile, []
+
+    def begin(source: Path, target: Path) -> None:
+        copy(source, target)
+        locks.append(StateLock(places.lock))
+
+    monkeypatch.setattr(shutil, "copyfile", begin)
+    report = examine(places, {})
+    assert locks and not [one for one in report.findings if one.check == "ledger"]
+    locks[0].release()
+
+
 def test_few_open_files(tmp_path: Path) -> None:
     daemon = DaemonProcess(tmp_path / "home", max_files=256)
     daemon.start()
@@ -180,14 +213,23 @@ def test_a_large_debt_of_commands_to_replay(daemon: DaemonProcess) -> None:
     session = stubs.session()
     stubs.done(LaneClient(stubs, session).forward_backward())
     told = stubs.system.GetSystemInfo(system_service_pb2.GetSystemInfoRequest())
+    stubs.channel.close()
     (recovery,) = told.recoveries
     assert recovery.kept_bytes
+    limit = f"[recovery]\nmax_spool_bytes = {int(recovery.kept_bytes * 1.1)}\n"
+    # What the file or this shell says now is not what the daemon was started with.
     settings = daemon.home / "config.toml"
-    settings.write_text(f"[recovery]\nmax_spool_bytes = {int(recovery.kept_bytes * 1.1)}\n")
+    settings.write_text(limit)
+    assert not look(daemon).findings
+    daemon.kill()
+    daemon.start()
+    settings.write_text("[recovery]\nmax_spool_bytes = 'many'\n")
     todo = named(look(daemon), session, "of recovery.max_spool_bytes")
     assert "save_state" in todo
     settings.unlink()
-    assert not look(daemon).findings
+    daemon.kill()
+    daemon.start({"FIRETITAN_RECOVERY_ENABLED": "0"})
+    assert not [one for one in look(daemon).findings if one.check == "recovery"]
 
 
 def test_gpus_that_torch_cannot_use(daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch) -> None:

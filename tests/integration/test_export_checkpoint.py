@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tinker
 import torch
@@ -107,6 +110,63 @@ def test_both_kinds_of_a_lora_session(
         torch.testing.assert_close(logprobs(tuned), own(policy), atol=1e-5, rtol=0)
 
 
+def test_the_same_again_is_the_same_export(
+    daemon: DaemonProcess, tiny_llama: Path, tmp_path: Path
+) -> None:
+    control = FireworksClient(address=daemon.address)
+    policy = client_of(daemon, tiny_llama, "full", 0)
+    first = policy.save_weights_for_sampler("s").result().path
+    step(policy)
+    second = policy.save_weights_for_sampler("s").result().path
+    policy.save_state("state").result()
+    for saved in (first, second, "state"):
+        folder = tmp_path / saved
+        with ThreadPoolExecutor() as pool:
+            at_once = [
+                pool.submit(control.export_checkpoint, row("full", saved), folder) for _ in range(3)
+            ]
+        made = folder.stat().st_ino
+        again = control.export_checkpoint(row("full", saved), folder)
+        assert {again} == {one.result() for one in at_once} == {str(folder)}
+        assert folder.stat().st_ino == made
+    with pytest.raises(ValueError, match="is there and not empty"):
+        control.export_checkpoint(row("full", first), tmp_path / second)
+    (tmp_path / first / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="is there and not empty"):
+        control.export_checkpoint(row("full", first), tmp_path / first)
+    assert (tmp_path / first / "model.safetensors").read_bytes() == b"mine"
+
+
+def test_an_export_ends_with_its_daemon_and_is_made_by_the_next(
+    daemon: DaemonProcess, tiny_llama: Path, tmp_path: Path
+) -> None:
+    policy = client_of(daemon, tiny_llama, "full", 0)
+    saved = policy.save_weights_for_sampler("s").result().path
+    control = FireworksClient(address=daemon.address)
+    with ThreadPoolExecutor() as pool:
+        export = pool.submit(control.export_checkpoint, row("full", saved), tmp_path / "x")
+        exporter = exporter_of(daemon)
+        exporter.suspend()
+        daemon.kill()
+        exporter.resume()
+        exporter.wait(20)
+        daemon.start()
+        assert export.result(60) == str(tmp_path / "x")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["home", "x"]
+
+
+def exporter_of(daemon: DaemonProcess) -> psutil.Process:
+    """The process that writes the export just asked for."""
+    assert daemon.process is not None
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for child in psutil.Process(daemon.process.pid).children():
+            if "firetitan_daemon.worker.export" in child.cmdline():
+                return child
+        time.sleep(0.005)
+    raise AssertionError("no export was begun")
+
+
 def test_what_cannot_be_exported_says_why_and_leaves_nothing(
     daemon: DaemonProcess, tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -118,6 +178,9 @@ def test_what_cannot_be_exported_says_why_and_leaves_nothing(
     (full / "mine").touch()
     with pytest.raises(ValueError, match="is there and not empty"):
         control.export_checkpoint(row("full", saved), full)
+    for inside in (daemon.home / "store" / "models" / "mine", tmp_path / "x" / ".." / "home"):
+        with pytest.raises(ValueError, match="is in the daemon's own"):
+            control.export_checkpoint(row("full", saved), inside)
     with pytest.raises(NotFound, match="never"):
         control.export_checkpoint(row("full", "never"), tmp_path / "x")
     (file,) = (daemon.home / "store" / "snapshots").glob(f"{saved}-*/model.safetensors")

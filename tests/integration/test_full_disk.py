@@ -15,6 +15,8 @@ from support.daemon import DaemonProcess
 from support.disks import Disk, needs_root
 from support.stubs import LaneClient, Stubs, reason, status_reason
 
+from firetitan_daemon.places import Places
+
 pytestmark = [pytest.mark.timeout(120), needs_root]
 SIZE_KB = 1024
 
@@ -22,8 +24,8 @@ SIZE_KB = 1024
 class World:
     """A daemon one of whose folders is a small disk; a session with a gradient pending."""
 
-    def __init__(self, home: Path, folder: str) -> None:
-        self.disk = Disk(home / folder, home.parent / "image", SIZE_KB)
+    def __init__(self, home: Path, folder: str, size_kb: int = SIZE_KB) -> None:
+        self.disk = Disk(home / folder, home.parent / "image", size_kb)
         self.daemon = DaemonProcess(home)
 
     def start(self) -> None:
@@ -138,3 +140,28 @@ def test_training_goes_on_without_room_for_saves(world: World) -> None:
     world.disk.fill()
     assert world.lane.step().optim_step.metrics["step"] == 2
     world.stubs.done(world.lane.forward_backward(GOOD))
+
+
+def test_a_daemon_starts_on_a_full_disk_and_space_is_freed_through_it(tmp_path: Path) -> None:
+    world = World(tmp_path / "home", ".", size_kb=16384)
+    try:
+        world.start()
+        world.stubs.done(world.lane.save_state("kept"))
+        world.stubs.channel.close()
+        world.daemon.kill()
+        world.disk.fill()
+        world.daemon.launch()
+        stubs = Stubs(f"unix:{Places(world.daemon.home).socket}")
+        grpc.channel_ready_future(stubs.channel).result(20)
+        assert world.daemon.process is not None and world.daemon.process.poll() is None
+        name = f"{world.lane.session}/checkpoints/kept"
+        stubs.checkpoints.DeleteCheckpoint(
+            checkpoint_service_pb2.DeleteCheckpointRequest(name=name), timeout=20
+        )
+        assert not list((world.daemon.home / "store" / "checkpoints").iterdir())
+        world.disk.free()
+        assert LaneClient(stubs, world.lane.session).step().optim_step.metrics["step"] == 2
+        stubs.channel.close()
+    finally:
+        world.daemon.stop()
+        world.disk.unmount()

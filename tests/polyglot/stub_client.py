@@ -39,6 +39,9 @@ DEPLOYMENTS = deployment_service_pb2_grpc.DeploymentServiceStub(CHANNEL)
 SAMPLING = sampling_service_pb2_grpc.SamplingServiceStub(CHANNEL)
 TOKENS = np.array([3, 1, 4, 1, 5], dtype="<i4")
 QUEUE_PAUSE_S = 0.35
+BROKEN_OFF = [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED]
+if HABIT == "no-retry-of-cancelled":
+    BROKEN_OFF.remove(grpc.StatusCode.CANCELLED)
 
 
 def call(rpc: Any, request: Any) -> Any:
@@ -49,7 +52,7 @@ def call(rpc: Any, request: Any) -> Any:
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
                 time.sleep(0.0 if HABIT == "no-pause" else QUEUE_PAUSE_S)
-            elif error.code() is not grpc.StatusCode.UNAVAILABLE:
+            elif error.code() not in BROKEN_OFF:
                 raise
             if HABIT == "new-request-id" and hasattr(request, "header"):
                 request.header.request_id = uuid.uuid4().hex
@@ -149,7 +152,7 @@ def sample(snapshot: str) -> None:
                     assert response.summary.snapshot == snapshot
                     return
         except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.UNAVAILABLE:
+            if error.code() not in BROKEN_OFF:
                 raise
             if HABIT == "new-seed":
                 request.request.params.seed = random.randrange(8, 1 << 30)

@@ -41,6 +41,7 @@ def test_a_good_client_keeps_every_rule() -> None:
     [
         ("new-request-id", "request_id"),
         pytest.param("no-pause", "retry", marks=pytest.mark.slow),
+        ("no-retry-of-cancelled", "retry"),
         ("not-seen", "seen_failure"),
         ("no-acks", "acknowledgement"),
         pytest.param("from-the-start", "acknowledgement", marks=pytest.mark.slow),

@@ -223,7 +223,7 @@ GOOD: dict[str, Callable[[Site], message.Message]] = {
     "DeploymentService/CreateDeployment": lambda site: deployment.CreateDeploymentRequest(
         deployment_id=site.deployment.rpartition("/")[2],
         base_model=site.base_model,
-        request_id="r",
+        request_id=uuid.uuid4().hex,
         inactivity_timeout=Duration(),
     ),
     "DeploymentService/GetDeployment": lambda site: deployment.GetDeploymentRequest(
@@ -274,14 +274,14 @@ GOOD: dict[str, Callable[[Site], message.Message]] = {
     "TrainerService/CreateTrainer": lambda site: trainer.CreateTrainerRequest(
         trainer_id=site.trainer.rpartition("/")[2],
         base_model=site.base_model,
-        request_id="r",
+        request_id=uuid.uuid4().hex,
         inactivity_timeout=Duration(),
     ),
     "TrainerService/GetTrainer": lambda site: trainer.GetTrainerRequest(name=site.trainer),
     "TrainerService/ListTrainers": lambda site: trainer.ListTrainersRequest(),
     "TrainerService/DeleteTrainer": _nowhere(trainer.DeleteTrainerRequest),
     "TrainingService/CreateSession": lambda site: training.CreateSessionRequest(
-        trainer=site.trainer, seed=7, request_id="r", user_metadata={"key": "value"}
+        trainer=site.trainer, seed=7, request_id=uuid.uuid4().hex, user_metadata={"key": "value"}
     ),
     "TrainingService/CloseSession": _nowhere(training.CloseSessionRequest),
     "TrainingService/AttachSession": lambda site: training.AttachSessionRequest(

@@ -17,6 +17,7 @@ from firetitan_daemon.store import schema
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+BESIDE = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 TOP = ("firetitan_client", "firetitan_daemon", "proto", "tests", "examples", "bench", "docs")
 PACKAGES = ("firetitan_client", "firetitan_daemon")
 
@@ -42,7 +43,7 @@ def mapped() -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*PAGES, *BESIDE], ids=lambda path: path.name)
 def test_every_path_on_a_page_exists(path: Path) -> None:
     text = path.read_text()
     named = re.findall(rf"`((?:{'|'.join(TOP)}|\.ci)/[\w./-]*)`", text)
@@ -71,7 +72,7 @@ def test_the_table_of_changes_is_long_enough_to_be_of_use() -> None:
 
 
 def test_every_page_is_linked() -> None:
-    pages = [path for path in PAGES if path.name != "README.md"]
+    pages = [path for path in [*PAGES, *BESIDE] if path.name != "README.md"]
     text = "".join(path.read_text() for path in PAGES)
     assert [path.name for path in pages if path.name not in text] == []
 

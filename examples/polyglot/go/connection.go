@@ -88,8 +88,14 @@ func pauseBefore(err error) (time.Duration, bool) {
 			return info.GetRetryDelay().AsDuration(), true
 		}
 	}
-	code := failed.Code()
-	return pause, code == codes.Unavailable || code == codes.DeadlineExceeded
+	return pause, brokenOff(err) || failed.Code() == codes.DeadlineExceeded
+}
+
+// brokenOff says whether a call ended because the daemon went away in the middle of it. Canceled is
+// what a daemon that ends leaves of a call: ask only where we did not cancel it ourselves.
+func brokenOff(err error) bool {
+	code := status.Code(err)
+	return code == codes.Unavailable || code == codes.Canceled
 }
 
 // operationError says how an operation ended that failed; it has changed nothing.

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	v1 "example.com/firetitan/gen/firetitan/v1"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
 
@@ -99,7 +98,7 @@ func (p *pending) result() (*v1.Operation, error) {
 func (l *lane) follow(ctx context.Context, after uint64) {
 	for ctx.Err() == nil {
 		err := l.watch(ctx, &after)
-		if code := status.Code(err); err != nil && code != codes.Unavailable {
+		if err != nil && (ctx.Err() != nil || !brokenOff(err)) {
 			l.abandon(status.Convert(err))
 			return
 		}

@@ -14,8 +14,6 @@ import (
 	"time"
 
 	v1 "example.com/firetitan/gen/firetitan/v1"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 )
@@ -160,7 +158,7 @@ func sample(c *connection, deployment string) error {
 	}}
 	for {
 		done, err := receive(c, request)
-		if done || (err != nil && status.Code(err) != codes.Unavailable) {
+		if done || (err != nil && !brokenOff(err)) {
 			return err
 		}
 		time.Sleep(pause)

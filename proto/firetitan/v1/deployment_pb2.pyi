@@ -155,7 +155,7 @@ class Deployment(google.protobuf.message.Message):
     name: builtins.str
     """`deployments/{deployment}`."""
     base_model: builtins.str
-    """Hugging Face id or local folder."""
+    """As asked for: see CreateTrainerRequest."""
     max_context_length: builtins.int
     """Longest sequence, in tokens."""
     trainer: builtins.str

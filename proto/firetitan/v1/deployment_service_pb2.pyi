@@ -34,7 +34,7 @@ class CreateDeploymentRequest(google.protobuf.message.Message):
     deployment_id: builtins.str
     """Last segment of the name; empty: the daemon chooses."""
     base_model: builtins.str
-    """Hugging Face id or local folder."""
+    """What CreateTrainerRequest takes."""
     max_context_length: builtins.int
     """Longest sequence in tokens; 0: the model's own limit."""
     trainer: builtins.str

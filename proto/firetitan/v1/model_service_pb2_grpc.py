@@ -97,6 +97,7 @@ class ModelServiceServicer(object):
 
     def ExportCheckpoint(self, request, context):
         """Writes a checkpoint or a snapshot of any kind as a plain Hugging Face or PEFT folder.
+        Answers when that is done; the same again, meanwhile or afterwards, is the same export.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

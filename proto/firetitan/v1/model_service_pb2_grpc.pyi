@@ -51,7 +51,9 @@ class ModelServiceStub:
         firetitan.v1.model_service_pb2.ExportCheckpointRequest,
         firetitan.v1.model_service_pb2.ExportCheckpointResponse,
     ]
-    """Writes a checkpoint or a snapshot of any kind as a plain Hugging Face or PEFT folder."""
+    """Writes a checkpoint or a snapshot of any kind as a plain Hugging Face or PEFT folder.
+    Answers when that is done; the same again, meanwhile or afterwards, is the same export.
+    """
 
 class ModelServiceAsyncStub:
     """The registry of models."""
@@ -86,7 +88,9 @@ class ModelServiceAsyncStub:
         firetitan.v1.model_service_pb2.ExportCheckpointRequest,
         firetitan.v1.model_service_pb2.ExportCheckpointResponse,
     ]
-    """Writes a checkpoint or a snapshot of any kind as a plain Hugging Face or PEFT folder."""
+    """Writes a checkpoint or a snapshot of any kind as a plain Hugging Face or PEFT folder.
+    Answers when that is done; the same again, meanwhile or afterwards, is the same export.
+    """
 
 class ModelServiceServicer(metaclass=abc.ABCMeta):
     """The registry of models."""
@@ -131,6 +135,8 @@ class ModelServiceServicer(metaclass=abc.ABCMeta):
         request: firetitan.v1.model_service_pb2.ExportCheckpointRequest,
         context: _ServicerContext,
     ) -> typing.Union[firetitan.v1.model_service_pb2.ExportCheckpointResponse, collections.abc.Awaitable[firetitan.v1.model_service_pb2.ExportCheckpointResponse]]:
-        """Writes a checkpoint or a snapshot of any kind as a plain Hugging Face or PEFT folder."""
+        """Writes a checkpoint or a snapshot of any kind as a plain Hugging Face or PEFT folder.
+        Answers when that is done; the same again, meanwhile or afterwards, is the same export.
+        """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -131,7 +131,7 @@ class Session(google.protobuf.message.Message):
     name: builtins.str
     """`trainers/{trainer}/sessions/{session}`."""
     base_model: builtins.str
-    """Hugging Face id or local folder."""
+    """Its trainer's."""
     seed: builtins.int
     """Seed of the adapter's first weights and of whatever is random in training."""
     state: global___Session.State.ValueType

@@ -23,7 +23,9 @@ class GetSystemInfoRequest(google.protobuf.message.Message):
 
     CHECK_LEDGER_FIELD_NUMBER: builtins.int
     check_ledger: builtins.bool
-    """Have the ledger look itself over too; commands wait for that, milliseconds for most."""
+    """Have the ledger look itself over too, a table at a time. Commands go between, and wait for one
+    table: about a second for a GB that is in memory, longer where it is read from a disk.
+    """
     def __init__(
         self,
         *,
@@ -347,6 +349,28 @@ class SessionRecovery(google.protobuf.message.Message):
 global___SessionRecovery = SessionRecovery
 
 @typing.final
+class RecoveryLimits(google.protobuf.message.Message):
+    """What the daemon keeps to run a session's commands again when its worker dies."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ENABLED_FIELD_NUMBER: builtins.int
+    MAX_SPOOL_BYTES_FIELD_NUMBER: builtins.int
+    enabled: builtins.bool
+    """False: nothing."""
+    max_spool_bytes: builtins.int
+    """Bytes of payloads of a session; above, a replay is given up until the next recovery point."""
+    def __init__(
+        self,
+        *,
+        enabled: builtins.bool = ...,
+        max_spool_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["enabled", b"enabled", "max_spool_bytes", b"max_spool_bytes"]) -> None: ...
+
+global___RecoveryLimits = RecoveryLimits
+
+@typing.final
 class GetSystemInfoResponse(google.protobuf.message.Message):
     """From GetSystemInfo."""
 
@@ -367,6 +391,8 @@ class GetSystemInfoResponse(google.protobuf.message.Message):
     FAILURES_FIELD_NUMBER: builtins.int
     LEDGER_PROBLEMS_FIELD_NUMBER: builtins.int
     WORKER_ENDS_FIELD_NUMBER: builtins.int
+    DRAIN_TIMEOUT_FIELD_NUMBER: builtins.int
+    RECOVERY_LIMITS_FIELD_NUMBER: builtins.int
     version: builtins.str
     """Version of the daemon."""
     instance_id: builtins.str
@@ -383,7 +409,7 @@ class GetSystemInfoResponse(google.protobuf.message.Message):
 
     @property
     def capabilities(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """What clients may rely on beyond the first version."""
+        """Reserved: what clients may rely on beyond the first version. Nothing fills it yet."""
 
     @property
     def limits(self) -> global___Limits:
@@ -417,6 +443,14 @@ class GetSystemInfoResponse(google.protobuf.message.Message):
     def worker_ends(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___WorkerEnd]:
         """The last workers that ended by themselves since the daemon started, the newest first."""
 
+    @property
+    def drain_timeout(self) -> google.protobuf.duration_pb2.Duration:
+        """How long a stop waits for running commands; absent from a daemon that does not tell."""
+
+    @property
+    def recovery_limits(self) -> global___RecoveryLimits:
+        """What is kept for a replay; absent from a daemon that does not tell."""
+
     def __init__(
         self,
         *,
@@ -435,9 +469,11 @@ class GetSystemInfoResponse(google.protobuf.message.Message):
         failures: collections.abc.Iterable[global___Failure] | None = ...,
         ledger_problems: collections.abc.Iterable[builtins.str] | None = ...,
         worker_ends: collections.abc.Iterable[global___WorkerEnd] | None = ...,
+        drain_timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        recovery_limits: global___RecoveryLimits | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["limits", b"limits", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["capabilities", b"capabilities", "draining", b"draining", "failures", b"failures", "folders", b"folders", "home", b"home", "instance_id", b"instance_id", "ledger_problems", b"ledger_problems", "limits", b"limits", "open_work", b"open_work", "pid", b"pid", "recoveries", b"recoveries", "start_time", b"start_time", "version", b"version", "worker_ends", b"worker_ends", "workers", b"workers"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["drain_timeout", b"drain_timeout", "limits", b"limits", "recovery_limits", b"recovery_limits", "start_time", b"start_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["capabilities", b"capabilities", "drain_timeout", b"drain_timeout", "draining", b"draining", "failures", b"failures", "folders", b"folders", "home", b"home", "instance_id", b"instance_id", "ledger_problems", b"ledger_problems", "limits", b"limits", "open_work", b"open_work", "pid", b"pid", "recoveries", b"recoveries", "recovery_limits", b"recovery_limits", "start_time", b"start_time", "version", b"version", "worker_ends", b"worker_ends", "workers", b"workers"]) -> None: ...
 
 global___GetSystemInfoResponse = GetSystemInfoResponse
 

@@ -175,7 +175,9 @@ class Datum(google.protobuf.message.Message):
 
     @property
     def loss_fn_inputs(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, global___Tensor]:
-        """Loss inputs by name, each of shape [N] or [N, K]: `target_tokens` int64, others float32."""
+        """Loss inputs by name, each of shape [N] or [N, K]: `target_tokens` int64, others float32. A loss
+        over embeddings reads none but `embedding_grads`, float32 of shape [H].
+        """
 
     def __init__(
         self,

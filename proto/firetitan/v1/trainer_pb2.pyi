@@ -62,7 +62,7 @@ class ModelInfo(google.protobuf.message.Message):
     REVISION_FIELD_NUMBER: builtins.int
     ROUTING_FIELD_NUMBER: builtins.int
     base_model: builtins.str
-    """Hugging Face id or local folder as asked for."""
+    """As asked for: see CreateTrainerRequest."""
     path: builtins.str
     """Local folder of weights and tokenizer."""
     source: builtins.str
@@ -173,7 +173,9 @@ class Trainer(google.protobuf.message.Message):
         STATE_ACTIVE: Trainer._State.ValueType  # 2
         """Ready."""
         STATE_RECOVERING: Trainer._State.ValueType  # 3
-        """The daemon restarted and looks for the worker."""
+        """The daemon restarted and looks for the worker, or a new worker takes the place of a dead or
+        stopped one.
+        """
         STATE_FAILED: Trainer._State.ValueType  # 4
         """The worker is gone; `error` says why."""
         STATE_DELETING: Trainer._State.ValueType  # 5
@@ -191,7 +193,9 @@ class Trainer(google.protobuf.message.Message):
     STATE_ACTIVE: Trainer.State.ValueType  # 2
     """Ready."""
     STATE_RECOVERING: Trainer.State.ValueType  # 3
-    """The daemon restarted and looks for the worker."""
+    """The daemon restarted and looks for the worker, or a new worker takes the place of a dead or
+    stopped one.
+    """
     STATE_FAILED: Trainer.State.ValueType  # 4
     """The worker is gone; `error` says why."""
     STATE_DELETING: Trainer.State.ValueType  # 5
@@ -217,7 +221,7 @@ class Trainer(google.protobuf.message.Message):
     name: builtins.str
     """`trainers/{trainer}`."""
     base_model: builtins.str
-    """Hugging Face id or local folder."""
+    """As asked for: see CreateTrainerRequest."""
     lora_rank: builtins.int
     """Rank of the adapter its session trains; 0 trains every parameter."""
     max_context_length: builtins.int

@@ -34,7 +34,10 @@ class CreateTrainerRequest(google.protobuf.message.Message):
     trainer_id: builtins.str
     """Last segment of the name; empty: the daemon chooses."""
     base_model: builtins.str
-    """Hugging Face id or local folder."""
+    """A Hugging Face id, alone or with `@` and a revision, a model's name
+    `accounts/{account}/models/{model}`, or a local folder: a model's, or a PEFT adapter's, which is
+    merged into its base model.
+    """
     lora_rank: builtins.int
     """Adapter rank; 0 trains every parameter."""
     max_context_length: builtins.int

@@ -96,7 +96,7 @@ class TrainingServiceServicer(object):
 
     def CloseSession(self, request, context):
         """Finishes what a session accepted, frees its memory and closes it for good; what it saved stays.
-        One that trains every parameter goes with its trainer alone.
+        One that is closed is fine. One that trains every parameter goes with its trainer alone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,7 @@ class TrainingServiceStub:
         firetitan.v1.training_service_pb2.CloseSessionResponse,
     ]
     """Finishes what a session accepted, frees its memory and closes it for good; what it saved stays.
-    One that trains every parameter goes with its trainer alone.
+    One that is closed is fine. One that trains every parameter goes with its trainer alone.
     """
 
     AttachSession: grpc.UnaryUnaryMultiCallable[
@@ -95,7 +95,7 @@ class TrainingServiceAsyncStub:
         firetitan.v1.training_service_pb2.CloseSessionResponse,
     ]
     """Finishes what a session accepted, frees its memory and closes it for good; what it saved stays.
-    One that trains every parameter goes with its trainer alone.
+    One that is closed is fine. One that trains every parameter goes with its trainer alone.
     """
 
     AttachSession: grpc.aio.UnaryUnaryMultiCallable[
@@ -160,7 +160,7 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[firetitan.v1.training_service_pb2.CloseSessionResponse, collections.abc.Awaitable[firetitan.v1.training_service_pb2.CloseSessionResponse]]:
         """Finishes what a session accepted, frees its memory and closes it for good; what it saved stays.
-        One that trains every parameter goes with its trainer alone.
+        One that is closed is fine. One that trains every parameter goes with its trainer alone.
         """
 
     @abc.abstractmethod

@@ -186,3 +186,41 @@ async def test_what_is_asked_for_while_a_clean_up_ends_is_not_forgotten(tmp_path
     await first
     (row,) = (await services.store.load()).cleanups
     assert row.cleanup is Cleanup.DELETE and leases.cleanups() == [row]
+
+
+async def test_leases_have_a_limit_and_those_there_are_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firetitan_daemon.control.leases.MAX_LEASES", 2)
+    services = services_in(tmp_path)
+    leases = LeaseManager(services, 60.0, Deletion().clean_up, keep_pins)
+    for client in ("one", "two", "one"):
+        await leases.hold(client, client, {}, None)
+    with pytest.raises(FiretitanError, match="2 clients hold leases") as caught:
+        await leases.hold("three", "three", {}, None)
+    assert caught.value.reason is Reason.QUEUE_FULL
+    await leases.release("one", {}, everything=True)
+    await leases.hold("three", "three", {}, None)
+    assert [one.client_id for one, _ in leases.leases()] == ["three", "two"]
+
+
+async def test_what_one_keeper_stumbles_over_keeps_no_other_from_its_work(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firetitan_daemon.control.supervisor._TICK_S", 0.01)
+    looked: list[str] = []
+
+    async def stumble() -> None:
+        looked.append("stumbled")
+        raise AssertionError("never expected")
+
+    async def look() -> None:
+        looked.append("looked")
+
+    monkeypatch.setattr(managers.supervisor._cleaner, "expire", stumble)
+    monkeypatch.setattr(managers.supervisor._remover, "expire", stumble)
+    monkeypatch.setattr(managers.supervisor._retention, "expire", look)
+    ticking = asyncio.create_task(managers.supervisor._tick())
+    await until(lambda: looked.count("looked") > 1)
+    assert not ticking.done()
+    ticking.cancel()

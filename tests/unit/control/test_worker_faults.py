@@ -291,7 +291,7 @@ async def test_a_daemon_ends_though_a_worker_that_ended_cannot_be_forgotten(
     managers.trainers._trainers["t"] = replace(trainer, inactivity_s=1e-9)
     with monkeypatch.context() as patch:
         found = refuse_writes(managers, patch, forgets, 10**9)
-        managers.supervisor._cleaner.stop_idle()
+        await managers.supervisor._cleaner.expire()
         await until(lambda: len(found) > 2)
         async with asyncio.timeout(20):
             await managers.supervisor.stop(0.1)
@@ -322,6 +322,22 @@ async def test_a_sampler_that_does_not_answer_holds_up_no_other_deployment(
     managers.pool._live[worker.spec.worker_id] = live
     await managers.deployments.delete("d")
     assert [one.id for one in managers.deployments.all()] == ["e"]
+
+
+async def test_a_deployment_whose_weights_are_being_changed_holds_up_no_other(
+    managers: Managers,
+) -> None:
+    await managers.deployment()
+    async with managers.deployments.weights_lock("d"):
+        scaling = asyncio.create_task(managers.deployments.scale("d", 0))
+        await asyncio.sleep(0.05)
+        other = DeploymentRequest("e", TOY, 0, "", "auto", None, "make-e", "digest")
+        async with asyncio.timeout(20):
+            assert (await managers.done(await managers.deployments.create(other))).error is None
+            await managers.deployments.scale("e", 0)
+            await managers.deployments.delete("e")
+        assert not scaling.done()
+    assert (await scaling).state is ResourceState.STOPPED
 
 
 async def test_a_scaled_deployment_gets_no_sampler_it_was_short_of(

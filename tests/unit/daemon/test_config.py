@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from firetitan_daemon.config import ConfigError, home_folder, load_config
+from firetitan_daemon.config import home_folder, load_config
+from firetitan_daemon.setting_values import ConfigError
 
 
 def origin(settings: list, key: str) -> tuple[object, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,12 @@ def test_a_token_that_is_none_is_refused(places: Places, content: str) -> None:
 )
 def test_loopback(host: str, only_here: bool) -> None:
     assert is_loopback(host) is only_here
+
+
+def test_without_cryptography_the_way_to_it_is_one_that_exists(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("firetitan_daemon.certificates", raising=False)
+    monkeypatch.setitem(sys.modules, "firetitan_daemon.certificates", None)
+    with pytest.raises(PlaceError, match=r"in its folder: pip install '\.\[daemon\]'"):
+        server_credentials(places)

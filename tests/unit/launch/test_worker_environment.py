@@ -32,3 +32,7 @@ def test_secrets_of_others_stay_behind(name: str) -> None:
 @pytest.mark.parametrize("name", ["HF_TOKEN", "TOKENIZERS_PARALLELISM", "FIRETITAN_HOME"])
 def test_what_a_worker_needs_goes_with_it(name: str) -> None:
     assert environment({name: "x"}, 0)[name] == "x"
+
+
+def test_an_empty_search_path_does_not_become_the_folder_the_daemon_was_started_in() -> None:
+    assert not environment({"PYTHONPATH": ""}, 0)["PYTHONPATH"]

@@ -8,6 +8,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -341,3 +343,39 @@ async def test_looking_for_old_results_reads_no_others(
     ]
     assert read == 2
     await store.close()
+
+
+async def test_changes_go_between_the_tables_that_are_looked_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large ledger is looked over for seconds: no command waits for all of it."""
+    look, looked, begun = schema.problems, [], threading.Event()
+
+    def slow(*arguments: Any) -> list[str]:
+        looked.append(arguments[1:])
+        begun.set()
+        time.sleep(0.05)
+        return look(*arguments)
+
+    monkeypatch.setattr(schema, "problems", slow)
+    store = SqliteStore(tmp_path / "state.db")
+    check = asyncio.create_task(store.check())
+    await asyncio.to_thread(begun.wait)
+    await store.write(Change(trainers=[TRAINER]))
+    assert not check.done()
+    assert await check == []
+    tables = {name for (name,) in looked}
+    assert {"sqlite_schema", "operations", "trainers", "sqlite_sequence"} <= tables
+    await store.close()
+
+
+async def test_a_ledger_whose_list_of_tables_is_damaged_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    await SqliteStore(path).close()
+    with path.open("r+b") as file:
+        file.seek(100)
+        file.write(b"\xff" * 3996)
+    connection = sqlite3.connect(path)
+    assert schema.tables(connection) == ["sqlite_schema"]
+    assert schema.problems(connection, "sqlite_schema")
+    connection.close()

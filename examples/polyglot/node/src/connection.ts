@@ -39,7 +39,7 @@ export class Connection {
   readonly deployments: DeploymentServiceClient;
   readonly sampling: SamplingServiceClient;
 
-  /** `address` is the one in `daemon.json`, e.g. `unix:/home/me/.firetitan/run/daemon.sock`. */
+  /** `address` is the one in `daemon.json`, e.g. `unix:/home/me/.firetitan/run/firetitan.sock`. */
   constructor(address: string) {
     const options = {
       "grpc.max_receive_message_length": -1,
@@ -93,17 +93,20 @@ function once<Q, R>(method: Method<Q, R>, request: Q): Promise<R> {
   });
 }
 
+/**
+ * Whether a call ended because the daemon went away in the middle of it. CANCELLED is what a daemon
+ * that ends leaves of a call: ask only where we did not cancel it ourselves.
+ */
+export function brokenOff(error: ServiceError): boolean {
+  return error.code === status.UNAVAILABLE || error.code === status.CANCELLED;
+}
+
 /** Milliseconds to wait before the same request is sent again; undefined where it must not be. */
 function pauseBefore(error: ServiceError): number | undefined {
-  switch (error.code) {
-    case status.UNAVAILABLE:
-    case status.DEADLINE_EXCEEDED:
-      return retryAfterMs(error) ?? PAUSE_MS;
-    case status.RESOURCE_EXHAUSTED:
-      return retryAfterMs(error);
-    default:
-      return undefined;
+  if (brokenOff(error) || error.code === status.DEADLINE_EXCEEDED) {
+    return retryAfterMs(error) ?? PAUSE_MS;
   }
+  return error.code === status.RESOURCE_EXHAUSTED ? retryAfterMs(error) : undefined;
 }
 
 /** One line for people: what was refused and why. */

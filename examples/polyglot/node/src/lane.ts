@@ -1,7 +1,7 @@
 // One client's order of commands in a session that others use too.
 
 import { randomUUID } from "node:crypto";
-import { type ClientDuplexStream, type ServiceError, status } from "@grpc/grpc-js";
+import type { ClientDuplexStream, ServiceError } from "@grpc/grpc-js";
 import type { CommandHeader } from "../gen/firetitan/v1/command.js";
 import type { Operation } from "../gen/firetitan/v1/operation.js";
 import type {
@@ -9,7 +9,7 @@ import type {
   WatchOperationsResponse,
 } from "../gen/firetitan/v1/operation_service.js";
 import type { Session } from "../gen/firetitan/v1/session.js";
-import { type Connection, type Method, call, sleep } from "./connection.js";
+import { type Connection, type Method, brokenOff, call, sleep } from "./connection.js";
 import { OperationError } from "./errors.js";
 
 type Answer = { operation?: Operation | undefined };
@@ -153,8 +153,7 @@ export class Lane {
           if (response.operation) await this.take(response.operation, stream);
         }
       } catch (error) {
-        const code = (error as ServiceError).code;
-        if (!this.closed && code !== status.UNAVAILABLE) throw error;
+        if (!this.closed && !brokenOff(error as ServiceError)) throw error;
       }
       if (!this.closed) await sleep(100);
     }

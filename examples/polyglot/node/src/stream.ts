@@ -1,10 +1,10 @@
 // Tokens as they come, from a stream that goes on behind a restart of the daemon.
 
 import { randomInt } from "node:crypto";
-import { type ServiceError, status } from "@grpc/grpc-js";
+import type { ServiceError } from "@grpc/grpc-js";
 import type { SampleRequest, SampledTokens } from "../gen/firetitan/v1/sampling_service.js";
 import { SampleStreamRequest } from "../gen/firetitan/v1/sampling_service.js";
-import { type Connection, sleep } from "./connection.js";
+import { type Connection, brokenOff, sleep } from "./connection.js";
 
 const PAUSE_MS = 100;
 const PATIENCE_MS = 300_000;
@@ -36,8 +36,7 @@ export async function* sampleStream(
         giveUp = Date.now() + PATIENCE_MS;
       }
     } catch (error) {
-      const { code } = error as ServiceError;
-      if (code !== status.UNAVAILABLE || Date.now() > giveUp) throw error;
+      if (!brokenOff(error as ServiceError) || Date.now() > giveUp) throw error;
     } finally {
       stream.cancel();
     }
