@@ -325,7 +325,8 @@ class SessionRecovery:
             logger.info("replaying session=%s commands=%d", session.name, len(plan.replay))
         loaded = clock.monotonic()
         for operation in plan.replay:
-            await self._replay(worker, session, operation, exact=exact)
+            keep_graph = operation.method == "Forward" and operation.graph in plan.graphs
+            await self._replay(worker, session, operation, exact=exact, keep_graph=keep_graph)
             failpoint("recovery.replayed")
             self.stats.replayed += 1
             self.stats.to_replay -= 1
@@ -365,7 +366,13 @@ class SessionRecovery:
         return plan
 
     async def _replay(
-        self, worker: Worker, session: Session, operation: Operation, *, exact: bool
+        self,
+        worker: Worker,
+        session: Session,
+        operation: Operation,
+        *,
+        exact: bool,
+        keep_graph: bool,
     ) -> None:
         assert operation.payload is not None
         source = operation.loaded
@@ -379,6 +386,8 @@ class SessionRecovery:
             settled_through=operation.commit_seq - 1,
             client_id=operation.client_id,
             seq=operation.seq,
+            # A worker learns what a graph takes as it goes: this one may think that none has room.
+            keep_graph=keep_graph,
         )
         what = f"{operation.method} {operation.name} (commit_seq {operation.commit_seq})"
         try:

@@ -10,7 +10,7 @@ effect; when that would take too much disk or time, a point is due.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from firetitan_daemon.core.records import Operation, OperationState, ReplayCheck
@@ -20,7 +20,10 @@ BACKWARDS = frozenset({"ForwardBackward", "Backward"})
 BOUNDARIES = frozenset({"OptimStep"}) | LOADS
 """Methods after which no gradients are pending: where a point can be made."""
 REPLAYED = BACKWARDS | BOUNDARIES
-"""Methods that move weights or gradients. A Forward is replayed for the graph it kept."""
+"""Methods that move weights or gradients."""
+NOT_REPLAYED = frozenset({"Forward", "SaveState", "SaveSnapshot"})
+"""Methods that move neither. A Forward is run again only for the graph it kept. Every method is
+here or in `REPLAYED`: one that is in neither would be passed over by a replay without a word."""
 
 RELATIVE_TOLERANCE = 1e-3
 """How far a replayed loss or gradient norm may be off where bits may differ, on a GPU."""
@@ -54,6 +57,8 @@ class Plan:
     """In order."""
     missing: Sequence[Operation] = ()
     """Those of them whose payload is gone: where there are any, this is no way."""
+    graphs: Set[str] = frozenset()
+    """Kept forwards that a Backward of the replay uses: the worker must keep them again."""
 
 
 def plan_replay(done: Iterable[Operation], after: int) -> Plan:
@@ -69,7 +74,7 @@ def plan_replay(done: Iterable[Operation], after: int) -> Plan:
     replay = [
         one for one in applied if one.method in REPLAYED or _rebuilds_graph(one, used, last_move)
     ]
-    return Plan(replay, [one for one in replay if one.payload is None])
+    return Plan(replay, [one for one in replay if one.payload is None], used)
 
 
 def _rebuilds_graph(one: Operation, used: set[str], last_move: int) -> bool:

@@ -88,6 +88,8 @@ class Command:
     """The command's lane, as in its header: known even where the payload cannot be read."""
     seq: int = 0
     """Place in the lane."""
+    keep_graph: bool = False
+    """Of a Forward: keep its graph whatever it takes; a Backward after it is run again too."""
 
 
 @dataclass(frozen=True)

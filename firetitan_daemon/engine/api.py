@@ -231,8 +231,9 @@ class TrainEngine(Protocol):
         *,
         retain_graph: bool = False,
         base_only: bool = False,
+        over_budget: bool = False,
     ) -> ForwardOutput:
-        """Logprobs and the loss, gradients and kept graphs untouched.
+        """Logprobs and the loss, gradients untouched; one that keeps a graph may drop older ones.
 
         Args:
             data: The batch.
@@ -240,6 +241,8 @@ class TrainEngine(Protocol):
             config: Its settings.
             retain_graph: Keep what `backward` needs.
             base_only: Leave the session's adapter out; nothing can be kept then.
+            over_budget: Keep it whatever it takes, until it is used, released or the weights
+                change: a backward is sure to come.
 
         Raises:
             FiretitanError: INVALID_DATUM, LOSS_INPUT_MISSING, UNKNOWN_LOSS, each naming the field;
@@ -255,6 +258,7 @@ class TrainEngine(Protocol):
         *,
         retain_graph: bool = False,
         base_only: bool = False,
+        over_budget: bool = False,
     ) -> ForwardOutput:
         """Pooled last hidden states; loss inputs are not read, gradients stay as they are.
 
@@ -265,6 +269,7 @@ class TrainEngine(Protocol):
             config: Its settings.
             retain_graph: Keep what `backward` needs.
             base_only: As of `forward`.
+            over_budget: As of `forward`.
 
         Raises:
             FiretitanError: INVALID_DATUM, UNKNOWN_LOSS, INVALID_ARGUMENT, naming the field.
@@ -273,12 +278,18 @@ class TrainEngine(Protocol):
     def backward(self, graph: str, output_grads: Sequence[Float32Array]) -> ForwardOutput:
         """Accumulate gradients from those of the kept outputs, one array a datum in its shape.
 
-        Releases the graph. Raises:
-            FiretitanError: GRAPH_EXPIRED where the graph is gone.
+        Releases the graph. One that fails over its arrays keeps it; one that fails while computing
+        has changed nothing, but its graph is gone: running back through it frees it part by part.
+
+        Raises:
+            FiretitanError: GRAPH_EXPIRED where the graph is gone; INVALID_ARGUMENT, NON_FINITE.
         """
 
     def release_graph(self, graph: str) -> None:
         """Drop a kept graph; unknown names are fine."""
+
+    def expire_graphs(self) -> None:
+        """Free kept graphs that are too old: while nobody calls, nothing else does."""
 
     def forward_backward(
         self, data: Sequence[Datum], loss_fn: str, config: LossConfig

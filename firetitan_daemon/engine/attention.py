@@ -16,14 +16,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
-from firetitan_daemon.engine.attention_train import attend_segments, causal_attention
+from firetitan_daemon.engine.attention_train import Masks, attend_segments, causal_attention
 
 ATTENTION = "firetitan"
 """Name under which transformers finds `packed_attention`."""
@@ -138,9 +138,12 @@ class Segments:
 
     lengths: tuple[int, ...]
     caches: tuple[KVCache, ...] | None = None
+    masks: Masks = field(default_factory=dict, compare=False)
+    """Of whole sequences, made by the first layer that needs them."""
 
 
 _current: ContextVar[Segments | None] = ContextVar("firetitan_segments", default=None)
+_windows: ContextVar[set[int] | None] = ContextVar("firetitan_windows", default=None)
 
 
 @contextmanager
@@ -153,6 +156,20 @@ def segments(layout: Segments) -> Iterator[None]:
         _current.reset(token)
     for length, cache in zip(layout.lengths, layout.caches or (), strict=False):
         cache.advance(1 if cache.forked else length)
+
+
+@contextmanager
+def noting_windows() -> Iterator[set[int]]:
+    """Collect the sliding windows that layers hand to the packed attention.
+
+    Some architectures put theirs into the mask alone, which that attention does not read.
+    """
+    found: set[int] = set()
+    token = _windows.set(found)
+    try:
+        yield found
+    finally:
+        _windows.reset(token)
 
 
 def decode_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -197,10 +214,13 @@ def packed_attention(
         raise FiretitanError(
             Reason.UNSUPPORTED, "packed attention has no attention sinks and no position bias"
         )
+    noted = _windows.get()
+    if noted is not None and sliding_window is not None:
+        noted.add(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layout.caches is None:
         output = attend_segments(
-            query[0], key[0], value[0], layout.lengths, scale, sliding_window, softcap
+            query[0], key[0], value[0], layout.lengths, scale, sliding_window, softcap, layout.masks
         )
         return output.unsqueeze(0), None
     layer: int = module.layer_idx

@@ -23,6 +23,9 @@ _BLOCK = 256
 _KEEP_WEIGHTS = 1024
 """Sequences up to this length keep their attention weights for backward, longer ones recompute."""
 
+Masks = dict[tuple[int, int], torch.Tensor]
+"""[L, L] True where a query may look, by L and window."""
+
 
 def attend_segments(
     query_HTD: torch.Tensor,
@@ -32,6 +35,7 @@ def attend_segments(
     scale: float,
     window: int | None,
     softcap: float | None,
+    masks: Masks | None = None,
 ) -> torch.Tensor:
     """Attention inside each sequence of the packed row, differentiable.
 
@@ -43,12 +47,13 @@ def attend_segments(
         scale: Factor on the scores.
         window: Keys a query sees, itself included; None is all.
         softcap: Scores s become softcap * tanh(s / softcap); None leaves them.
+        masks: Of the pass; its layers share them.
 
     Returns:
         [T, H, D].
     """
     if query_HTD.is_cuda and softcap is None:
-        return fused_segments(query_HTD, key_KTD, value_KTD, lengths, scale, window)
+        return fused_segments(query_HTD, key_KTD, value_KTD, lengths, scale, window, masks)
     result: torch.Tensor = _PackedAttention.apply(
         query_HTD, key_KTD, value_KTD, lengths, scale, window, softcap
     )
@@ -62,8 +67,10 @@ def fused_segments(
     lengths: tuple[int, ...],
     scale: float,
     window: int | None,
+    masks: Masks | None = None,
 ) -> torch.Tensor:
     """As `attend_segments` without softcap, by torch's fused kernel, one call a sequence."""
+    masks = {} if masks is None else masks
     outputs = []
     start = 0
     for length in lengths:
@@ -71,7 +78,10 @@ def fused_segments(
         start += length
         mask = None
         if window is not None and window < length:
-            mask = ~_hidden(length, length, window, query_HTD.device)
+            mask = masks.get((length, window))
+            if mask is None:
+                mask = ~_hidden(length, length, window, query_HTD.device)
+                masks[length, window] = mask
         rows = scaled_dot_product_attention(
             query_HTD[None, :, part],
             key_KTD[None, :, part],
@@ -177,7 +187,6 @@ def _blocks(queries: int, keys: int, window: int | None) -> Iterator[tuple[int, 
         yield start, end, first, offset + end
 
 
-@lru_cache(maxsize=64)
 def _hidden(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
     """[L, S] True where a query must not look; the last query sits at the last key."""
     row = torch.arange(keys - queries, keys, device=device)[:, None]
@@ -186,6 +195,10 @@ def _hidden(queries: int, keys: int, window: int | None, device: torch.device) -
     if window is not None:
         hidden |= column <= row - window
     return hidden
+
+
+_hidden_of_block = lru_cache(maxsize=64)(_hidden)
+"""Kept for good: a block is small, and every layer of every pass asks for the same few."""
 
 
 def _scores(
@@ -203,10 +216,11 @@ def _scores(
     by_head = scores.view(kv_heads, -1, queries, keys)
     if window is None or window >= keys:
         by_head[..., keys - queries :].masked_fill_(
-            _hidden(queries, queries, None, scores.device), float("-inf")
+            _hidden_of_block(queries, queries, None, scores.device), float("-inf")
         )
     else:
-        by_head.masked_fill_(_hidden(queries, keys, window, scores.device), float("-inf"))
+        hidden = _hidden_of_block(queries, keys, window, scores.device)
+        by_head.masked_fill_(hidden, float("-inf"))
     return scores
 
 

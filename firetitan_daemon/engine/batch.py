@@ -18,6 +18,9 @@ from firetitan_daemon.engine.api import Array, Datum, Float32Array, RoutingShape
 from firetitan_daemon.engine.losses.base import TARGETS, Loss
 from firetitan_daemon.engine.routing import experts_of
 
+MOST_CELLS = 1 << 25
+"""Targets, or likeliest tokens, that one call may have: each takes a few numbers more."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -53,14 +56,21 @@ class Sequences:
         """Positions of all datums, T."""
         return sum(self.lengths)
 
-    def passes(self, max_tokens: int) -> Iterator[slice]:
-        """Runs of datums with at most `max_tokens` positions in all (a longer one runs alone)."""
-        start, used = 0, 0
+    def passes(self, max_tokens: int, *, padded: bool = False) -> Iterator[slice]:
+        """Runs of datums with at most `max_tokens` positions in all (a longer one runs alone).
+
+        Args:
+            max_tokens: Positions of a run.
+            padded: Count every datum as long as the longest one of its run: what a model that pads
+                its sequences computes.
+        """
+        start, used, longest = 0, 0, 0
         for index, length in enumerate(self.lengths):
-            if index > start and used + length > max_tokens:
+            longest = max(longest, length)
+            used = (index - start + 1) * longest if padded else used + length
+            if index > start and used > max_tokens:
                 yield slice(start, index)
-                start, used = index, 0
-            used += length
+                start, used, longest = index, length, length
         yield slice(start, len(self.sequences))
 
     def row_range(self, part: slice) -> slice:
@@ -141,13 +151,17 @@ def make_batch(data: Sequence[Datum], loss: Loss, limits: Limits, *, strict: boo
         strict: Refuse inputs the loss does not read; otherwise they are ignored.
 
     Raises:
-        FiretitanError: INVALID_DATUM, LOSS_INPUT_MISSING or NON_FINITE naming the field.
+        FiretitanError: INVALID_DATUM, LOSS_INPUT_MISSING or NON_FINITE naming the field;
+            INVALID_ARGUMENT for more targets than `MOST_CELLS`.
     """
     sequences = make_sequences(data, limits)
     for index, datum in enumerate(data):
         _check_inputs(f"data[{index}]", datum, loss, limits, strict)
     targets = [datum.loss_inputs[TARGETS] for datum in data]
-    candidates = max(1 if array.ndim == 1 else array.shape[1] for array in targets)
+    widths = [1 if array.ndim == 1 else array.shape[1] for array in targets]
+    candidates = max(widths)
+    widest = f'data[{widths.index(candidates)}].loss_fn_inputs["{TARGETS}"]'
+    check_cells(widest, candidates, sequences.num_tokens)
     inputs = {}
     for name in sorted((loss.required | loss.optional) - {TARGETS}):
         given = [datum.loss_inputs.get(name) for datum in data]
@@ -176,6 +190,26 @@ def make_batch(data: Sequence[Datum], loss: Loss, limits: Limits, *, strict: boo
         inputs,
         [array.shape for array in targets],
     )
+
+
+def check_cells(field: str, width: int, positions: int) -> None:
+    """Refuse more numbers than a call may have.
+
+    Args:
+        field: What asks for them.
+        width: How many a position; a single one is always fine.
+        positions: Of all datums: a wide one makes room in the rows of all.
+
+    Raises:
+        FiretitanError: INVALID_ARGUMENT.
+    """
+    if width > 1 and width * positions > MOST_CELLS:
+        raise _bad(
+            field,
+            f"has {width} a position, for the call's {positions} positions; at most "
+            f"{max(1, MOST_CELLS // positions)} for so many: send fewer sequences a call",
+            Reason.INVALID_ARGUMENT,
+        )
 
 
 def _experts(where: str, datum: Datum, limits: Limits) -> torch.Tensor | None:

@@ -34,6 +34,7 @@ class _Entry(Generic[Kept]):
     kept: Kept
     num_bytes: int
     born_s: float
+    needed: bool
 
 
 class GraphTable(Generic[Kept]):
@@ -52,7 +53,7 @@ class GraphTable(Generic[Kept]):
         self._entries: dict[str, _Entry[Kept]] = {}
 
     def __len__(self) -> int:
-        self._expire()
+        self.expire()
         return len(self._entries)
 
     def beside(self) -> GraphTable[Kept]:
@@ -66,25 +67,39 @@ class GraphTable(Generic[Kept]):
         """Bytes charged for what is kept."""
         return sum(entry.num_bytes for entry in self._entries.values())
 
-    def make_room(self, num_bytes: int) -> bool:
+    def make_room(self, num_bytes: int, *, needed: bool = False) -> bool:
         """Whether a graph of this size may be built; drops the oldest ones for it.
 
         Call before the forward: a graph over the whole budget must never come to exist.
+
+        Args:
+            num_bytes: What it takes.
+            needed: Build it in any case (see `put`).
         """
-        self._expire()
-        if num_bytes > self._limits.max_bytes or self._limits.max_count < 1:
+        self.expire()
+        staying = [entry.num_bytes for entry in self._entries.values() if entry.needed]
+        if not needed and not self._fits(len(staying), sum(staying) + num_bytes):
             return False
-        while self._entries and (
-            len(self._entries) >= self._limits.max_count
-            or self.num_bytes + num_bytes > self._limits.max_bytes
-        ):
-            del self._entries[next(iter(self._entries))]
+        for handle in [key for key, entry in self._entries.items() if not entry.needed]:
+            if self._fits(len(self._entries), self.num_bytes + num_bytes):
+                break
+            del self._entries[handle]
         return True
 
-    def put(self, kept: Kept, num_bytes: int) -> str:
-        """Keep a graph; returns its handle."""
+    def _fits(self, others: int, num_bytes: int) -> bool:
+        return others < self._limits.max_count and num_bytes <= self._limits.max_bytes
+
+    def put(self, kept: Kept, num_bytes: int, *, needed: bool = False) -> str:
+        """Keep a graph; returns its handle.
+
+        Args:
+            kept: What is kept.
+            num_bytes: What it takes.
+            needed: It stays, whatever its age and what others take, until it is used, released or
+                the weights change.
+        """
         handle = uuid.uuid4().hex
-        self._entries[handle] = _Entry(self, kept, num_bytes, self._clock())
+        self._entries[handle] = _Entry(self, kept, num_bytes, self._clock(), needed)
         return handle
 
     def get(self, handle: str) -> Kept:
@@ -93,7 +108,7 @@ class GraphTable(Generic[Kept]):
         Raises:
             FiretitanError: GRAPH_EXPIRED.
         """
-        self._expire()
+        self.expire()
         entry = self._entries.get(handle)
         if entry is None or entry.owner is not self:
             raise FiretitanError(
@@ -114,7 +129,9 @@ class GraphTable(Generic[Kept]):
         for handle in [key for key, entry in self._entries.items() if entry.owner is self]:
             del self._entries[handle]
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """Drop what is too old; every call of the table does it too."""
         limit = self._clock() - self._limits.max_age_s
-        for handle in [key for key, entry in self._entries.items() if entry.born_s < limit]:
+        old = (key for key, one in self._entries.items() if one.born_s < limit and not one.needed)
+        for handle in list(old):
             del self._entries[handle]

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Self
 
+import torch
+
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import ModelInfo, ModelSpec, SessionProgress, SessionSpec
 from firetitan_daemon.engine.batch import Batch, Limits
@@ -61,6 +63,13 @@ class Session:
             add_gradient(self.gradients, name, grad)
         self.counters = counters
 
+    def all_gradients(self) -> Gradients:
+        """A gradient for every master, zeros where none came."""
+        return {
+            name: self.gradients[name] if name in self.gradients else torch.zeros_like(master)
+            for name, master in self.trainables.masters.items()
+        }
+
 
 class HfCore:
     """A loaded model and at most one session.
@@ -109,6 +118,10 @@ class HfCore:
             3 * sum(master.nbytes for master in session.trainables.masters.values()),
         )
 
+    def expire_graphs(self) -> None:
+        """Free kept graphs that are too old, whichever session's (see `TrainEngine`)."""
+        self._graphs.expire()
+
     def _session(self) -> Session:
         if self._current is None:
             raise FiretitanError(Reason.CLOSED, "no session is open on this engine")
@@ -137,11 +150,18 @@ class HfCore:
         check_base_only(session.spec, retain_graph)
         return session.trainables.left_out()
 
-    def _room_for_graph(self, tokens: int) -> bool:
+    def _room_for_graph(self, tokens: int, *, needed: bool = False) -> bool:
         """Whether the graph of so many tokens may be kept; drops the oldest ones for it."""
-        return self._graphs.make_room(tokens * self._graph_bytes_per_token)
+        return self._graphs.make_room(tokens * self._graph_bytes_per_token, needed=needed)
 
-    def _keep(self, kept: KeptLogprobs | KeptEmbeddings, saved: SavedBytes, tokens: int) -> str:
+    def _keep(
+        self,
+        kept: KeptLogprobs | KeptEmbeddings,
+        saved: SavedBytes,
+        tokens: int,
+        *,
+        needed: bool,
+    ) -> str:
         """Keep passes under a handle, and learn what a token takes."""
         self._graph_bytes_per_token = max(1, -(-saved.num_bytes // tokens))
-        return self._graphs.put(kept, saved.num_bytes)
+        return self._graphs.put(kept, saved.num_bytes, needed=needed)

@@ -47,6 +47,7 @@ class HfEmbeddings(HfCore):
         *,
         retain_graph: bool = False,
         base_only: bool = False,
+        over_budget: bool = False,
     ) -> ForwardOutput:
         """Pooled last hidden states; loss inputs are not read, gradients stay as they are.
 
@@ -57,12 +58,13 @@ class HfEmbeddings(HfCore):
         sequences = make_sequences(data, self._limits())
         loss = choose_embedding_loss(loss_fn, config, len(data)) if loss_fn else None
         with self._weights(session, base_only=base_only, retain_graph=retain_graph):
-            vectors, passes, saved = self._embed(sequences, pooling, keep=retain_graph)
+            keep = retain_graph and self._room_for_graph(sequences.num_tokens, needed=over_budget)
+            vectors, passes, saved = self._embed(sequences, pooling, keep=keep)
         metrics = {} if loss is None else _metrics(loss(vectors)[0])
         graph = None
         if passes:
             kept = KeptEmbeddings(sequences, pooling, passes)
-            graph = self._keep(kept, saved, sequences.num_tokens)
+            graph = self._keep(kept, saved, sequences.num_tokens, needed=over_budget)
         session.forward_passes += 1
         return _output(vectors, metrics, graph)
 
@@ -78,7 +80,8 @@ class HfEmbeddings(HfCore):
         sequences = make_sequences(data, self._limits())
         if loss_fn:
             loss = choose_embedding_loss(loss_fn, config, len(data))
-            vectors, passes, _ = self._embed(sequences, pooling, keep=True)
+            keep = self._room_for_graph(sequences.num_tokens)
+            vectors, passes, _ = self._embed(sequences, pooling, keep=keep)
             value, slopes = loss(vectors)
         else:
             passes = []
@@ -98,7 +101,6 @@ class HfEmbeddings(HfCore):
         self, sequences: Sequences, pooling: Pooling, *, keep: bool
     ) -> tuple[Float32Array, list[Pass], SavedBytes]:
         """Embeddings [S, H]; their passes, none where there is no room; what those take."""
-        keep = keep and self._room_for_graph(sequences.num_tokens)
         vectors, passes = [], []
         with memory_errors(), SavedBytes(self._loaded.model) as saved:
             for part in run_passes(self._loaded, sequences, graph=keep):

@@ -70,7 +70,7 @@ from firetitan_daemon.engine.state import (
     state_writer,
 )
 from firetitan_daemon.engine.tensors import from_raw, stored_dtypes, to_raw
-from firetitan_daemon.engine.top_candidates import add_candidates, take_top_k
+from firetitan_daemon.engine.top_candidates import add_candidates, check_top_k, take_top_k
 from firetitan_daemon.engine.trainables import (
     FullTrainables,
     LoraTrainables,
@@ -120,8 +120,9 @@ class HfTrainEngine(HfEmbeddings):
         *,
         retain_graph: bool = False,
         base_only: bool = False,
+        over_budget: bool = False,
     ) -> ForwardOutput:
-        """Logprobs and the loss, gradients and kept graphs untouched (see `TrainEngine`).
+        """Logprobs and the loss, gradients untouched (see `TrainEngine`).
 
         Raises:
             FiretitanError: INVALID_DATUM, LOSS_INPUT_MISSING, UNKNOWN_LOSS, NON_FINITE,
@@ -129,7 +130,9 @@ class HfTrainEngine(HfEmbeddings):
         """
         session = self._session()
         with self._weights(session, base_only=base_only, retain_graph=retain_graph):
-            return self._forward(session, data, loss_fn, config, retain_graph=retain_graph)
+            return self._forward(
+                session, data, loss_fn, config, retain_graph=retain_graph, needed=over_budget
+            )
 
     def _forward(
         self,
@@ -139,12 +142,14 @@ class HfTrainEngine(HfEmbeddings):
         config: LossConfig,
         *,
         retain_graph: bool,
+        needed: bool,
     ) -> ForwardOutput:
         top_k, config = take_top_k(loss_fn, config, self._limits().target_size)
         loss, settings = choose_loss(loss_fn, config)
         batch = make_batch(data, loss, self._limits(), strict=False)
         tokens = batch.num_tokens
-        keep = retain_graph and self._room_for_graph(tokens)
+        check_top_k(top_k, tokens)
+        keep = retain_graph and self._room_for_graph(tokens, needed=needed)
         head = session.trainables.head()
         passes, logprobs, terms, candidates = [], [], [], []
         with memory_errors(), SavedBytes(self._loaded.model) as saved:
@@ -159,7 +164,9 @@ class HfTrainEngine(HfEmbeddings):
                 check_terms(batch, part.rows, terms[-1])
                 if keep:
                     passes.append(part)
-        graph = self._keep(KeptLogprobs(batch, passes), saved, tokens) if keep else None
+        graph = None
+        if keep:
+            graph = self._keep(KeptLogprobs(batch, passes), saved, tokens, needed=needed)
         session.forward_passes += 1
         output = _output(batch, logprobs, terms, graph)
         if candidates:
@@ -173,7 +180,8 @@ class HfTrainEngine(HfEmbeddings):
 
         Raises:
             FiretitanError: GRAPH_EXPIRED where the graph is gone; INVALID_ARGUMENT or NON_FINITE
-                naming the array (the graph is kept then).
+                naming the array (the graph is kept then); NON_FINITE naming a parameter or
+                DEVICE_OUT_OF_MEMORY (it is gone then).
         """
         session = self._session()
         kept = self._graphs.get(graph)
@@ -261,15 +269,11 @@ class HfTrainEngine(HfEmbeddings):
                 field="expected_step",
             )
         denominator = counters.denominator(normalization)
-        masters = session.trainables.masters
         with memory_errors():
-            gradients = {
-                name: session.gradients.get(name, torch.zeros_like(master))
-                for name, master in masters.items()
-            }
+            gradients = session.all_gradients()
             session.optimizer.prepare()
-        norm = session.optimizer.norm(gradients, denominator)
-        more = _grad_norms(params.grad_norm_metrics, gradients, denominator)
+            norm = session.optimizer.norm(gradients, denominator)
+            more = _grad_norms(params.grad_norm_metrics, gradients, denominator)
         self._graphs.clear()
         session.optimizer.update(gradients, params, norm, denominator)
         failpoint("engine.step")

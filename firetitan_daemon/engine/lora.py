@@ -40,13 +40,16 @@ class LoraPair:
         self.b = b
         self.scaling = scaling
         self.compute_dtype = compute_dtype
+        self.compute_a = a.detach().to(compute_dtype)
+        self.compute_b = torch.empty_like(b, dtype=compute_dtype, requires_grad=False)
         self.refresh()
 
     def refresh(self) -> None:
-        """Take A and scaling * B into the dtype of the base."""
+        """Take A and scaling * B into the dtype of the base, in place: nothing here may fail."""
         with torch.no_grad():
-            self.compute_a = self.a.detach().to(self.compute_dtype)
-            self.compute_b = (self.b.detach() * self.scaling).to(self.compute_dtype)
+            if self.compute_dtype != self.a.dtype:  # else it is A itself
+                self.compute_a.copy_(self.a)
+            torch.mul(self.b, self.scaling, out=self.compute_b)
 
 
 Adapter = Mapping[str, LoraPair]

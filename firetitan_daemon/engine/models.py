@@ -25,6 +25,7 @@ from torch import nn
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import ModelInfo, ModelSpec
 from firetitan_daemon.engine.attention import Segments, segments
+from firetitan_daemon.engine.lengths import active_window, context_length
 from firetitan_daemon.engine.lora import (
     FUSED_EXPERTS,
     LoraLinear,
@@ -39,7 +40,6 @@ from firetitan_daemon.engine.routing import OWN_CHOICE, Routers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-_NO_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -186,22 +186,14 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     """Load weights and find out how to run them.
 
     Raises:
-        FiretitanError: MODEL_NOT_FOUND, UNSUPPORTED (architecture or head this engine cannot run),
-            INVALID_ARGUMENT (dtype, device, context length), each naming the value.
+        FiretitanError: MODEL_NOT_FOUND, UNSUPPORTED (architecture, head or context length this
+            engine cannot run), INVALID_ARGUMENT (dtype, device, context length), each naming the
+            value.
     """
     device = _device(spec.device)
     resolved = resolve_model(spec.base_model)
     text_config = load_config(resolved.path, spec.base_model).get_text_config()
-    limit = int(getattr(text_config, "max_position_embeddings", None) or _NO_LIMIT)
-    if limit < 1:  # some architectures write -1 for no limit
-        limit = _NO_LIMIT
-    context = limit if spec.max_context_length is None else spec.max_context_length
-    if not 1 <= context <= limit:
-        raise FiretitanError(
-            Reason.INVALID_ARGUMENT,
-            f"max_context_length is {context}; {spec.base_model} takes 1 to {limit} tokens",
-            field="max_context_length",
-        )
+    context = context_length(text_config, spec.max_context_length, spec.base_model)
     model = _load_weights(resolved.path, spec, device)
     embeddings = model.get_input_embeddings().weight
     head_spec = _head_spec(text_config)
@@ -231,7 +223,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         head_spec,
     )
     loaded.info = replace(loaded.info, routing=loaded.routers.shape)
-    probe(loaded, _foreign_layers(text_config))
+    probe(loaded, _foreign_layers(text_config), active_window(text_config, context))
     return loaded
 
 

@@ -84,7 +84,8 @@ class AdamW:
         """Write every master, after `prepare`.
 
         Args:
-            gradients: float32 sums by name, one for every master; written over.
+            gradients: float32 sums by name, one for every master, contiguous as the masters are;
+                written over.
             params: Checked by `check_params`.
             norm: From `norm`.
             denominator: The sums are divided by it, then clipped to `grad_clip_norm`.

@@ -24,7 +24,7 @@ from firetitan_daemon.engine.models import LoadedModel
 from firetitan_daemon.engine.trainables import Trainables
 
 MAX_PASS_TOKENS = 4096
-"""Tokens that go through the model together; bounds the memory of a step."""
+"""Tokens that go through the model together, padding included; bounds the memory of a step."""
 
 Gradients = dict[str, torch.Tensor]
 
@@ -42,7 +42,7 @@ class Pass:
 
 def run_passes(loaded: LoadedModel, batch: Sequences, *, graph: bool) -> Iterator[Pass]:
     """Hidden states of a batch, pass by pass."""
-    for part in batch.passes(MAX_PASS_TOKENS):
+    for part in batch.passes(MAX_PASS_TOKENS, padded=not loaded.info.packed):
         with torch.set_grad_enabled(graph):
             hidden = loaded.hidden_states(batch.sequences[part], batch.experts[part])
         yield Pass(batch.row_range(part), batch.lengths[part], hidden)
@@ -126,15 +126,25 @@ def parameter_gradients(
 
 
 def hidden_gradients(trainables: Trainables, part: Pass, grad_hidden: torch.Tensor) -> Gradients:
-    """dL/dparameter by master name (absent: zero) of dL/dhidden [T, H]; frees the pass's graph."""
+    """dL/dparameter by master name (absent: zero) of dL/dhidden [T, H]; frees the pass's graph.
+
+    No two of them share memory: whoever gets them adds in place.
+    """
     if not part.hidden.requires_grad:
         return {}
     below = torch.autograd.grad(
         part.hidden, list(trainables.leaves.values()), grad_hidden, allow_unused=True
     )
-    return {
-        name: grad for name, grad in zip(trainables.leaves, below, strict=True) if grad is not None
-    }
+    gradients: Gradients = {}
+    storages: set[int] = set()
+    for name, grad in zip(trainables.leaves, below, strict=True):
+        if grad is None:
+            continue
+        # Of a sum, autograd hands the same tensor to both of its terms.
+        storage = grad.untyped_storage().data_ptr()
+        gradients[name] = grad.clone() if storage in storages else grad
+        storages.add(storage)
+    return gradients
 
 
 def add_gradient(total: Gradients, name: str, grad: torch.Tensor) -> None:
@@ -142,7 +152,8 @@ def add_gradient(total: Gradients, name: str, grad: torch.Tensor) -> None:
     if name in total:
         total[name].add_(grad)
     else:
-        total[name] = grad.detach().to(torch.float32)
+        # Autograd lays some out transposed; the fused step reads memory from front to back.
+        total[name] = grad.detach().to(torch.float32).contiguous()
 
 
 def check_gradients(gradients: Gradients) -> None:

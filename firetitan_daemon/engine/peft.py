@@ -59,6 +59,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Settings with a value that changes nothing here (empty: any value). Which layers are adapted is
 what the tensors say."""
+_REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,9 @@ def _check_finite(adapter: PeftAdapter, module: str, array: Float32Array) -> Non
 
 def _check_settings(name: str, settings: dict[str, Any]) -> tuple[int, float]:
     """Refuse what is not plain LoRA; returns the rank and the scale."""
+    for key in _REQUIRED:
+        if key not in settings:
+            raise _bad_adapter(name, f"{ADAPTER_CONFIG} has no {key}, which it needs")
     if settings["peft_type"] != "LORA":
         raise _unsupported(name, "peft_type", settings["peft_type"])
     for key, value in settings.items():
@@ -219,9 +223,17 @@ def _check_settings(name: str, settings: dict[str, Any]) -> tuple[int, float]:
     rank, alpha = settings["r"], settings["lora_alpha"]
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= _MAX_RANK:
         raise _bad_adapter(name, f"r={rank!r}; a whole number, 1 to {_MAX_RANK}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise _bad_adapter(name, f"lora_alpha={alpha!r}; a finite number")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not _is_finite(alpha):
+        raise _bad_adapter(name, f"lora_alpha={alpha!r:.40}; a finite number")
     return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _is_finite(number: float) -> bool:
+    """Whether it is a number of float64; JSON has whole numbers beyond."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def _of_transformers(mapping: object) -> bool:

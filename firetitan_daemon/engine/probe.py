@@ -17,7 +17,7 @@ import torch
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.model_records import ModelInfo
-from firetitan_daemon.engine.attention import ATTENTION
+from firetitan_daemon.engine.attention import ATTENTION, noting_windows
 
 if TYPE_CHECKING:
     from firetitan_daemon.engine.models import LoadedModel
@@ -28,12 +28,13 @@ _BEGINNING = 12
 """Tokens of the longer one that run on their own too: what follows them must not matter."""
 
 
-def probe(loaded: LoadedModel, note: str | None) -> None:
+def probe(loaded: LoadedModel, note: str | None, window: int | None = None) -> None:
     """Set `info.packed` and its notes; refuse what is not causal or not ours to compute.
 
     Args:
         loaded: On its own eager attention; ends on the packed one where that agrees.
         note: What is known to speak against the packed one.
+        window: Keys a query of some layer sees; None: all.
 
     Raises:
         FiretitanError: UNSUPPORTED.
@@ -74,7 +75,7 @@ def probe(loaded: LoadedModel, note: str | None) -> None:
                 f"follows it, by {difference:.1e}",
                 field="base_model",
             )
-        note = note or _try_packed(loaded, sequences, experts, own, exact)
+        note = note or _try_packed(loaded, sequences, experts, own, exact, window)
     if note is not None:
         model.set_attn_implementation("eager")
         note = f"padded path: packed attention does not fit {loaded.info.architecture}: {note}"
@@ -104,14 +105,19 @@ def _try_packed(
     experts: list[torch.Tensor | None],
     own: torch.Tensor,
     exact: bool,
+    window: int | None,
 ) -> str | None:
     """Switch to the packed attention; returns what speaks against it."""
     try:
         loaded.model.set_attn_implementation(ATTENTION)
         loaded.info = replace(loaded.info, packed=True)
-        packed = loaded.logits(loaded.hidden_states(sequences, experts))
+        with noting_windows() as windows:
+            packed = loaded.logits(loaded.hidden_states(sequences, experts))
     except (FiretitanError, ValueError, TypeError, RuntimeError, AssertionError) as error:
         return str(error)
+    # Wider than these sequences are long, a window that is lost does not show in the logits.
+    if window is not None and not windows:
+        return f"its window of {window} tokens is said by a mask alone"
     difference = _relative(packed, own)
     if difference <= (1e-4 if exact else 0.1):
         return None

@@ -14,9 +14,10 @@ import torch
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine.api import LossConfig, NamedArrays
-from firetitan_daemon.engine.batch import Batch
+from firetitan_daemon.engine.batch import Batch, check_cells
 
 _SETTING = "top_k"
+_FIELD = f'loss_fn_config["{_SETTING}"]'
 
 
 def take_top_k(loss_fn: str, config: LossConfig, target_size: int) -> tuple[int, LossConfig]:
@@ -35,13 +36,25 @@ def take_top_k(loss_fn: str, config: LossConfig, target_size: int) -> tuple[int,
     value = config[_SETTING]
     number = 0.0 if isinstance(value, str) or not math.isfinite(value) else value
     if number != int(number) or not 1 <= number <= target_size:
-        field = f'loss_fn_config["{_SETTING}"]'
         raise FiretitanError(
             Reason.INVALID_ARGUMENT,
-            f"{field}={value!r}: give a whole number from 1 to {target_size}",
-            field=field,
+            f"{_FIELD}={value!r}: give a whole number from 1 to {target_size}",
+            field=_FIELD,
         )
     return int(number), {name: one for name, one in config.items() if name != _SETTING}
+
+
+def check_top_k(top_k: int, positions: int) -> None:
+    """Refuse more tokens than one answer may hold.
+
+    Args:
+        top_k: How many are asked for, 0 for none.
+        positions: Of all datums.
+
+    Raises:
+        FiretitanError: INVALID_ARGUMENT.
+    """
+    check_cells(_FIELD, top_k, positions)
 
 
 def add_candidates(

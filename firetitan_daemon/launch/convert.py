@@ -84,6 +84,7 @@ def execute_request(command: Command) -> worker_pb2.ExecuteRequest:
         settled_through=command.settled_through,
         client_id=command.client_id,
         seq=command.seq,
+        keep_graph=command.keep_graph,
     )
     if command.save is not None:
         request.save.staging = str(command.save.staging)

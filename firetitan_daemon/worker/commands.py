@@ -181,7 +181,11 @@ class CommandRunner:
         data = convert.data_from_proto(request.data)
         config = convert.loss_config_from_proto(request.loss_fn_config)
         pooling = convert.pooling_from_proto(request.pooling)
-        options = {"retain_graph": request.retain_graph, "base_only": request.base_only}
+        options = {
+            "retain_graph": request.retain_graph,
+            "base_only": request.base_only,
+            "over_budget": command.execute.keep_graph,
+        }
         if pooling is None:
             output = self._engine.forward(data, request.loss_fn, config, **options)
         else:

@@ -59,10 +59,21 @@ class TrainerServicer(worker_pb2_grpc.TrainerWorkerServiceServicer):
         self._host = host
         self._sessions: dict[str, HeldSession] = {}
         self._opening = asyncio.Lock()
+        self._tidying: asyncio.Future[None] | None = None
 
     def describe(self, response: worker_pb2.DescribeResponse) -> None:
         """Add the sessions to a description, as of the last command of each that ended."""
         response.sessions.extend(one.state for one in self._sessions.values())
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Let old graphs go behind what computes; nobody waits for it.
+
+        The daemon asks for a description every few seconds, also while nobody sends commands.
+        """
+        session = next(iter(self._sessions.values()), None)
+        if session is not None and (self._tidying is None or self._tidying.done()):
+            self._tidying = asyncio.ensure_future(self._host.run(session.engine.expire_graphs))
 
     async def OpenSession(
         self,

@@ -146,6 +146,7 @@ class ToyTrainEngine:
         *,
         retain_graph: bool = False,
         base_only: bool = False,
+        over_budget: bool = False,
     ) -> ForwardOutput:
         """Logprobs and the loss; gradients and kept graphs stay as they are."""
         loss, settings = self._check(data, loss_fn, config, strict=False)
@@ -166,6 +167,7 @@ class ToyTrainEngine:
         *,
         retain_graph: bool = False,
         base_only: bool = False,
+        over_budget: bool = False,
     ) -> ForwardOutput:
         """Pooled rows of the embedding matrix, which no adapter changes."""
         if base_only:
@@ -241,6 +243,9 @@ class ToyTrainEngine:
     def release_graph(self, graph: str) -> None:
         """Drop a kept graph; unknown names are fine."""
         self._graphs.pop(graph, None)
+
+    def expire_graphs(self) -> None:
+        """Here graphs have no age."""
 
     def forward_backward(
         self, data: Sequence[Datum], loss_fn: str, config: LossConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,26 @@ def test_packed_rows_equal_the_textbook(
         results.append([output, *torch.autograd.grad((output * probe).sum(), row)])
     for mine, plain in zip(*results, strict=True):
         torch.testing.assert_close(mine, plain, atol=2e-6, rtol=1e-5)
+
+
+def test_a_mask_of_a_whole_sequence_goes_with_its_pass() -> None:
+    """It has a number for each two tokens of it; the layers of a pass share one."""
+    length, window = 37, 5
+    row = [tensor.detach() for tensor in random_row(2 * length)]
+
+    def masks() -> int:
+        gc.collect()
+        tensors = (one for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
+        return sum(one.dtype == torch.bool and one.numel() == length**2 for one in tensors)
+
+    layout = Segments((length, length))
+    for _ in range(3):
+        fused_segments(*row, layout.lengths, 0.3, window, layout.masks)
+        assert masks() == 1
+    del layout
+    assert masks() == 0
+    fused_segments(*row, (length,), 0.3, window)
+    assert masks() == 0
 
 
 @pytest.mark.parametrize("window", [None, 5])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.engine import batch as batch_module
 from firetitan_daemon.engine.api import Datum
 from firetitan_daemon.engine.batch import Batch, Limits, make_batch
 from firetitan_daemon.engine.losses import LOSSES
@@ -122,6 +123,17 @@ def test_gspo_takes_one_target_a_position() -> None:
     wide = np.zeros((3, 2), np.float32)
     with pytest.raises(FiretitanError, match="one per position"):
         batch_of(datum(3, 2, logprobs=wide, advantages=wide), loss="gspo")
+
+
+def test_targets_that_would_fill_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of all datums get as wide as the widest one."""
+    monkeypatch.setattr(batch_module, "MOST_CELLS", 40)
+    assert batch_of(datum(3), datum(3), datum(2, 5)).targets.shape == (8, 5)
+    with pytest.raises(FiretitanError, match=r"5.*9 positions.*at most 4") as caught:
+        batch_of(datum(6), datum(3, 5))
+    field = 'data[1].loss_fn_inputs["target_tokens"]'
+    assert (caught.value.reason, caught.value.field) == (Reason.INVALID_ARGUMENT, field)
+    assert batch_of(*[datum(6)] * 7).targets.shape == (42, 1)
 
 
 def test_unknown_inputs_are_ignored_where_asked() -> None:

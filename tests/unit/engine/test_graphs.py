@@ -44,6 +44,26 @@ def test_a_graph_over_the_budget_is_refused_and_evicts_nothing() -> None:
     assert not GraphTable[str](GraphLimits(max_count=0)).make_room(1)
 
 
+def test_what_is_needed_stays_whatever_it_takes() -> None:
+    clock = Clock()
+    table: GraphTable[str] = GraphTable(GraphLimits(2, 100, 10), clock)
+    assert table.make_room(30)
+    other = table.put("other", 30)
+    assert table.make_room(80, needed=True)
+    first = table.put("a", 80, needed=True)
+    assert gone(table, other)
+    assert not table.make_room(30)
+    assert table.make_room(200, needed=True)
+    second = table.put("b", 200, needed=True)
+    clock.now_s = 1000.0
+    assert not table.make_room(1) and not table.beside().make_room(1)
+    assert (table.get(first), table.get(second)) == ("a", "b")
+    table.release(second)
+    assert table.make_room(20)
+    table.clear()
+    assert gone(table, first)
+
+
 def test_age_expires() -> None:
     clock = Clock()
     table: GraphTable[str] = GraphTable(GraphLimits(max_age_s=10), clock)
@@ -52,6 +72,18 @@ def test_age_expires() -> None:
     assert table.get(handle) == "graph" and len(table) == 1
     clock.now_s = 11.0
     assert len(table) == 0 and gone(table, handle)
+
+
+def test_the_oldest_go_without_another_call_for_them() -> None:
+    clock = Clock()
+    table: GraphTable[str] = GraphTable(GraphLimits(max_age_s=10), clock)
+    table.beside().put("graph", 1)
+    clock.now_s = 9.0
+    table.expire()
+    assert table.num_bytes == 1
+    clock.now_s = 11.0
+    table.expire()
+    assert table.num_bytes == 0
 
 
 def test_get_keeps_release_and_clear_drop() -> None:

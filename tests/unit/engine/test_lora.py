@@ -150,3 +150,19 @@ def test_the_slot_switches_adapters_and_unwrap_restores(models: dict[str, str]) 
     assert not any(isinstance(module, LoraLinear) for module in model.modules())
     assert torch.equal(model(tokens).logits, plain)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_refresh_writes_into_what_is_there(dtype: torch.dtype) -> None:
+    """One that allocates can fail behind a step whose weights are written."""
+    pair, _ = pair_of(dtype, 0.3)
+    copies = pair.compute_a, pair.compute_b
+    with torch.no_grad():
+        pair.a.mul_(1.1)
+        pair.b.add_(0.01)
+    pair.refresh()
+    assert pair.compute_a is copies[0] and pair.compute_b is copies[1]
+    fresh = LoraPair(pair.a, pair.b, pair.scaling, dtype)
+    assert torch.equal(pair.compute_a, fresh.compute_a)
+    assert torch.equal(pair.compute_b, fresh.compute_b)
+    assert torch.equal(pair.compute_b, (pair.b.detach() * pair.scaling).to(dtype))

@@ -14,6 +14,7 @@ from support.models import save_tiny
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.engine import models as models_module
 from firetitan_daemon.engine.api import ModelSpec
+from firetitan_daemon.engine.lengths import context_length
 from firetitan_daemon.engine.models import HeadSpec, load_model
 
 SMALL: dict[str, Any] = {
@@ -31,6 +32,7 @@ SMALL: dict[str, Any] = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 PACKED = {
     "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=5),
+    "mistral_wide": lambda: transformers.MistralConfig(**SMALL, sliding_window=28),
     "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=5),
     "granite": lambda: transformers.GraniteConfig(
         **SMALL, logits_scaling=4.0, attention_multiplier=0.2, embedding_multiplier=3.0
@@ -86,6 +88,84 @@ def test_logits_are_the_models_own(tmp_path: Path, name: str) -> None:
     with torch.no_grad():
         found = loaded.logits(loaded.hidden_states(sequences))
     torch.testing.assert_close(found, own_logits(folder, sequences), atol=2e-5, rtol=1e-4)
+
+
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
+"""Of heads of 8 channels; other frequencies beyond 32 of 64 positions."""
+
+
+def long_rope() -> Any:
+    return transformers.Phi3Config(
+        **SMALL, original_max_position_embeddings=32, rope_parameters=dict(LONG_ROPE)
+    )
+
+
+def test_longrope_is_run_up_to_where_its_frequencies_change(tmp_path: Path) -> None:
+    """Beyond, those of a whole call would depend on its longest sequence."""
+    folder = save(tmp_path, long_rope())
+    loaded = load_model(ModelSpec(folder))
+    assert loaded.info.packed and loaded.info.max_context_length == 32
+    sequences = [torch.randint(0, 64, (length,)) for length in (3, 32)]
+    with torch.no_grad():
+        found = loaded.logits(loaded.hidden_states(sequences))
+    torch.testing.assert_close(found, own_logits(folder, sequences), atol=2e-5, rtol=1e-4)
+    assert load_model(ModelSpec(folder, max_context_length=8)).info.max_context_length == 8
+    with pytest.raises(FiretitanError, match=r"max_context_length is 33.*longrope.*32") as caught:
+        load_model(ModelSpec(folder, max_context_length=33))
+    assert (caught.value.reason, caught.value.field) == (Reason.UNSUPPORTED, "max_context_length")
+    with pytest.raises(FiretitanError, match="takes 1 to 32 tokens") as caught:
+        load_model(ModelSpec(folder, max_context_length=65))
+    assert caught.value.reason is Reason.INVALID_ARGUMENT
+
+
+def test_longrope_of_some_layers_counts() -> None:
+    config = transformers.Gemma3TextConfig(
+        **SMALL,
+        head_dim=8,
+        rope_parameters={
+            "full_attention": {
+                **LONG_ROPE,
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 16,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    )
+    assert context_length(config, None, "model") == 16
+    config.rope_parameters["full_attention"]["rope_type"] = "default"
+    assert context_length(config, None, "model") == 64
+
+
+WINDOWED = {
+    "qwen2_moe": lambda window: transformers.Qwen2MoeConfig(
+        **SMALL,
+        **EXPERTS,
+        shared_expert_intermediate_size=16,
+        use_sliding_window=window is not None,
+        sliding_window=window,
+    ),
+    "phimoe": lambda window: transformers.PhimoeConfig(
+        **SMALL, num_local_experts=2, sliding_window=window
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_window_that_comes_as_a_mask_only_is_not_lost(tmp_path: Path, name: str) -> None:
+    """One wider than what is tried at load shows nowhere but in the configuration."""
+    sequences = [torch.randint(0, 64, (length,)) for length in (3, 60)]
+    for window, packed in ((32, False), (64, True), (None, True)):
+        folder = save(tmp_path / str(window), WINDOWED[name](window))
+        loaded = load_model(ModelSpec(folder))
+        with torch.no_grad():
+            found = loaded.logits(loaded.hidden_states(sequences))
+        torch.testing.assert_close(found, own_logits(folder, sequences), atol=2e-5, rtol=1e-4)
+        assert loaded.info.packed is packed
+        assert any("window of 32" in note for note in loaded.info.notes) is not packed
 
 
 def test_experts_in_bfloat16_run_packed(tmp_path: Path) -> None:

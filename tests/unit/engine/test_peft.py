@@ -159,6 +159,8 @@ def test_numbers_that_overflow_in_this_sessions_scale(tmp_path: Path) -> None:
         ({"r": 2}, Reason.INVALID_ARGUMENT, "r is 2"),
         ({"lora_alpha": math.nan}, Reason.INVALID_ARGUMENT, "lora_alpha"),
         ({"lora_alpha": "8"}, Reason.INVALID_ARGUMENT, "lora_alpha"),
+        ({"lora_alpha": 10**400}, Reason.INVALID_ARGUMENT, "lora_alpha"),
+        ({"lora_alpha": -(10**400)}, Reason.INVALID_ARGUMENT, "lora_alpha"),
         ({"target_modules": ["k_proj"]}, Reason.INVALID_ARGUMENT, "target_modules"),
         ({"target_modules": [1]}, Reason.INVALID_ARGUMENT, "target_modules"),
     ],
@@ -170,6 +172,20 @@ def test_settings_that_cannot_be_honoured_are_named(
     with pytest.raises(FiretitanError) as caught:
         read_adapter(folder)
     assert caught.value.reason is reason and text in caught.value.message
+
+
+@pytest.mark.parametrize("setting", ["peft_type", "r", "lora_alpha", "target_modules"])
+def test_settings_that_are_missing_are_named(tmp_path: Path, setting: str) -> None:
+    folder = write_peft(tmp_path / "a", arrays(4))
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_bytes())
+    del settings[setting]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(FiretitanError) as caught:
+        read_adapter(folder)
+    error = caught.value
+    assert (error.reason, error.field) == (Reason.INVALID_ARGUMENT, "path")
+    assert "adapter_config.json" in error.message and setting in error.message
 
 
 def test_what_peft_notes_by_itself_is_read(tmp_path: Path) -> None:

@@ -46,6 +46,15 @@ class GatedEngine(ToyTrainEngine):
         return super().optim_step(params, normalization, expected_step)
 
 
+class TidyEngine(GatedEngine):
+    """Counts how often it is asked to let old graphs go."""
+
+    tidied = 0
+
+    def expire_graphs(self) -> None:
+        type(self).tidied += 1
+
+
 class Forever:
     """A process that does not end."""
 
@@ -95,6 +104,28 @@ async def opened(launcher: InProcessLauncher) -> Worker:
     await worker.load_model()
     await worker.open_session(SESSION)
     return worker
+
+
+async def test_old_graphs_go_while_nobody_calls_and_nobody_waits_for_it(
+    tmp_path: Path, write: CommandWriter
+) -> None:
+    """The daemon asks its workers now and then whether they are there."""
+    TidyEngine.gate.clear()
+    worker = await opened(InProcessLauncher(tmp_path / "run", train=TidyEngine))
+    assert TidyEngine.tidied == 0
+    await worker.describe()
+    await worker.execute(write.forward_backward())
+    assert TidyEngine.tidied == 1
+    step = asyncio.create_task(worker.execute(write.optim_step()))
+    await asyncio.sleep(0.05)
+    for _ in range(5):
+        await asyncio.wait_for(worker.describe(), 5)
+    assert TidyEngine.tidied == 1 and not step.done()
+    TidyEngine.gate.set()
+    await step
+    await worker.execute(write.forward_backward())
+    assert TidyEngine.tidied == 2
+    await worker.shutdown()
 
 
 async def test_a_repeat_joins_the_run_in_progress(tmp_path: Path, write: CommandWriter) -> None:

@@ -42,7 +42,7 @@ class WorkerSpec(google.protobuf.message.Message):
     incarnation: builtins.str
     """Random, differs from start to start."""
     num_threads: builtins.int
-    """Threads to compute with; 0: as many as there are cores."""
+    """Threads to compute with; 0: as OMP_NUM_THREADS says, without it as many as there are cores."""
     @property
     def model(self) -> global___LoadModelRequest:
         """What to load."""
@@ -492,6 +492,7 @@ class ExecuteRequest(google.protobuf.message.Message):
     SETTLED_THROUGH_FIELD_NUMBER: builtins.int
     CLIENT_ID_FIELD_NUMBER: builtins.int
     SEQ_FIELD_NUMBER: builtins.int
+    KEEP_GRAPH_FIELD_NUMBER: builtins.int
     session: builtins.str
     """`trainers/{trainer}/sessions/{session}`."""
     commit_seq: builtins.int
@@ -510,6 +511,10 @@ class ExecuteRequest(google.protobuf.message.Message):
     """The command's lane, as in its header: known even where the payload cannot be read."""
     seq: builtins.int
     """Place in the lane, as in its header."""
+    keep_graph: builtins.bool
+    """For a Forward that retains its graph: it is run again after a worker's death, and so is a Backward
+    of that graph. The graph is kept whatever it takes, until that Backward.
+    """
     @property
     def spooled(self) -> global___SpoolFile:
         """In a file."""
@@ -536,9 +541,10 @@ class ExecuteRequest(google.protobuf.message.Message):
         settled_through: builtins.int = ...,
         client_id: builtins.str = ...,
         seq: builtins.int = ...,
+        keep_graph: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["load", b"load", "payload", b"payload", "request", b"request", "save", b"save", "spooled", b"spooled"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["client_id", b"client_id", "commit_seq", b"commit_seq", "load", b"load", "method", b"method", "payload", b"payload", "request", b"request", "request_id", b"request_id", "save", b"save", "seq", b"seq", "session", b"session", "settled_through", b"settled_through", "spooled", b"spooled"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client_id", b"client_id", "commit_seq", b"commit_seq", "keep_graph", b"keep_graph", "load", b"load", "method", b"method", "payload", b"payload", "request", b"request", "request_id", b"request_id", "save", b"save", "seq", b"seq", "session", b"session", "settled_through", b"settled_through", "spooled", b"spooled"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["payload", b"payload"]) -> typing.Literal["spooled", "request"] | None: ...
 
 global___ExecuteRequest = ExecuteRequest
