@@ -54,14 +54,19 @@ def start_ticks(pid: int) -> int:
     return int(stat.rpartition(")")[2].split()[19])
 
 
+def socket_name(worker_id: str, incarnation: str) -> str:
+    """What the socket of one start of a worker is called."""
+    digest = hashlib.blake2b(f"{worker_id}\0{incarnation}".encode(), digest_size=8).hexdigest()
+    return f"w-{digest}.sock"
+
+
 def socket_path(run: Path, worker_id: str, incarnation: str) -> Path:
     """Where a worker serves: a short name of its own for each start.
 
     Raises:
         FiretitanError: INVALID_ARGUMENT where the folder's path leaves no room.
     """
-    digest = hashlib.blake2b(f"{worker_id}\0{incarnation}".encode(), digest_size=8).hexdigest()
-    path = run / f"w-{digest}.sock"
+    path = run / socket_name(worker_id, incarnation)
     length = len(os.fsencode(path))
     if length > MAX_SOCKET_PATH_BYTES:
         raise FiretitanError(

@@ -34,10 +34,14 @@ def sockets_of(known: worker_pb2.WorkerSpec, run: Path) -> tuple[Path, ...]:
         BundleError: Its address is no path of a socket.
     """
     kind, _, path = known.address.partition(":")
-    long = len(os.fsencode(path)) > handshake.MAX_SOCKET_PATH_BYTES
-    if kind != "unix" or not path.startswith("/") or "\0" in path or long:
+    told, here = Path(path), run / Path(path).name
+    if kind != "unix" or not path.startswith("/") or "\0" in path or not _fits(told):
         raise BundleError(f"its address is {known.address[:200]!r}")
-    return tuple(dict.fromkeys((Path(path), run / Path(path).name)))
+    return (told, here) if _fits(here) and here != told else (told,)
+
+
+def _fits(socket: Path) -> bool:
+    return len(os.fsencode(socket)) <= handshake.MAX_SOCKET_PATH_BYTES
 
 
 def hold(bundle: Bundle) -> OsProcess:

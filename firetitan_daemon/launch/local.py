@@ -254,11 +254,8 @@ class LocalLauncher:
             raise
         except BundleError:
             return []
-        return [
-            one
-            for one in sockets
-            if one == handshake.socket_path(one.parent, spec.worker_id, known.incarnation)
-        ]
+        name = handshake.socket_name(spec.worker_id, known.incarnation)
+        return [one for one in sockets if one.name == name]
 
     async def _connect(
         self, spec: WorkerSpec, bundle: Bundle, process: OsProcess, socket: Path, incarnation: str

@@ -74,8 +74,9 @@ async def test_a_worker_is_found_wherever_its_socket_is(
     if elsewhere == "another temporary directory":
         run = tmp_path / "tmp"
     elif elsewhere == "the home by another name":
-        (tmp_path / "link").symlink_to(tmp_path)
-        home, run = (tmp_path / "link" / "home"), (tmp_path / "link" / "home" / "run")
+        link = tmp_path / ("a_long_name" * 10)  # no socket could be reached by it
+        link.symlink_to(tmp_path)
+        home, run = link / "home", link / "home" / "run"
     else:
         home = home.rename(tmp_path / "moved")
         run = home / "run"

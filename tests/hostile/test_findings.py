@@ -66,9 +66,9 @@ def test_alternatives_that_would_hold_a_sampler_up_for_minutes() -> None:
 
 def test_a_folder_to_export_to_whose_name_is_too_long() -> None:
     with pytest.raises(FiretitanError) as caught:
-        exports._check_folder(f"/{LONG}")
+        exports._check_folder(f"/{LONG}", Path("/home/of/it"))
     assert (caught.value.reason, caught.value.field) == (Reason.INVALID_ARGUMENT, "folder")
 
 
 def test_a_folder_to_export_to_that_is_new(tmp_path: Path) -> None:
-    assert exports._check_folder(str(tmp_path / "new")) == tmp_path / "new"
+    assert exports._check_folder(str(tmp_path / "new"), tmp_path / "home") == tmp_path / "new"
