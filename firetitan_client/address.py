@@ -9,6 +9,7 @@ daemon; another machine is called where its `host:port` was given.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ _TCP = "tcp:"
 _HOST_PORT = re.compile(r"([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\]):\d{1,5}")
 _SCHEMES = ("dns", "ipv4", "ipv6", "unix-abstract", "vsock")
 """What gRPC takes for the beginning of another kind of address."""
+_LONGEST_RUN_FOLDER = 66
+"""Bytes; behind it a slash and the longest name of a socket have to fit into its address."""
 _NOT_PASSED = ("FIRETITAN_ADDRESS", "FIRETITAN_API_KEY")
 """The client's own: no daemon is given them."""
 
@@ -49,14 +53,14 @@ class Endpoint:
 
 
 def home() -> Path:
-    """`$FIRETITAN_HOME`, else `~/.firetitan`.
+    """`$FIRETITAN_HOME`, else `~/.firetitan`, behind any links: as the daemon names it.
 
     Raises:
         ValueError: It lies in the home of a user whom there is not.
     """
     text = os.environ.get("FIRETITAN_HOME") or "~/.firetitan"
     try:
-        return Path(text).expanduser().absolute()
+        return Path(os.path.realpath(Path(text).expanduser()))
     except RuntimeError as error:
         raise ValueError(
             f"FIRETITAN_HOME: {text!r} lies in the home of no user; give a folder"
@@ -119,7 +123,19 @@ def _local_address() -> str:
     try:
         return str(json.loads((home() / "daemon.json").read_text())["address"])
     except (OSError, ValueError, KeyError):
-        return f"unix:{home() / 'run' / 'firetitan.sock'}"
+        return f"unix:{_socket_to_be()}"
+
+
+def _socket_to_be() -> Path:
+    """Where a daemon that is started on this home will serve: `firetitan_daemon.places` says so.
+
+    Its folder is in the temporary directory where the home's path is too long for a socket's.
+    """
+    run = home() / "run"
+    if len(os.fsencode(run)) > _LONGEST_RUN_FOLDER:
+        digest = hashlib.blake2b(os.fsencode(home()), digest_size=8).hexdigest()
+        run = Path(tempfile.gettempdir()) / f"firetitan-{os.getuid()}-{digest}"
+    return run / "firetitan.sock"
 
 
 def not_running(address: str, cause: str = "") -> DaemonNotRunning:

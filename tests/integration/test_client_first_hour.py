@@ -200,9 +200,14 @@ def test_base_install_says_what_the_daemon_needs() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_autostart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    home = tmp_path / "home"
-    monkeypatch.setenv("FIRETITAN_HOME", str(home))
+@pytest.mark.parametrize("name", ["home", "link/home", "a_long_name" * 8])
+def test_autostart(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    root = tmp_path_factory.mktemp("a")
+    (root / "link").symlink_to(root)
+    home = root / Path(name).name
+    monkeypatch.setenv("FIRETITAN_HOME", str(root / name))
     monkeypatch.delenv("FIRETITAN_ADDRESS", raising=False)
     service = FiretitanServiceClient.from_firetitan_config(
         base_model=TOY, create_deployment=False, autostart=True

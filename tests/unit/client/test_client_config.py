@@ -14,6 +14,7 @@ from firetitan_client.managed import (
     build_config,
     default_deployment_id,
 )
+from firetitan_daemon.places import Places
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,16 @@ def test_every_export_exists() -> None:
 
 
 def test_default_address(home: Path) -> None:
-    assert address.resolve().address == f"unix:{home}/run/firetitan.sock"
+    assert address.resolve().address == f"unix:{Places(home).socket}"
+
+
+@pytest.mark.parametrize("length", [1, *range(20, 90, 1), 200])
+def test_a_daemon_that_is_started_serves_where_it_is_looked_for(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Path("/" + "h" * length)
+    monkeypatch.setenv("FIRETITAN_HOME", str(home))
+    assert address.resolve().address == f"unix:{Places(home).socket}"
 
 
 def test_address_comes_from_the_daemons_record(home: Path) -> None:
