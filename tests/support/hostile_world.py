@@ -311,8 +311,14 @@ NAMES = ("trainer_id", "deployment_id")
 """Of things that are made if the name is free: hostile requests keep to those there are."""
 
 
+_IDLE_S = 3600
+
+
 def tamed(method: MethodDescriptor, raw: bytes, good: message.Message) -> bytes:
-    """A request that makes a thing makes none of another name: starting workers takes seconds."""
+    """A request that makes a thing makes none of another name, nor has it stopped meanwhile.
+
+    Starting workers takes seconds, and one that may be idle for a moment is rightly stopped.
+    """
     if method.name not in MAKERS:
         return raw
     try:
@@ -322,6 +328,8 @@ def tamed(method: MethodDescriptor, raw: bytes, good: message.Message) -> bytes:
     for name in NAMES:
         if name in method.input_type.fields_by_name:
             setattr(request, name, getattr(good, name))
+    if 0 <= request.inactivity_timeout.seconds < _IDLE_S and request.HasField("inactivity_timeout"):
+        request.inactivity_timeout.seconds += _IDLE_S
     return request.SerializeToString()
 
 
