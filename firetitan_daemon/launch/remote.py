@@ -293,6 +293,10 @@ class RemoteWorker:
 
 
 def _lost(error: grpc.aio.AioRpcError) -> bool:
-    """Whether the connection broke, rather than the worker having answered."""
+    """Whether the connection broke, rather than the worker having answered.
+
+    A worker that ends in order, on SIGTERM say, cancels the calls it was in the middle of.
+    """
     answered = any(key == status.DETAILS_KEY for key, _ in error.trailing_metadata() or ())
-    return error.code() is grpc.StatusCode.UNAVAILABLE and not answered
+    broken = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+    return error.code() in broken and not answered
