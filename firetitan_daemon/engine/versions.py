@@ -19,6 +19,10 @@ from firetitan_daemon.core.errors import FiretitanError, Reason
 MAX_FULL_VERSIONS = 2
 
 
+_SHOWN = 200
+"""Characters of a name that an error repeats."""
+
+
 @dataclass(eq=False)
 class Version:
     """One snapshot in memory, or the base model's own weights (name empty)."""
@@ -144,12 +148,13 @@ class VersionTable:
         version = self._active if name is None else self._versions.get(name)
         if version is None or not version.kept:
             loaded = ", ".join(repr(each) for each, v in self._versions.items() if v.kept)
+            shown = str(name)[:_SHOWN]
             raise FiretitanError(
                 Reason.SNAPSHOT_NOT_ACTIVE,
-                f"snapshot {name!r} is not loaded (any more); loaded: {loaded}; name one of these, "
+                f"snapshot {shown!r} is not loaded (any more); loaded: {loaded}; name one of these, "
                 "none for the active one, or hotload it again",
                 field="snapshot",
-                snapshot=str(name),
+                snapshot=shown,
                 active=self._active.name,
             )
         return version

@@ -16,6 +16,7 @@ from firetitan_daemon.core.shapes import Shapes
 from firetitan_daemon.engine.resolve import resolve_model
 from firetitan_daemon.engine.sample_api import SampleRequest
 from firetitan_daemon.engine.score import check_scoring
+from firetitan_daemon.engine.versions import Version, VersionTable
 from firetitan_daemon.rpc.paging import page
 
 LONG = "x" * 300
@@ -72,3 +73,11 @@ def test_a_folder_to_export_to_whose_name_is_too_long() -> None:
 
 def test_a_folder_to_export_to_that_is_new(tmp_path: Path) -> None:
     assert exports._check_folder(str(tmp_path / "new"), tmp_path / "home") == tmp_path / "new"
+
+
+def test_a_snapshot_with_a_name_of_thousands_of_characters() -> None:
+    table = VersionTable(Version("base", "digest", full=True))
+    with pytest.raises(FiretitanError, match="is not loaded") as caught:
+        table.check("🦊" * 1000)
+    assert caught.value.reason is Reason.SNAPSHOT_NOT_ACTIVE
+    assert len(caught.value.message) + len(str(caught.value.metadata)) < 1500
