@@ -151,8 +151,8 @@ class VersionTable:
             shown = str(name)[:_SHOWN]
             raise FiretitanError(
                 Reason.SNAPSHOT_NOT_ACTIVE,
-                f"snapshot {shown!r} is not loaded (any more); loaded: {loaded}; name one of these, "
-                "none for the active one, or hotload it again",
+                f"snapshot {shown!r} is not loaded (any more); loaded: {loaded}; name one of "
+                "these, none for the active one, or hotload it again",
                 field="snapshot",
                 snapshot=shown,
                 active=self._active.name,
