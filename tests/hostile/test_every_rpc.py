@@ -84,8 +84,7 @@ class Sender:
     def send(self, request: bytes | Message) -> Refusal | None:
         """Send it; returns why it was refused."""
         raw = request if isinstance(request, bytes) else request.SerializeToString()
-        if self.method.name in MAKERS:
-            raw = tamed(self.method, raw, GOOD[name_of(self.method)](self.site))
+        raw = tamed(self.method, raw)
         refused = self.world.outcome(self.method, raw)
         if self._command:
             if self.method.name not in READERS:
@@ -210,12 +209,13 @@ def _field(number: int, content: bytes) -> bytes:
 def requests(draw: st.DrawFn, sender: Sender) -> bytes:
     """A hostile request: nothing but bytes, damaged bytes, or good bytes with hostile values."""
     good = sender.good()
-    return draw(
+    raw = draw(
         st.binary(max_size=200)
         | changed_bytes(good.SerializeToString())
         | changed_fields(good, NAMES)
         | changed_fields(good, ("header", *NAMES))
     )
+    return tamed(sender.method, raw, good)
 
 
 @each_rpc

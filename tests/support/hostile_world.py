@@ -314,10 +314,10 @@ NAMES = ("trainer_id", "deployment_id")
 _IDLE_S = 3600
 
 
-def tamed(method: MethodDescriptor, raw: bytes, good: message.Message) -> bytes:
-    """A request that makes a thing makes none of another name, nor has it stopped meanwhile.
+def tamed(method: MethodDescriptor, raw: bytes, good: message.Message | None = None) -> bytes:
+    """A request that makes a thing has it stopped no moment later, as is right for one so idle.
 
-    Starting workers takes seconds, and one that may be idle for a moment is rightly stopped.
+    With a good one it makes none of another name either: starting workers takes seconds.
     """
     if method.name not in MAKERS:
         return raw
@@ -326,7 +326,7 @@ def tamed(method: MethodDescriptor, raw: bytes, good: message.Message) -> bytes:
     except message.DecodeError:
         return raw
     for name in NAMES:
-        if name in method.input_type.fields_by_name:
+        if good is not None and name in method.input_type.fields_by_name:
             setattr(request, name, getattr(good, name))
     if 0 <= request.inactivity_timeout.seconds < _IDLE_S and request.HasField("inactivity_timeout"):
         request.inactivity_timeout.seconds += _IDLE_S

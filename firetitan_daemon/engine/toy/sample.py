@@ -268,7 +268,7 @@ class ToySampleEngine:
         if name not in self._versions:
             raise FiretitanError(
                 Reason.SNAPSHOT_NOT_ACTIVE,
-                f"snapshot={name[:200]!r}: not loaded; loaded are {sorted(self._versions)}",
+                f'snapshot="{name[:200]}": not loaded; loaded are {sorted(self._versions)}',
                 field="snapshot",
             )
         return self._versions[name]
