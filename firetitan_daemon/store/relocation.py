@@ -9,6 +9,8 @@ import logging
 import sqlite3
 from pathlib import Path
 
+from firetitan_daemon.store.schema import transaction
+
 logger = logging.getLogger("firetitan.store")
 _TABLES = ("checkpoints", "snapshots", "recovery_points", "models")
 _FIELDS = ("$.staging", "$.loaded.folder")
@@ -39,8 +41,7 @@ def relocate(connection: sqlite3.Connection, root: Path) -> int:
     ]
     if not saved and not used:
         return 0
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    with transaction(connection):
         for table, folder in saved:
             connection.execute(
                 f"UPDATE {table} SET folder = ?1, body = json_set(body, '$.folder', ?1)"
@@ -52,10 +53,6 @@ def relocate(connection: sqlite3.Connection, root: Path) -> int:
                 f"UPDATE operations SET body = json_set(body, '{field}', ?) WHERE number = ?",
                 (_below(root, folder), number),
             )
-        connection.execute("COMMIT")
-    except BaseException:
-        connection.execute("ROLLBACK")
-        raise
     logger.info("the home was elsewhere before: folders named anew=%d", len(saved) + len(used))
     return len(saved) + len(used)
 

@@ -31,7 +31,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from firetitan_daemon import durable
@@ -167,14 +168,22 @@ def migrate(
         return
     if version > 0:
         _back_up(connection, path, version)
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    with transaction(connection):
         for number, step in enumerate(migrations[version:], version + 1):
             step(connection)
             connection.execute(f"PRAGMA user_version = {number}")
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """All that is done within, or nothing. The connection is in autocommit mode."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
         connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        if connection.in_transaction:  # else SQLite has rolled it back, as on a full disk
+            connection.execute("ROLLBACK")
         raise
 
 

@@ -454,14 +454,8 @@ class SqliteStore(Store):
         level = "FULL" if durable or self._fsync_operations else "NORMAL"
         try:
             self._db.execute(f"PRAGMA synchronous = {level}")
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
+            with schema.transaction(self._db):
                 yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
         except sqlite3.Error as error:
             raise self._failure(error) from error
 
