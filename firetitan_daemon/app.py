@@ -41,7 +41,7 @@ from firetitan_daemon.core.worker_ports import WorkerLauncher
 from firetitan_daemon.host import count_gpus
 from firetitan_daemon.launch.export import ProcessExporter
 from firetitan_daemon.launch.local import LocalLauncher
-from firetitan_daemon.places import Places
+from firetitan_daemon.places import Places, remove_at_end
 from firetitan_daemon.rpc.checkpoints import CheckpointServicer
 from firetitan_daemon.rpc.codec import ProtobufCodec
 from firetitan_daemon.rpc.deployments import DeploymentServicer
@@ -258,10 +258,7 @@ class Daemon:
         """Refuse new work, let running commands end, keep the workers, close the state."""
         logger.info("stopping")
         service_manager.tell(service_manager.STOPPING)
-        try:
-            self.places.announcement.unlink(missing_ok=True)
-        except OSError as error:  # the next start removes it
-            logger.warning("left behind file=%s: %s", self.places.announcement, error)
+        remove_at_end(self.places.announcement)
         self._supervisor.refuse_new_work()
         await self._server.drain()
         await self._supervisor.stop(self.config.server.drain_timeout_s)

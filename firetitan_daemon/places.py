@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import stat
 import tempfile
@@ -28,6 +29,7 @@ from typing import Any
 
 from firetitan_daemon import durable
 
+logger = logging.getLogger("firetitan.app")
 MAX_SOCKET_PATH = 107
 """Bytes of the longest path a Unix socket can be bound to."""
 _LONGEST_NAME = 40
@@ -130,6 +132,14 @@ class Places:
         if self.run.parent != self.home:
             with contextlib.suppress(OSError):
                 self.run.rmdir()
+
+
+def remove_at_end(path: Path) -> None:
+    """Remove a file as the daemon ends; one that stays is removed by the next start."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("left behind file=%s: %s", path, error)
 
 
 def make_private(folder: Path) -> None:

@@ -108,7 +108,7 @@ def _check_folder(text: str, home: Path) -> Path:
     if not folder.is_absolute() or "\0" in text:
         raise _bad(f"{text[:200]!r} is no absolute path")
     if Path(os.path.realpath(folder)).is_relative_to(home):
-        raise _bad(f"{text[:200]!r} is in the daemon's own {home}; choose one elsewhere")
+        raise _bad(f"{text[:200]!r} is in the daemon's own home; choose one elsewhere")
     try:
         taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         taken = taken and not (folder / durable.MANIFEST).is_file()

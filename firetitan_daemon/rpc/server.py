@@ -9,7 +9,6 @@ cannot be missed there, and costs nothing on the socket.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +48,6 @@ from firetitan_daemon.rpc.tcp import OPTIONS, TcpAccess, TokenCheck
 from firetitan_daemon.rpc.trainers import TrainerServicer
 from firetitan_daemon.rpc.training import TrainingServicer
 
-logger = logging.getLogger("firetitan.rpc")
 _READ_FACTOR = 2
 """What gRPC itself lets in, in largest requests: below that the refusal can say what is wrong."""
 _FILES = (
@@ -173,10 +171,7 @@ class RpcServer:
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, let running ones end for a while, close socket and port."""
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
-        try:
-            await asyncio.to_thread(self._socket.unlink, missing_ok=True)
-        except OSError as error:  # nobody listens there: the next start removes it
-            logger.warning("left behind file=%s: %s", self._socket, error)
+        await asyncio.to_thread(places.remove_at_end, self._socket)
 
     async def _set_health(self, state: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in self._services:
