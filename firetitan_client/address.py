@@ -90,7 +90,7 @@ def resolve(base_url: str | None = None, address: str | None = None) -> Endpoint
         logger.info("base_url: %s is not dialled, the daemon serves", base_url.rpartition("@")[2])
         base_url = None
     given = address or base_url or os.environ.get("FIRETITAN_ADDRESS")
-    return Endpoint(_normalise(given) if given else _local_address(), trainer_id)
+    return Endpoint(_normalise(given) if given else local_address(), trainer_id)
 
 
 def _normalise(address: str) -> str:
@@ -119,7 +119,8 @@ def tcp_target(address: str) -> str | None:
     return address.removeprefix(_TCP) if address.startswith(_TCP) else None
 
 
-def _local_address() -> str:
+def local_address() -> str:
+    """Where this home's daemon serves, or will once it is started."""
     try:
         return str(json.loads((home() / "daemon.json").read_text())["address"])
     except (OSError, ValueError, KeyError):
@@ -188,10 +189,10 @@ def start_daemon(timeout_s: float = 30.0) -> str:
     while time.monotonic() < deadline:
         if record.exists() and record.stat().st_mtime_ns != before:
             process.returncode = 0  # it outlives this process: nobody is to wait for it
-            return _local_address()
+            return local_address()
         code = process.poll()
         if code == 3:  # another process was faster: its daemon owns the state
-            return _local_address()
+            return local_address()
         if code is not None:
             break
         time.sleep(0.02)

@@ -20,13 +20,15 @@ from firetitan.v1 import command_pb2, operation_pb2, operation_service_pb2
 
 from firetitan_client import forking
 from firetitan_client import transport as transports
-from firetitan_client.errors import FiretitanError
+from firetitan_client.errors import NotFound
 from firetitan_client.futures import APIFuture
 from firetitan_client.transport import SLICE_S, Patience, Transport, iterate
 
 logger = logging.getLogger("firetitan")
 
 _WATCH = "/firetitan.v1.OperationService/WatchOperations"
+_LARGE_BYTES = 1 << 20
+"""Of a body; a larger one takes as long as the network needs, not one slice."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ class Attachment:
         place: Place,
         *,
         settled: Callable[[Attachment, Command, operation_pb2.Operation], None],
-        refused: Callable[[Attachment, Command, FiretitanError], None],
-        lost: Callable[[Attachment, list[Command], FiretitanError], None],
+        refused: Callable[[Attachment, Command, BaseException], None],
+        lost: Callable[[Attachment, list[Command], BaseException], None],
         moved: Callable[[], None],
     ) -> None:
         self.client_id = client_id
@@ -152,10 +154,14 @@ class Attachment:
     def drop_behind(self, seq: int) -> list[Command]:
         """Take out the open commands behind a number; they will never run."""
         behind = [self._open.pop(number) for number in sorted(self._open) if number > seq]
+        _send_no_more(behind)
         return behind
 
     async def _send(self, command: Command, payload: bytes) -> None:
-        answer = await self._transport.call(command.method, payload, command.response)
+        timeout_s = SLICE_S if len(payload) <= _LARGE_BYTES else None
+        answer = await self._transport.call(
+            command.method, payload, command.response, timeout_s=timeout_s
+        )
         command.future.operation = answer.operation.name
         command.body = b""  # accepted: it is the daemon's now
         if answer.operation.done:
@@ -164,23 +170,15 @@ class Attachment:
     def _after_send(self, command: Command, task: asyncio.Task[None]) -> None:
         self._sending -= 1
         error = None if task.cancelled() else task.exception()
-        if isinstance(error, FiretitanError) and command.seq in self._open:
-            del self._open[command.seq]
+        if error is not None and self._open.pop(command.seq, None) is not None:
             self._refused(self, command, error)
-        elif error is not None and not isinstance(error, FiretitanError):
-            raise error
         self._moved()
 
     async def _take(self, operation: operation_pb2.Operation) -> None:
         if operation.seq not in self._open:
             return
         if operation.result_omitted:
-            answer = await self._transport.call(
-                "OperationService/GetOperation",
-                operation_service_pb2.GetOperationRequest(name=operation.name),
-                operation_service_pb2.GetOperationResponse,
-            )
-            operation = answer.operation
+            operation = await self._whole(operation)
         command = self._open.pop(operation.seq, None)
         if command is None:
             return
@@ -196,30 +194,45 @@ class Attachment:
             )
         self._moved()
 
+    async def _whole(self, operation: operation_pb2.Operation) -> operation_pb2.Operation:
+        """An operation with its result; as it is where the daemon has that no more."""
+        try:
+            answer = await self._transport.call(
+                "OperationService/GetOperation",
+                operation_service_pb2.GetOperationRequest(name=operation.name),
+                operation_service_pb2.GetOperationResponse,
+                timeout_s=None,
+            )
+        except NotFound:
+            return operation
+        whole: operation_pb2.Operation = answer.operation
+        return whole
+
     async def _follow(self) -> None:
         """Read results while there are open commands; the stream is renewed every slice."""
         patience = Patience(self._transport)
         try:
             while self._open:
                 try:
-                    if await self._read_stream():
-                        patience = Patience(self._transport)
+                    await self._read_stream(patience)
                 except grpc.RpcError as error:
                     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                        continue
-                    await patience.after(error)
+                        patience.renew()
+                    else:
+                        await patience.after(error)
                 else:
                     await asyncio.sleep(0.05)
-        except FiretitanError as error:
+        except Exception as error:  # whatever it is, those who wait have to hear of it
             commands = [self._open.pop(seq) for seq in sorted(self._open)]
+            _send_no_more(commands)
             self._lost(self, commands, error)
         finally:
             self._reader = None
             if self._open:
                 self._reader = self._start(self._follow())
 
-    async def _read_stream(self) -> bool:
-        """One stream to its end; True where it brought something."""
+    async def _read_stream(self, patience: Patience) -> None:
+        """One stream to its end; whatever it brings proves that the daemon is there."""
         requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         requests.put(
             operation_service_pb2.WatchOperationsRequest(
@@ -236,13 +249,11 @@ class Attachment:
         )
         call = forking.begin(lambda: rpc(iter(requests.get, None), timeout=SLICE_S))
         self._requests = requests
-        brought = False
         try:
             async with contextlib.aclosing(iterate(call)) as responses:
                 async for response in responses:
-                    brought = True
+                    patience.renew()
                     await self._take(response.operation)
-            return brought
         finally:
             self._requests = None
             requests.put(None)
@@ -252,6 +263,13 @@ class Attachment:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _send_no_more(commands: list[Command]) -> None:
+    """Whoever made them is told that they will not run."""
+    for command in commands:
+        if command.accepted is not None:
+            command.accepted.cancel()
 
 
 def call_name(method: str) -> str:

@@ -73,6 +73,7 @@ class CustomLossCall:
         precomputed_forward: Any = None,
     ) -> None:
         _torch()
+        data = convert.checked_data(data)  # the loss reads it a second time
         loss_fn = tinker_losses.as_function(loss_fn, data) or loss_fn
         if not callable(loss_fn):
             raise convert.invalid(
@@ -81,6 +82,9 @@ class CustomLossCall:
         self._lane = lane
         self._data = data
         self._loss_fn = loss_fn
+        self._waited_for: APIFuture[Any] | None = None
+        self._handed_over = False
+        """Whether the rest is done where Backward ends."""
         self._space = choose_space(data, loss_type_input, output, pooling)
         self._body = self._space.forward().SerializeToString()
         self._precomputed: _Forward | None = None
@@ -101,11 +105,47 @@ class CustomLossCall:
         try:
             self._forward_and_loss()
         except BaseException as error:
-            if self._last is not None:
+            if isinstance(error, Exception) and self._last is not None:
                 self._lane.mark_seen(self._last)
-            self._hold.release(error)
+            self._hold.fail_behind(error)
+            forward = self._waited_for
+            if forward is not None:  # Ctrl-C: it goes on
+                forward.add_done_callback(lambda _: self._unwanted(forward))
+            elif not self._handed_over:
+                self._hold.release()
             raise
         return self.future
+
+    def begin_apart(self) -> APIFuture[APIFuture[Any]]:
+        """As `begin`, in a thread of its own: whoever stops waiting for it stops nothing else.
+
+        Returns:
+            A future of what `begin` returns; what it fails with is raised by the next call, too,
+            unless somebody looked at it.
+        """
+        begun: APIFuture[APIFuture[Any]] = APIFuture("forward_backward_custom")
+
+        def begin() -> None:
+            self._forward_and_loss()
+            begun.finish(self.future)
+
+        def failed(error: BaseException) -> None:
+            self._fail(error)
+            begun._on_seen = self.future._on_seen
+            begun.finish(error=error)
+
+        _apart(begin, failed)
+        return begun
+
+    def _unwanted(self, forward: APIFuture[Any]) -> None:
+        """A forward has ended that nobody waits for any more."""
+        if not forward.cancelled():
+            error = forward.exception(0)
+            if error is None:
+                self._drop(forward.result(0).graph)
+            elif not isinstance(error, PrecedingFailed):
+                self._lane.report("forward_backward_custom", error, forward)
+        self._hold.release()
 
     def _forward_and_loss(self) -> None:
         forward, self._precomputed = self._precomputed or self._forward(), None
@@ -121,7 +161,13 @@ class CustomLossCall:
 
     def _forward(self) -> _Forward:
         answer = self._submit("Forward", self._body, training_service_pb2.ForwardResponse)
-        result: operation_pb2.ForwardResult = answer.result()
+        self._waited_for = answer
+        try:
+            result: operation_pb2.ForwardResult = answer.result()
+        except Exception:
+            self._waited_for = None
+            raise
+        self._waited_for = None
         return _Forward(result, result.weights_version)
 
     def _submit(self, method: str, body: bytes, response: type[Any]) -> APIFuture[Any]:
@@ -162,7 +208,7 @@ class CustomLossCall:
             output_grads=[convert.tensor_to_proto(convert.float32(grad)) for grad in loss.grads],
         ).SerializeToString()
         backward = self._submit("Backward", body, training_service_pb2.BackwardResponse)
-        backward.add_done_callback(lambda done: self._done(backward, forward, loss))
+        self._wait_apart(backward, forward, loss)
 
     def _surrogate(self, forward: _Forward, loss: Loss) -> None:
         request = self._space.surrogate(loss.grads)
@@ -173,40 +219,41 @@ class CustomLossCall:
             request.SerializeToString(),
             training_service_pb2.ForwardBackwardResponse,
         )
-        backward.add_done_callback(lambda done: self._done(backward, forward, loss))
+        self._wait_apart(backward, forward, loss)
+
+    def _wait_apart(self, backward: APIFuture[Any], forward: _Forward, loss: Loss) -> None:
+        backward.add_done_callback(lambda _: self._done(backward, forward, loss))
+        self._handed_over = True
 
     def _done(self, backward: APIFuture[Any], forward: _Forward, loss: Loss) -> None:
-        error = backward.exception(0)
+        """Backward has ended: finish, or go on where another way is left.
+
+        The caller has left, and this thread delivers results: the work has one of its own.
+        """
         self.future.operation = backward.operation
-        if error is None:
-            self._hold.release()
-            self.future.finish(self._output(forward.result, loss))
-        elif isinstance(error, GraphExpired):
+        try:
+            backward.result(0)
+            output = self._output(forward.result, loss)
+        except GraphExpired:
             self._hold.forgive(backward)
-            self._apart(lambda: self._surrogate(forward, loss))
-        elif isinstance(error, WeightsChanged) and not self._second_try:
+            _apart(lambda: self._surrogate(forward, loss), self._fail)
+        except Exception as error:  # a cancelled Backward, a tinker that does not fit: its future's
+            if not isinstance(error, WeightsChanged) or self._second_try:
+                self._fail(error)
+                return
             self._second_try = True
             self._hold.forgive(backward)
-            self._apart(self._forward_and_loss)
+            _apart(self._forward_and_loss, self._fail)
         else:
-            self._fail(error)
-
-    def _apart(self, work: Callable[[], None]) -> None:
-        """Go on in a thread of its own: the caller has left, and this one delivers results."""
-
-        def run() -> None:
-            try:
-                work()
-            except Exception as error:  # the user's loss may raise anything; its future says so
-                self._fail(error)
-
-        threading.Thread(target=run, name="firetitan-custom-loss", daemon=True).start()
+            self._hold.release()
+            self.future.finish(output)
 
     def _fail(self, error: BaseException) -> None:
         if not isinstance(error, PrecedingFailed):
             failure = self._lane.report("forward_backward_custom", error, self._last)
             self.future._on_seen = lambda: self._lane.see(failure)
-        self._hold.release(error)
+        self._hold.fail_behind(error)
+        self._hold.release()
         self.future.finish(error=error)
 
     def _drop(self, graph: str) -> None:
@@ -246,6 +293,18 @@ def _precomputed(output: Any, space: Logprobs | Embeddings) -> _Forward:
         raise convert.invalid("precomputed_forward", "is only taken with output='logprobs'")
     result = precomputed.as_forward_result(output, space.shapes)
     return _Forward(result, precomputed.version_of(output))
+
+
+def _apart(work: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
+    """Work in a thread of its own."""
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # the user's loss may raise anything; its future says so
+            failed(error)
+
+    threading.Thread(target=run, name="firetitan-custom-loss", daemon=True).start()
 
 
 def _torch() -> Any:

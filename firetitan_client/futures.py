@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import contextvars
 import logging
 import os
 import sys
@@ -237,10 +238,24 @@ def completed(outcome: T, label: str = "") -> APIFuture[T]:
     return future
 
 
+Client = TypeVar("Client", bound=SelfFuture[Any])
+_in_coroutine: contextvars.ContextVar[bool] = contextvars.ContextVar("in_coroutine", default=False)
+
+
+async def made(make: Callable[..., Client], *args: Any, **kwargs: Any) -> Client:
+    """What a call makes, awaited; in a notebook, too, where the call by itself would block."""
+    before = _in_coroutine.set(True)
+    try:
+        client = make(*args, **kwargs)
+    finally:
+        _in_coroutine.reset(before)
+    return await client
+
+
 def in_event_loop() -> bool:
     """Whether blocking here would block a running event loop (a notebook cell's does not count)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return False
-    return "ipykernel" not in sys.modules
+    return "ipykernel" not in sys.modules or _in_coroutine.get()

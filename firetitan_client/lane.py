@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 import uuid
 import weakref
 from collections import deque
@@ -32,6 +33,7 @@ from firetitan_client.errors import (
     OperationCancelled,
     PrecedingFailed,
     SessionLost,
+    Unavailable,
     from_status,
 )
 from firetitan_client.futures import APIFuture
@@ -42,6 +44,8 @@ WINDOW = 32
 SENDS = 4
 """Commands on their way to the daemon, at most."""
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_HEADER_BYTES = 4096
+"""What of a message is left for its header."""
 _EXIT_FLUSH_S = 5.0
 
 Convert = Callable[[operation_pb2.Operation], Any]
@@ -62,7 +66,8 @@ class Hold:
     """A place in the queue that its owner fills with as many commands as it needs."""
 
     lane: Lane
-    seen_failure: int
+    seen_failure: int = 0
+    """What the user had seen when calling."""
     commands: deque[Command] = field(default_factory=deque)
     released: bool = False
     barred: FiretitanError | None = None
@@ -70,7 +75,10 @@ class Hold:
     def submit(
         self, method: str, body: bytes, response: type[Any], convert: Convert
     ) -> APIFuture[Any]:
-        """Send a command from this place; its owner must look at how it ends."""
+        """Send a command from this place, of a closed client too: it was called before.
+
+        Its owner must look at how it ends.
+        """
         command = self.lane.make(method, body, response, convert)
         command.surfaces = False
         command.seen_failure = self.seen_failure
@@ -81,9 +89,13 @@ class Hold:
         """Go on after a failed command of this place, as if it had not been sent."""
         self.lane.forgive(future)
 
-    def release(self, failure: BaseException | None = None) -> None:
-        """Let the calls behind go on; after a `failure` those that are there already fail."""
-        self.lane.release(self, failure)
+    def fail_behind(self, failure: BaseException) -> None:
+        """Fail the calls that are behind this place by now."""
+        self.lane.fail_behind(self, failure)
+
+    def release(self) -> None:
+        """Let the calls behind go on."""
+        self.lane.release(self)
 
 
 class Lane:
@@ -111,7 +123,7 @@ class Lane:
 
     def _reset(self) -> None:
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._queue: deque[Command | Hold] = deque()
         self._seqs: weakref.WeakKeyDictionary[APIFuture[Any], int] = weakref.WeakKeyDictionary()
         self._failures: list[Failure] = []
@@ -146,6 +158,7 @@ class Lane:
                 or too large.
         """
         self.raise_unseen()
+        self._check_open()
         command = self.make(method, body, response, convert)
         self.enqueue(self._queue, command)
         return command.future
@@ -158,7 +171,7 @@ class Lane:
         """
         self.raise_unseen()
         self._check_open()
-        hold = Hold(self, self._seen_failure)
+        hold = Hold(self)
         self.enqueue(self._queue, hold)
         return hold
 
@@ -176,8 +189,7 @@ class Lane:
 
     def make(self, method: str, body: bytes, response: type[Any], convert: Convert) -> Command:
         """A command with its future."""
-        self._check_open()
-        if len(body) > MAX_MESSAGE_BYTES:
+        if len(body) > MAX_MESSAGE_BYTES - _HEADER_BYTES:
             raise InvalidArgument(
                 f"data: this call takes {len(body) / 2**20:.0f} MiB, one call may take "
                 f"{MAX_MESSAGE_BYTES // 2**20} MiB; send it in several calls, gradients add up",
@@ -185,22 +197,26 @@ class Lane:
                 field="data",
             )
         future: APIFuture[Any] = APIFuture(call_name(method))
-        command = Command(method, body, response, convert, future, seen_failure=self._seen_failure)
+        command = Command(method, body, response, convert, future)
         future._canceller = lambda: self._cancel(command)
         return command
 
     def enqueue(self, queue: deque[Any], item: Command | Hold) -> None:
         """Append in call order and wake the loop."""
         with self._lock:
+            if queue is self._queue:
+                item.seen_failure = self._seen_failure
             queue.append(item)
             self._accepted.clear()
             self._finished.clear()
         transports.loop().call_soon_threadsafe(self._pump)
 
-    def release(self, hold: Hold, failure: BaseException | None) -> None:
+    def fail_behind(self, hold: Hold, failure: BaseException) -> None:
+        """Fail the calls behind a hold; see `Hold.fail_behind`."""
+        self._fail_queued(f"a custom loss ended with {type(failure).__name__}", after=hold)
+
+    def release(self, hold: Hold) -> None:
         """Let the calls behind a hold go on; see `Hold.release`."""
-        if failure is not None:
-            self._fail_queued(f"a custom loss ended with {type(failure).__name__}", after=hold)
         with self._lock:
             hold.released = True
         transports.loop().call_soon_threadsafe(self._pump)
@@ -284,7 +300,9 @@ class Lane:
 
     def _pump(self) -> None:
         if self._attachment is None:
-            if self._queue and self._opening is None:
+            # What is still on its way was called before what waits here.
+            on_their_way = any(one.num_sending for one in self._former)
+            if self._queue and self._opening is None and not on_their_way:
                 self._open()
         else:
             attachment = self._attachment
@@ -346,22 +364,25 @@ class Lane:
                 lost=self._lost,
                 moved=self._pump,
             )
-            self._seen_failure = self._forgiven = 0
         self._pump()
 
     def _settled(
         self, attachment: Attachment, command: Command, operation: operation_pb2.Operation
     ) -> None:
-        if isinstance(from_status(operation.error), SessionLost):
+        lost = isinstance(from_status(operation.error), SessionLost)
+        if lost and self._attachment is attachment:
             self._leave(attachment, "the session lost work")  # a new epoch: attach again
         deliver(self._finish, command, operation, attachment)
 
     def _finish(
         self, command: Command, operation: operation_pb2.Operation, owner: Attachment
     ) -> None:
-        error = _error_of(operation)
+        error: BaseException | None = _error_of(operation)
         if error is None:
-            command.future.finish(command.convert(operation))
+            try:
+                command.future.finish(command.convert(operation))
+            except Exception as broken:  # a tinker that does not fit: whoever waits has to know
+                self._fail(command, broken, owner)
             return
         if isinstance(error, OperationCancelled):
             command.future.finish_cancelled()
@@ -376,15 +397,17 @@ class Lane:
             command.future._on_seen = lambda: self.see(failure)
         command.future.finish(error=error)
 
-    def _refused(self, attachment: Attachment, command: Command, error: FiretitanError) -> None:
+    def _refused(self, attachment: Attachment, command: Command, error: BaseException) -> None:
         """A command was not accepted, so nothing behind it will run: go on under a new id."""
         behind = attachment.drop_behind(command.seq)
+        _tell_what_may_run(error, attachment)
         deliver(self._fail, command, error, attachment)
         for other in behind:
             deliver(self._fail, other, _preceding(f"{command.label} was not accepted"), attachment)
         self._leave(attachment, f"{command.label} was not accepted")
 
-    def _lost(self, attachment: Attachment, commands: list[Command], error: FiretitanError) -> None:
+    def _lost(self, attachment: Attachment, commands: list[Command], error: BaseException) -> None:
+        _tell_what_may_run(error, attachment)
         for command in commands:
             deliver(self._fail, command, error, attachment)
         self._leave(attachment, "the session was lost")
@@ -392,7 +415,10 @@ class Lane:
     def _leave(self, attachment: Attachment, why: str) -> None:
         if self._attachment is attachment:
             self._former.append(attachment)
-            self._attachment = None
+            with self._lock:
+                self._attachment = None
+                self._seen_failure = self._forgiven = 0  # of the lane that was left
+        if self._attachment is None:
             self._fail_queued(why)
         self._pump()
 
@@ -437,6 +463,15 @@ def _failed_itself(future: APIFuture[Any]) -> bool:
     return error is not None and not isinstance(error, PrecedingFailed)
 
 
+def _tell_what_may_run(error: BaseException, attachment: Attachment) -> None:
+    """Nobody answered: what was sent may have arrived all the same."""
+    if isinstance(error, Unavailable):
+        error.add_note(
+            f"what was sent to {attachment.place.session} may have been accepted, and then runs: "
+            "look at the session's step before you call it again"
+        )
+
+
 def _preceding(why: str) -> PrecedingFailed:
     return PrecedingFailed(f"not run: {why}; look at that error, then call this again")
 
@@ -449,8 +484,9 @@ _lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
 
 
 def _flush_at_exit() -> None:
+    deadline = time.monotonic() + _EXIT_FLUSH_S
     for lane in list(_lanes):
-        lane.wait_accepted(_EXIT_FLUSH_S)
+        lane.wait_accepted(max(0.0, deadline - time.monotonic()))
 
 
 transports.at_exit(_flush_at_exit)

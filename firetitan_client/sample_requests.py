@@ -38,6 +38,7 @@ logger = logging.getLogger("firetitan")
 
 MAX_SAMPLES = 4096
 LATE_TRIES = 7
+_RELEASE_PATIENCE_S = 5.0
 _INT32 = 2**31 - 1
 
 
@@ -281,7 +282,9 @@ def _check_folder(folder: Path) -> None:
             raise ValueError(f"{path.name} is no regular file")
 
 
-async def set_pin(target: Target, holder: str, *, release: bool = False) -> None:
+async def set_pin(
+    target: Target, holder: str, *, release: bool = False, patience_s: float | None = None
+) -> None:
     """Keep a snapshot loaded, or let it go."""
     await target.transport.call(
         "DeploymentService/PinSnapshot",
@@ -289,7 +292,7 @@ async def set_pin(target: Target, holder: str, *, release: bool = False) -> None
             deployment=target.deployment, snapshot=target.snapshot, holder=holder, release=release
         ),
         deployment_service_pb2.PinSnapshotResponse,
-        patience_s=5.0,
+        patience_s=patience_s,
     )
 
 
@@ -302,7 +305,8 @@ def release_pin(target: Target, holder: str, pid: int) -> None:
         if done.exception() is not None:
             logger.info("pin on %s not released: %s", target.snapshot, done.exception())
 
-    transport.run(set_pin(target, holder, release=True)).add_done_callback(log)
+    released = set_pin(target, holder, release=True, patience_s=_RELEASE_PATIENCE_S)
+    transport.run(released).add_done_callback(log)
 
 
 def follow(work: Any, future: APIFuture[Any]) -> None:

@@ -71,12 +71,16 @@ class SampleStream:
         self._arrived: deque[SampleChunk] = deque()
         self._pid = os.getpid()
         self._begun = False
+        self._ended = False
+        self._coming: APIFuture[bool] | None = None
+        self._reading: asyncio.Task[Any] | None = None
         forking.on_fork(self)
 
     def _after_fork(self) -> None:
         """In a child: a stream that has begun goes on in the parent."""
         if self._begun:
             self._arrived.clear()
+            self._coming = self._reading = None
             self._parents, self._answers = self._answers, self._left_behind()
 
     @property
@@ -86,23 +90,19 @@ class SampleStream:
 
     def close(self) -> None:
         """End the sampling; chunks asked for afterwards are StopIteration."""
-        self._arrived.clear()
-        run(self._answers.aclose()).result()
+        run(self._end()).result()
 
     async def aclose(self) -> None:
         """As `close`, for coroutines."""
-        self._arrived.clear()
-        await asyncio.wrap_future(run(self._answers.aclose()))
+        await asyncio.wrap_future(run(self._end()))
 
     def __iter__(self) -> SampleStream:
         return self
 
     def __next__(self) -> SampleChunk:
         while not self._arrived:
-            answer = self._next().result()
-            if answer is None:
+            if not self._more().result():
                 raise StopIteration
-            self._arrived.extend(answer)
         return self._arrived.popleft()
 
     def __aiter__(self) -> SampleStream:
@@ -110,10 +110,8 @@ class SampleStream:
 
     async def __anext__(self) -> SampleChunk:
         while not self._arrived:
-            answer = await self._next()
-            if answer is None:
+            if not await self._more():
                 raise StopAsyncIteration
-            self._arrived.extend(answer)
         return self._arrived.popleft()
 
     def __enter__(self) -> SampleStream:
@@ -128,11 +126,36 @@ class SampleStream:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    def _next(self) -> APIFuture[list[SampleChunk] | None]:
-        self._begun = True
-        future: APIFuture[list[SampleChunk] | None] = APIFuture("sample_stream")
-        follow(anext(self._answers, None), future)
-        return future
+    def _more(self) -> APIFuture[bool]:
+        """Whether chunks have arrived; False at the end.
+
+        Whoever stops waiting leaves them to the next that asks, and a failure too.
+        """
+        coming = self._coming
+        if coming is None or (coming.done() and coming.exception(0) is None):
+            self._begun = True
+            coming = self._coming = APIFuture("sample_stream")
+            follow(self._receive_more(), coming)
+        return coming
+
+    async def _receive_more(self) -> bool:
+        self._reading = asyncio.current_task()
+        try:
+            chunks = await anext(self._answers, None)
+        except asyncio.CancelledError:
+            if not self._ended:
+                raise
+            chunks = None
+        self._arrived.extend(chunks or ())
+        return chunks is not None
+
+    async def _end(self) -> None:
+        self._ended = True
+        if self._reading is not None and not self._reading.done():
+            self._reading.cancel()
+            await asyncio.wait((self._reading,))
+        await self._answers.aclose()
+        self._arrived.clear()
 
     async def _left_behind(self) -> AsyncGenerator[list[SampleChunk], None]:
         if self._pid != os.getpid():
@@ -192,7 +215,7 @@ class SampleStream:
                             message.resume.SetInParent()
                             message.resume.snapshot = tokens.snapshot
                         if chunks:
-                            patience = Patience(target.transport)
+                            patience.renew()
                             yield chunks
                         if response.HasField("summary"):
                             return

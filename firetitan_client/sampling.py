@@ -73,6 +73,7 @@ class FiretitanSamplingClient(SelfFuture[Target]):
         self._controller = concurrency_controller
         self._closed = False
         self._unpin: Any = None
+        self._deployment_sampler: DeploymentSampler | None = None
         self._in_flight: set[APIFuture[Any]] = set()
 
     @classmethod
@@ -310,8 +311,14 @@ class FiretitanSamplingClient(SelfFuture[Target]):
 
     @property
     def deployment_sampler(self) -> DeploymentSampler:
-        """The same deployment in FireTitan's own shape."""
-        return DeploymentSampler(ready=self._ready, tokenizer=self._given_tokenizer)
+        """The same deployment in FireTitan's own shape; one object, with this client's window."""
+        if self._deployment_sampler is None:
+            self._deployment_sampler = DeploymentSampler(
+                ready=self._ready,
+                tokenizer=self._given_tokenizer,
+                concurrency_controller=self._controller,
+            )
+        return self._deployment_sampler
 
     # Pinning and closing
 

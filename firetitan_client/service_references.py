@@ -15,7 +15,7 @@ from typing import Any, cast
 from firetitan_client import arguments, transport
 from firetitan_client.errors import InvalidArgument
 from firetitan_client.forward_only import ForwardOnlyClient
-from firetitan_client.futures import APIFuture
+from firetitan_client.futures import APIFuture, made
 from firetitan_client.leases import DELETE, KEEP, CleanupOutcome, report
 from firetitan_client.managed import FiretitanProvisioningConfig
 from firetitan_client.provisioner import Provisioner, raise_first
@@ -237,13 +237,13 @@ class ReferenceClients(TrainingClients):
         self, *args: Any, **kwargs: Any
     ) -> FiretitanTrainingClient:
         """As `create_base_training_client`."""
-        return await self.create_base_training_client(*args, **kwargs)
+        return await made(self.create_base_training_client, *args, **kwargs)
 
     async def create_reference_client_async(
         self, *args: Any, **kwargs: Any
     ) -> FiretitanTrainingClient:
         """As `create_reference_client`."""
-        return await self.create_reference_client(*args, **kwargs)
+        return await made(self.create_reference_client, *args, **kwargs)
 
 
 def _no_adapter() -> InvalidArgument:

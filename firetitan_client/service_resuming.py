@@ -13,7 +13,7 @@ from firetitan.v1 import checkpoint_pb2
 
 from firetitan_client import arguments, references
 from firetitan_client.errors import Unsupported
-from firetitan_client.futures import APIFuture
+from firetitan_client.futures import APIFuture, made
 from firetitan_client.service_training import Begin, Resume, TrainingClients
 from firetitan_client.sessions import Opened, Wanted, find_checkpoint
 from firetitan_client.training import FiretitanTrainingClient
@@ -127,10 +127,10 @@ class ResumingClients(TrainingClients):
         self, *args: Any, **kwargs: Any
     ) -> FiretitanTrainingClient:
         """As `create_training_client_from_state`."""
-        return await self.create_training_client_from_state(*args, **kwargs)
+        return await made(self.create_training_client_from_state, *args, **kwargs)
 
     async def create_training_client_from_state_with_optimizer_async(
         self, *args: Any, **kwargs: Any
     ) -> FiretitanTrainingClient:
         """As `create_training_client_from_state_with_optimizer`."""
-        return await self.create_training_client_from_state_with_optimizer(*args, **kwargs)
+        return await made(self.create_training_client_from_state_with_optimizer, *args, **kwargs)

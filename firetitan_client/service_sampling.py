@@ -23,7 +23,7 @@ from firetitan_client.errors import (
     NotFound,
     SnapshotNotActive,
 )
-from firetitan_client.futures import APIFuture
+from firetitan_client.futures import APIFuture, made
 from firetitan_client.managed import wait_operation
 from firetitan_client.sample_requests import Target, follow
 from firetitan_client.sampling import FiretitanSamplingClient
@@ -240,11 +240,11 @@ class SamplingClients(ServiceCore):
         self, *args: Any, **kwargs: Any
     ) -> FiretitanSamplingClient:
         """As `create_sampling_client`."""
-        return await self.create_sampling_client(*args, **kwargs)
+        return await made(self.create_sampling_client, *args, **kwargs)
 
     async def create_deployment_sampler_async(self, *args: Any, **kwargs: Any) -> DeploymentSampler:
         """As `create_deployment_sampler`."""
-        return await self.create_deployment_sampler(*args, **kwargs)
+        return await made(self.create_deployment_sampler, *args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from firetitan_client import arguments, transport
 from firetitan_client.convert import whole_number
 from firetitan_client.errors import FailedPrecondition, Unavailable, Unsupported
 from firetitan_client.forward_only import ForwardOnlyClient
-from firetitan_client.futures import APIFuture
+from firetitan_client.futures import APIFuture, made
 from firetitan_client.lane import Lane
 from firetitan_client.managed import check_same
 from firetitan_client.provisioner import Kind, Provisioner, raise_first
@@ -400,10 +400,10 @@ class TrainingClients(ServiceCore):
         self, *args: Any, **kwargs: Any
     ) -> FiretitanTrainingClient:
         """As `create_training_client`."""
-        return await self.create_training_client(*args, **kwargs)
+        return await made(self.create_training_client, *args, **kwargs)
 
     async def create_lora_training_client_async(
         self, *args: Any, **kwargs: Any
     ) -> FiretitanTrainingClient:
         """As `create_lora_training_client`."""
-        return await self.create_lora_training_client(*args, **kwargs)
+        return await made(self.create_lora_training_client, *args, **kwargs)

@@ -6,7 +6,6 @@ and sent, where the session comes from.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from firetitan.v1 import operation_pb2, training_service_pb2
 
 from firetitan_client import convert, custom_loss, precomputed, types
 from firetitan_client.errors import Unsupported
-from firetitan_client.futures import APIFuture
+from firetitan_client.futures import APIFuture, made
 from firetitan_client.tinker_calls import TinkerTrainingCalls
 from firetitan_client.weights import WeightsCalls
 
@@ -320,7 +319,7 @@ class FiretitanTrainingClient(WeightsCalls, TinkerTrainingCalls):
         self, base_model: str | None = None, user_metadata: Mapping[str, str] | None = None
     ) -> FiretitanTrainingClient:
         """As `create_base_training_client`."""
-        return await self.create_base_training_client(base_model, user_metadata)
+        return await made(self.create_base_training_client, base_model, user_metadata)
 
     def unload_model(self) -> APIFuture[None]:
         """End the session: what was called still runs, then its adapter's memory is freed.
@@ -342,6 +341,7 @@ class FiretitanTrainingClient(WeightsCalls, TinkerTrainingCalls):
 
     async def unload_model_async(self) -> APIFuture[None]:
         """As `unload_model`."""
+        await self
         return self.unload_model()
 
     # Twins: `await` them for the future, await that for the result
@@ -364,7 +364,10 @@ class FiretitanTrainingClient(WeightsCalls, TinkerTrainingCalls):
         pooling: str = "mean",
         precomputed_forward: Any = None,
     ) -> APIFuture[Any]:
-        """As `forward_backward_custom`; the loss runs in another thread, the loop goes on."""
+        """As `forward_backward_custom`; the loss runs in another thread, the loop goes on.
+
+        Cancelling the wait does not stop the call.
+        """
         call = custom_loss.CustomLossCall(
             self._lane,
             data,
@@ -374,7 +377,7 @@ class FiretitanTrainingClient(WeightsCalls, TinkerTrainingCalls):
             pooling=pooling,
             precomputed_forward=precomputed_forward,
         )
-        return await asyncio.to_thread(call.begin)
+        return await call.begin_apart()
 
     async def forward_backward_contrastive_async(self, *args: Any, **kwargs: Any) -> APIFuture[Any]:
         """As `forward_backward_contrastive`."""

@@ -39,6 +39,8 @@ _ASK_S = 10.0
 PATIENCE_S = float(os.environ.get("FIRETITAN_PATIENCE_S", "300"))
 """How long a daemon that was there may stay away before calls fail."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 0.25
+_CONNECTED_S = 15.0
+"""A try that lasted longer had somebody at its other end: connecting takes less, in vain too."""
 _SILENCE_S = 2.0
 """How long a daemon may be away before the user is told; a restart takes less."""
 _MISTRUST = "CERTIFICATE_VERIFY_FAILED"
@@ -66,7 +68,8 @@ _TCP_OPTIONS = [
     ("grpc.keepalive_timeout_ms", 20_000),
 ]
 
-_lock = threading.Lock()
+# Re-entrant: a garbage collection in here may run a finalizer that sends something.
+_lock = threading.RLock()
 _loop: asyncio.AbstractEventLoop | None = None
 _delivery: ThreadPoolExecutor | None = None
 _own_threads: set[int] = set()
@@ -82,7 +85,7 @@ class _Threads:
     def _after_fork() -> None:
         """In a child: neither loop nor thread of the parent's is there."""
         global _loop, _lock, _delivery
-        _lock, _loop, _delivery = threading.Lock(), None, None
+        _lock, _loop, _delivery = threading.RLock(), None, None
         _own_threads.clear()
 
 
@@ -269,12 +272,12 @@ class Transport:
             timeout_s: Deadline of one try; None for calls that last as long as their work.
             patience_s: How long to go on trying a daemon that is away; None: PATIENCE_S.
             final: Reasons that another try will not change, though they say UNAVAILABLE.
-            late_tries: How many tries may run into `timeout_s`; None: as many as there is patience.
+            late_tries: How many tries may run into `timeout_s`, however long that takes; None: as
+                many as there is patience.
 
         Raises:
             FiretitanError: By reason; DaemonNotRunning where nobody has answered yet.
         """
-        patience_s = PATIENCE_S if patience_s is None else patience_s
         patience = Patience(self, patience_s, final)
         late = 0
         while True:
@@ -286,17 +289,21 @@ class Transport:
                 )
                 call = forking.begin(functools.partial(rpc.future, request, timeout=timeout_s))
                 if timeout_s is None:
-                    answer = await self._last(call, patience_s)
+                    answer = await self._last(call, patience.patience_s)
                 else:
                     answer = await bridge(call)
             except grpc.FutureCancelledError:
                 if not forking.was_broken_off(call):
                     raise
             except grpc.RpcError as error:
-                late += error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-                if late_tries is not None and late >= late_tries:
+                counted = late_tries if timeout_s is not None else None
+                if counted is None or error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    await patience.after(error)
+                    continue
+                late += 1
+                if late >= counted:
                     raise from_rpc_error(error) from None
-                await patience.after(error)
+                patience.renew()
             else:
                 self.served, self.told_away = True, False
                 return answer
@@ -343,6 +350,9 @@ class Transport:
         with self._starting:
             if self.served:
                 return
+            # Another home's daemon is not this process's to start.
+            if addresses.local_address() != self.address:
+                raise addresses.not_running(self.address)
             started = addresses.start_daemon()
             self.served = True
         if started != self.address:
@@ -350,18 +360,32 @@ class Transport:
 
 
 class Patience:
-    """Decides after each failed try whether to try again, and waits the right time."""
+    """Decides after each failed try whether to try again, and waits the right time.
+
+    What it measures is how long nobody has been there, not how long the work has taken: it begins
+    anew with whatever was heard of the daemon.
+
+    Args:
+        transport: To the daemon.
+        patience_s: How long it may be away; None: PATIENCE_S.
+        final: Reasons that another try will not change, though they say UNAVAILABLE.
+    """
 
     def __init__(
         self,
         transport: Transport,
-        patience_s: float = PATIENCE_S,
+        patience_s: float | None = None,
         final: frozenset[str] = frozenset(),
     ) -> None:
         self.final = final
         self.transport = transport
-        self.began = loop().time()
-        self.deadline = self.began + patience_s
+        self.patience_s = PATIENCE_S if patience_s is None else patience_s
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin anew: the daemon was there just now."""
+        self.began = self.tried = loop().time()
+        self.deadline = self.began + self.patience_s
         self.pause_s = _FIRST_PAUSE_S
 
     async def after(self, rpc_error: Any) -> None:
@@ -370,8 +394,11 @@ class Patience:
         Raises:
             FiretitanError: No further try.
         """
-        if forking.was_broken_off(rpc_error):
-            return
+        if not forking.was_broken_off(rpc_error):
+            await self._after(rpc_error)
+        self.tried = loop().time()
+
+    async def _after(self, rpc_error: Any) -> None:
         code, error = rpc_error.code(), from_rpc_error(rpc_error)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_after_s is not None:
             await asyncio.sleep(error.retry_after_s * random.uniform(1.0, 1.2))
@@ -384,6 +411,9 @@ class Patience:
         )
         if code not in tries or error.reason in self.final:
             raise error from None
+        late = code is grpc.StatusCode.DEADLINE_EXCEEDED
+        if not late and loop().time() - self.tried > _CONNECTED_S:
+            self.renew()
         unreachable = error.reason == "UNAVAILABLE"
         if unreachable:
             self.transport.distrust()

@@ -118,7 +118,7 @@ class TensorData:
         """The array as a torch tensor."""
         import torch
 
-        return torch.from_numpy(self.array)
+        return torch.from_numpy(self.array.copy())  # a view of a message cannot be written to
 
     def tolist(self) -> list[Any]:
         """The array as nested lists."""

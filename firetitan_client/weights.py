@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from firetitan.v1 import checkpoint_pb2, checkpoint_service_pb2, operation_pb2
 
 from firetitan_client import arguments, convert, references, types
-from firetitan_client.futures import APIFuture, SelfFuture
+from firetitan_client.futures import APIFuture, SelfFuture, made
 from firetitan_client.lane import Lane
 from firetitan_client.sample_requests import follow
 from firetitan_client.sessions import Opened
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("firetitan")
 
-_SYNCED_TTL_S = 3600
+_UNNAMED_TTL_S = 3600
+"""Of snapshots that nobody gave a name: made for the moment, a step each."""
 
 
 class WeightsCalls(SelfFuture[Opened]):
@@ -145,7 +146,7 @@ class WeightsCalls(SelfFuture[Opened]):
         """Save, load into the deployment, and get a client of that snapshot.
 
         Args:
-            name: Of the snapshot; None chooses one.
+            name: Of the snapshot; None chooses one, and it is removed as `weight_sync`'s.
             retry_config: Ignored: retries need no settings here.
             record_stability_info: Not supported.
             kind: "snapshot": the client stays with these weights; "inflight": it goes over to newer
@@ -173,14 +174,16 @@ class WeightsCalls(SelfFuture[Opened]):
         if kind not in ("snapshot", "inflight"):
             raise convert.invalid("kind", f"is {kind!r}; give 'snapshot' or 'inflight'")
         self._num_samplers += 1
-        saved = self.save_weights_for_sampler(name or f"sampler-{self._num_samplers}")
+        saved = self.save_weights_for_sampler(
+            name or f"sampler-{self._num_samplers}", None if name else _UNNAMED_TTL_S
+        )
         return saved, kind == "snapshot"
 
     async def save_weights_and_get_sampling_client_async(
         self, *args: Any, **kwargs: Any
     ) -> FiretitanSamplingClient:
         """As `save_weights_and_get_sampling_client`, for coroutines."""
-        return await self.save_weights_and_get_sampling_client(*args, **kwargs)
+        return await made(self.save_weights_and_get_sampling_client, *args, **kwargs)
 
     def weight_sync(self) -> APIFuture[types.WeightSyncResponse]:
         """Bring the weights as they are now to the service's deployment.
@@ -199,7 +202,7 @@ class WeightsCalls(SelfFuture[Opened]):
         self._service._provisioner.check_deployment()
         began = time.monotonic()
         saving = self._save_snapshot(
-            f"weight-sync-{self._num_samplers}", _SYNCED_TTL_S, None, None, lambda made: made
+            f"weight-sync-{self._num_samplers}", _UNNAMED_TTL_S, None, None, lambda made: made
         )
         done: APIFuture[types.WeightSyncResponse] = APIFuture("weight_sync")
 
@@ -232,7 +235,7 @@ class WeightsCalls(SelfFuture[Opened]):
         self, model_path: Any, retry_config: Any = None, **options: Any
     ) -> FiretitanSamplingClient:
         """As `create_sampling_client`, for coroutines."""
-        return await self.create_sampling_client(model_path, retry_config, **options)
+        return await made(self.create_sampling_client, model_path, retry_config, **options)
 
     # Checkpoints, to resume from
 
