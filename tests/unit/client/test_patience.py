@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import time
+from pathlib import Path
+
 import grpc
 import pytest
+from firetitan.v1 import operation_pb2
 
-from firetitan_client.errors import FiretitanError
+from firetitan_client import address as addresses
+from firetitan_client import transport
+from firetitan_client.errors import DaemonNotRunning, FiretitanError
 from firetitan_client.transport import Patience, Transport, run
 
 
@@ -36,3 +44,51 @@ def test_a_call_that_an_ending_daemon_cancelled_is_made_again() -> None:
 def test_what_another_try_would_not_change_is_raised() -> None:
     with pytest.raises(FiretitanError):
         run(wait_after(grpc.StatusCode.NOT_FOUND)).result(5)
+
+
+async def gone_after(patience: Patience, worked_s: float) -> None:
+    await asyncio.sleep(worked_s)
+    await patience.after(Ended(grpc.StatusCode.UNAVAILABLE))
+
+
+def test_patience_begins_when_the_daemon_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when the work began, which may take longer than that."""
+    monkeypatch.setattr(transport, "_CONNECTED_S", 0.2)
+    daemon = Transport("unix:/nobody/listens.sock")
+    daemon.served = True
+
+    async def patience() -> Patience:
+        return Patience(daemon, patience_s=0.1)
+
+    run(gone_after(run(patience()).result(5), 0.4)).result(5)
+    short = run(patience()).result(5)
+    with pytest.raises(DaemonNotRunning):  # it was away all the time
+        run(gone_after(short, 0.15)).result(5)
+
+
+def test_late_tries_are_counted_however_long_they_take(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as listener:  # takes connections and says nothing
+        listener.bind(str(path))
+        listener.listen()
+        call = Transport(f"unix:{path}").call(
+            "SystemService/GetStatus",
+            b"",
+            operation_pb2.Operation,
+            timeout_s=0.2,
+            patience_s=0.1,
+            late_tries=3,
+        )
+        began = time.monotonic()
+        with pytest.raises(FiretitanError) as caught:
+            run(call).result(20)
+    assert caught.value.reason == "DEADLINE_EXCEEDED"
+    assert time.monotonic() - began > 0.55
+
+
+def test_no_daemon_is_started_for_an_address_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addresses, "start_daemon", lambda: pytest.fail("started"))
+    elsewhere = Transport("unix:/nobody/listens.sock", autostart=True)
+    with pytest.raises(DaemonNotRunning, match="nobody/listens"):
+        run(elsewhere.call("SystemService/GetStatus", b"", operation_pb2.Operation)).result(10)
+    assert not elsewhere.served

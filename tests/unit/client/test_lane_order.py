@@ -1,0 +1,145 @@
+"""What a lane does with calls when one of them fails, or the daemon goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from firetitan.v1 import operation_pb2, training_service_pb2
+
+from firetitan_client import transport
+from firetitan_client.attachment import Attachment, Command, Place
+from firetitan_client.futures import APIFuture
+from firetitan_client.lane import Lane
+
+STEP = ("TrainingService/OptimStep", b"", training_service_pb2.OptimStepResponse)
+PLACE = Place("trainers/t/sessions/s", 1)
+
+
+def result_of(operation: operation_pb2.Operation) -> Any:
+    return operation.optim_step
+
+
+class Absent:
+    """A transport whose calls never end, and that can open no stream."""
+
+    def __init__(self) -> None:
+        self.limits: list[float | None] = []
+
+    async def call(self, method: str, *_: Any, timeout_s: float | None) -> Any:
+        self.limits.append(timeout_s)
+        await asyncio.Event().wait()
+
+    @property
+    def channel(self) -> Any:
+        raise RuntimeError("can't start new thread")
+
+
+class Told:
+    """What an attachment tells its lane."""
+
+    def __init__(self) -> None:
+        self.lost: concurrent.futures.Future[tuple[list[Command], BaseException]]
+        self.lost = concurrent.futures.Future()
+        self.daemon = Absent()
+
+    def attach(self) -> Attachment:
+        def lost(_: Attachment, commands: list[Command], error: BaseException) -> None:
+            self.lost.set_result((commands, error))
+
+        return Attachment(
+            self.daemon,  # type: ignore[arg-type]  # it does what is asked of it here
+            "a",
+            PLACE,
+            settled=lambda *_: None,
+            refused=lambda *_: None,
+            lost=lost,
+            moved=lambda: None,
+        )
+
+
+def step(body: bytes = b"") -> Command:
+    return Command(STEP[0], body, STEP[2], result_of, APIFuture("optim_step"))
+
+
+def wait_until(true: Any) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_whatever_ends_the_reading_of_results_is_told_and_nothing_is_sent_any_more() -> None:
+    told = Told()
+    attachment = told.attach()
+    command = step()
+    transport.loop().call_soon_threadsafe(attachment.send, command)
+    commands, error = told.lost.result(10)
+    assert commands == [command]
+    assert isinstance(error, RuntimeError)
+    wait_until(lambda: command.accepted is not None and command.accepted.cancelled())
+    assert attachment.num_sending == 0
+
+
+def test_a_large_command_may_take_as_long_as_the_network_needs() -> None:
+    told = Told()
+    attachment = told.attach()
+    transport.loop().call_soon_threadsafe(attachment.send, step())
+    wait_until(lambda: len(told.daemon.limits) == 1)
+    transport.loop().call_soon_threadsafe(attachment.send, step(bytes(2 << 20)))
+    wait_until(lambda: len(told.daemon.limits) == 2)
+    assert told.daemon.limits == [transport.SLICE_S, None]
+
+
+def never_opened() -> tuple[Lane, list[str]]:
+    """A lane whose session never answers, and the client ids it asked under."""
+    asked: list[str] = []
+
+    async def attach(client_id: str) -> Place:
+        asked.append(client_id)
+        await asyncio.Event().wait()
+        raise AssertionError("never")
+
+    return Lane(None, attach), asked  # type: ignore[arg-type]  # nothing is sent
+
+
+def test_what_was_seen_in_a_lane_that_was_left_excuses_nothing_in_the_next() -> None:
+    lane, _ = never_opened()
+    left: Any = SimpleNamespace(num_sending=0, num_open=0)
+    lane._attachment = left
+    lane._seen_failure = 7
+    lane._leave(left, "the session lost work")
+    lane.submit(*STEP, result_of)
+    (command,) = lane._queue
+    assert command.seen_failure == 0
+    assert lane.hold().seen_failure == 0
+
+
+def test_a_new_lane_is_opened_behind_what_is_still_on_its_way_in_the_former() -> None:
+    lane, asked = never_opened()
+    former: Any = SimpleNamespace(num_sending=1, num_open=1)
+    lane._former = [former]
+    lane.submit(*STEP, result_of)
+    time.sleep(0.1)
+    assert asked == []
+    former.num_sending = 0
+    transport.loop().call_soon_threadsafe(lane._pump)
+    wait_until(lambda: len(asked) == 1)
+
+
+def test_a_result_that_cannot_be_converted_ends_the_future() -> None:
+    lane, _ = never_opened()
+
+    def convert(_: operation_pb2.Operation) -> Any:
+        raise ImportError("a tinker that does not fit")
+
+    command = lane.make(*STEP, convert)
+    operation = operation_pb2.Operation(name="operations/o", done=True, method="OptimStep")
+    operation.optim_step.SetInParent()
+    lane._finish(command, operation, None)  # type: ignore[arg-type]  # of no attachment
+    with pytest.raises(ImportError, match="does not fit"):
+        command.future.result(0)
