@@ -38,10 +38,12 @@ def test_what_a_sampling_client_is(service: FiretitanServiceClient, tiny_llama: 
     assert asyncio.run(sampler.result_async(60)) is asyncio.run(sampler.coroutine()) is sampler
     native = sampler.deployment_sampler
     assert isinstance(native, DeploymentSampler)
+    assert native is sampler.deployment_sampler
     assert native.model == service.deployment_id
     (made,) = asyncio.run(native.sample_with_prompt_tokens([1, 2], max_tokens=6, seed=3))
     answer = sampler.sample([1, 2], 1, PARAMS).result()
     assert made.full_tokens == [1, 2, *answer.sequences[0].tokens]
+    assert len(sampler.deployment_sampler.drain_metrics()) == 1
 
 
 def test_retry_settings_are_told(

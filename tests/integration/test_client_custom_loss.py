@@ -88,6 +88,14 @@ def test_equals_the_builtin_loss(policy: FiretitanTrainingClient) -> None:
         assert mine["logprobs"].data == theirs["logprobs"].data
 
 
+def test_the_loss_is_given_data_that_can_be_read_once(policy: FiretitanTrainingClient) -> None:
+    def count(data: Any, logprobs: list[Any]) -> tuple[Any, dict[str, float]]:
+        return -torch.cat(logprobs).sum(), {"datums": len(list(data))}
+
+    output = policy.forward_backward_custom(iter(toy_data(3)), count).result()
+    assert output.metrics["datums"] == 3
+
+
 def test_metrics_of_another_loss(policy: FiretitanTrainingClient) -> None:
     """Of a squared loss the linear surrogate is twice the loss, as in tinker."""
     metrics = policy.forward_backward_custom(toy_data(), squared).result().metrics

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tinker
+from firetitan.v1 import checkpoint_service_pb2
 from support.daemon import DaemonProcess
+from support.stubs import Stubs
 
 from firetitan_client import (
     ClientClosed,
@@ -118,6 +120,18 @@ def test_following_and_pinned_clients(
     pinned.close()
     with pytest.raises(ClientClosed):
         pinned.sample(PROMPT, 1, PARAMS)
+
+
+def test_a_snapshot_made_for_the_moment_is_removed_by_itself(
+    daemon: DaemonProcess, policy: FiretitanTrainingClient
+) -> None:
+    policy.save_weights_and_get_sampling_client()
+    policy.save_weights_and_get_sampling_client("mine")
+    stubs = Stubs(daemon.address)
+    request = checkpoint_service_pb2.ListSnapshotsRequest()
+    rows = stubs.checkpoints.ListSnapshots(request).snapshots
+    stays = {row.name.split("/")[1].split("-")[0]: not row.HasField("expire_time") for row in rows}
+    assert stays == {"sampler": False, "mine": True}
 
 
 def test_a_name_used_twice_gets_a_number(

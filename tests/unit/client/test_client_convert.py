@@ -11,7 +11,7 @@ import tinker
 import torch
 from firetitan.v1 import operation_pb2, tensor_pb2, training_service_pb2
 
-from firetitan_client import convert
+from firetitan_client import convert, types
 from firetitan_client.errors import InvalidArgument, Unsupported
 
 
@@ -190,3 +190,8 @@ def test_response_tokens() -> None:
         [datum(target_tokens=[6, 7, 8], weights=[0.0, 1.0, -1.0]), datum(target_tokens=[6, 7, 8])]
     )
     assert convert.response_tokens(messages) == 5.0
+
+
+def test_a_tensor_of_a_result_can_be_written_to() -> None:
+    received = types.TensorData(np.frombuffer(np.ones(2, "<f4").tobytes(), "<f4"))
+    assert received.to_torch().mul_(2).tolist() == [2.0, 2.0]
