@@ -161,7 +161,6 @@ class Daemon:
         trainers = TrainerManager(services, pool, sessions)
         deployments = DeploymentManager(services, pool)
         syncer = WeightSyncer(services, deployments)
-        deployments.connect(syncer.restore)
         remover = SavedRemover(services, checkpoints, sessions, deployments)
         models = ModelRegistry(services, trainers, deployments)
         exports = ExportManager(
@@ -171,6 +170,8 @@ class Daemon:
         leases = LeaseManager(
             services, self.config.leases.ttl_s, cleaner.clean_up, syncer.release_pins
         )
+        trainers.connect(leases.forget)
+        deployments.connect(syncer.restore, leases.forget)
         self._supervisor = supervisor = Supervisor(
             services,
             pool,

@@ -6,8 +6,9 @@ Knows: trainers, deployments, what runs on them, when they were last used. Must 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 
 from firetitan_daemon.control.deployments import DeploymentManager
 from firetitan_daemon.control.leases import MayBegin
@@ -20,6 +21,8 @@ from firetitan_daemon.core.records import Cleanup, Deployment, ResourceState, Tr
 
 logger = logging.getLogger("firetitan.cleanup")
 _WAIT_S = 3600.0
+_AGAIN_S = 0.2
+"""Before a trainer whose worker is being made or replaced is stopped, if it can be by then."""
 
 
 class Cleaner:
@@ -66,17 +69,36 @@ class Cleaner:
             return
         if cleanup is Cleanup.DELETE:
             await self._trainers.delete(name)
-        elif not await self._trainers.stop(trainer_id):
-            logger.warning("goes on: it is used, or could not be brought back trainer=%s", name)
+            return
+        while not await self._trainers.stop(trainer_id):
+            if not self._comes_back(trainer_id):
+                logger.warning("goes on: it is used, or could not be brought back trainer=%s", name)
+                return
+            await asyncio.sleep(_AGAIN_S)
+            if not await may_begin():
+                return
+
+    def _comes_back(self, trainer_id: str) -> bool:
+        """Whether a trainer's worker is being made, reached or replaced."""
+        found = [one for one in self._trainers.all() if one.id == trainer_id]
+        return any(
+            one.state in (ResourceState.CREATING, ResourceState.RECOVERING)
+            or (one.state is ResourceState.ACTIVE and not self._trainers.pid(one))
+            for one in found
+        )
 
     async def expire(self) -> None:
-        """Begin to stop the workers of what was not used for long enough."""
+        """Begin to stop the workers of what was not used for long enough.
+
+        It is looked at again in its turn: it may have been used while others had theirs.
+        """
         for trainer in self._trainers.all():
             if self._is_idle(trainer) and not self._trainers.busy(trainer.id):
                 self._begin(trainer.name, self._stop_trainer(trainer.id))
         for deployment in self._deployments.all():
             if self._is_idle(deployment):
-                self._begin(deployment.name, self._stop_deployment(deployment.name))
+                still = functools.partial(self._deployment_is_idle, deployment.name)
+                self._begin(deployment.name, self._stop_deployment(deployment.name, still))
 
     def _begin(self, name: str, work: Coroutine[None, None, None]) -> None:
         if name in self._stopping:
@@ -102,14 +124,21 @@ class Cleaner:
             and not services.operations.open_of(record.name)
         )
 
+    def _trainer_is_idle(self, trainer_id: str) -> bool:
+        return self._is_idle(self._trainers.get(trainer_id))
+
+    def _deployment_is_idle(self, name: str) -> bool:
+        return self._is_idle(self._deployments.get(name))
+
     async def _stop_trainer(self, trainer_id: str) -> None:
-        if not await self._trainers.stop(trainer_id):
+        still = functools.partial(self._trainer_is_idle, trainer_id)
+        if not await self._trainers.stop(trainer_id, still):
             # It has to go on: look again when it was idle for as long once more.
             self._services.activity.touch(names.trainer_name(trainer_id))
 
-    async def _stop_deployment(self, name: str) -> None:
+    async def _stop_deployment(self, name: str, still: Callable[[], bool] = lambda: True) -> None:
         try:
-            await self._deployments.scale(name, 0)
+            await self._deployments.scale(name, 0, still)
         except FiretitanError as error:
             if error.reason is not Reason.DEPLOYMENT_NOT_FOUND:
                 raise

@@ -81,6 +81,7 @@ class CommandPipeline:
         """The command that the worker was running when it ended."""
         self._task: asyncio.Task[None] | None = None
         self._refusal: FiretitanError | None = None
+        self._closing = False
         self._pausing = False
         self._admissions: set[asyncio.Task[Operation]] = set()
 
@@ -159,29 +160,11 @@ class CommandPipeline:
             )
 
     def _check_open(self) -> None:
+        if self._closing:
+            raise self._rows.closed()
         if self._refusal is not None:
             raise self._refusal
-        if self.session.state is SessionState.ACTIVE:
-            return
-        if self.session.state is SessionState.RECOVERING:
-            raise FiretitanError(
-                Reason.RECOVERING,
-                f"{self.session.name}: its worker is being reached or replaced; send the command "
-                "again",
-                retry_after_s="0.1",
-            )
-        if self.session.state is SessionState.LOST:
-            raise FiretitanError(
-                Reason.SESSION_LOSS,
-                f"{self.session.name} lost its worker; create {self._trainer} again with the same "
-                "id, open its session and load the last checkpoint",
-                session=self.session.name,
-            )
-        raise FiretitanError(Reason.CLOSED, f"{self.session.name} is closed")
-
-    @property
-    def _trainer(self) -> str:
-        return f"trainers/{self.session.trainer_id}"
+        self._rows.check_open()
 
     # -- running -------------------------------------------------------------------------------
 
@@ -207,6 +190,7 @@ class CommandPipeline:
         if error is not None:
             # Better no more commands than commands out of order.
             self._refusal = internal_error(f"{self.session.name} stopped", error)
+            self._idle.set()  # it can be closed
 
     async def _run(self) -> None:
         while True:
@@ -289,6 +273,7 @@ class CommandPipeline:
             client_id=operation.client_id,
             seq=operation.seq,
         )
+        alive = self._worker.alive
         try:
             return await self._worker.execute(command)
         except FiretitanError as error:
@@ -296,7 +281,7 @@ class CommandPipeline:
                 raise
             # The worker is gone: whoever watches it calls `suspend` or `lose`: that ends this task.
             logger.warning("worker gone session=%s op=%s", self.session.name, operation.id)
-            self._ended_in = operation
+            self._ended_in = operation if alive else None  # then it was not sent
             self._settled.set()
             await asyncio.Event().wait()
             raise
@@ -378,8 +363,13 @@ class CommandPipeline:
         return await self._rows.cancel(operation.id)
 
     async def expire(self) -> None:
-        """Close lanes whose missing command is overdue."""
-        await self._rows.expire()
+        """Close lanes whose missing command is overdue, not for want of what was refused."""
+        try:
+            self._check_open()
+        except FiretitanError:
+            self._rows.wait_anew()
+        else:
+            await self._rows.expire()
 
     async def suspend(self) -> None:
         """The worker is gone and another is wanted: commands wait, new ones answer RECOVERING."""
@@ -437,27 +427,42 @@ class CommandPipeline:
 
     async def reopen(self, worker: Worker) -> None:
         """After a loss, make ready to start at the session's first weights on a new worker."""
+        # A daemon that died in the loss left what the lost weights could be rebuilt from.
+        await self.recovery.drop()
         await worker.open_session(self.session)
         await self._rows.restart()
 
     async def close(self) -> None:
         """Take no more commands, finish the accepted ones, close the session for good."""
-        self._refusal = FiretitanError(Reason.CLOSED, f"{self.session.name} is closed")
-        if self._task is not None:
-            await self._idle.wait()
+        await self._finish()
         await self._stop_task()
-        await self._rows.close(self._refusal)
+        await self._rows.close()
         await self.recovery.drop()
 
-    async def unload(self) -> None:
+    async def _finish(self) -> None:
+        """Take no more commands; returns once those accepted have run, or none can any more."""
+        self._closing = True
+        if self._task is not None and not self._task.done():
+            await self._idle.wait()
+
+    async def unload(self, wait_s: float) -> None:
         """As `close`, and free the session in its worker, which goes on with its others.
 
+        Args:
+            wait_s: For a worker that is being started or replaced.
+
         Raises:
-            FiretitanError: RECOVERING while the worker is being replaced.
+            FiretitanError: RECOVERING where it still is.
         """
+        await self._rows.wait_served(wait_s)
         if self.session.state is SessionState.RECOVERING:
             self._check_open()
         worker = self._worker
+        await self._finish()
+        if self.session.state is SessionState.RECOVERING:
+            # The worker ended: what was accepted runs in the next one before this is asked again.
+            self._closing = False
+            self._check_open()
         await self.close()
         if worker is not None:
             try:
@@ -473,10 +478,10 @@ class CommandPipeline:
     async def pause(self, timeout_s: float) -> None:
         """Let the running command end and start no other; the rest stays in the spool."""
         self._pausing = True  # at once, not after the admissions
-        if self._admissions:
-            await asyncio.wait(self._admissions, timeout=timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
+                if self._admissions:
+                    await asyncio.wait(self._admissions)
                 await self._park()
         except TimeoutError:
             logger.warning("still running at exit session=%s", self.session.name)

@@ -12,7 +12,13 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from firetitan_daemon.control.provisioning import check_etag, log_shape, new_etag, settled
+from firetitan_daemon.control.provisioning import (
+    ForgetCleanup,
+    check_etag,
+    log_shape,
+    new_etag,
+    settled,
+)
 from firetitan_daemon.control.replica_set import ReplicaSet
 from firetitan_daemon.control.services import (
     DISK_RETRY_S,
@@ -37,13 +43,17 @@ from firetitan_daemon.core.records import (
     WorkerKind,
     WorkerSpec,
 )
-from firetitan_daemon.core.worker_ports import Worker
+from firetitan_daemon.core.worker_ports import Worker, hangs
 
 METHOD = "CreateDeployment"
+HOTLOAD = "operation"
+"""In the metadata of a deployment's error: the hotload that failed. The next one clears it."""
 _RESTARTS = 3
 _RESTART_WINDOW_S = 60.0
 _START_PAUSES_S = (0.2, 1.0, 3.0, 0.0)
 """Behind the first sampler that could not be started, the second, ...; the last is given up."""
+_SILENT_PAUSE_S = 0.1
+"""Before a sampler that hangs is asked again."""
 
 Restore = Callable[[Deployment, Worker], Awaitable[None]]
 """Makes a fresh worker serve what its deployment serves."""
@@ -82,10 +92,18 @@ class DeploymentWorkers:
         self._deaths: dict[str, list[float]] = {}
         """When a sampler and those it replaced ended of late, monotonic seconds, by worker id."""
         self._restore_weights: Restore | None = None
+        self._forget_cleanup: ForgetCleanup | None = None
 
-    def connect(self, restore_weights: Restore) -> None:
-        """Say how a fresh worker is made to serve what is served."""
+    def connect(self, restore_weights: Restore, forget_cleanup: ForgetCleanup) -> None:
+        """Say what others do for it.
+
+        Args:
+            restore_weights: How a fresh worker is made to serve what is served.
+            forget_cleanup: How clean-ups of a former deployment are dropped before another gets
+                its name.
+        """
         self._restore_weights = restore_weights
+        self._forget_cleanup = forget_cleanup
 
     def get(self, name: str) -> Deployment:
         """One deployment, by name or id.
@@ -277,17 +295,11 @@ class DeploymentWorkers:
             spec = self._pool.spec(worker_id)
             assert spec is not None, "a deployment's row and its workers' are written together"
             worker, model = await self._pool.start(spec)
-            async with self.weights_lock(deployment_id):
-                if self._restore_weights is not None:
-                    await self._restore_weights(self._deployments[deployment_id], worker)
-                joined = functools.partial(
-                    self.update, deployment_id, revise=functools.partial(_joined, model)
-                )
-                await when_there_is_space(deployment.name, joined)
-                self.replica_set(deployment_id).add(worker)
-                self._watch(deployment_id, worker)
+            await self._let_in(deployment_id, worker, model)
         except FiretitanError as error:
             await self._pool.stop(worker_id)
+            if error.reason is Reason.CLOSED:
+                return  # taken away, stopped or being deleted
             created = deployment.state is not ResourceState.CREATING
             if created and error.reason in (Reason.WORKER_UNAVAILABLE, *DISK_TROUBLE):
                 await self._not_started(deployment_id, worker_id, error)
@@ -299,6 +311,31 @@ class DeploymentWorkers:
             await self._do_without(deployment_id, worker_id, record)
         else:
             log_shape(deployment.name, deployment.shape, model)
+
+    async def _let_in(self, deployment_id: str, worker: Worker, model: ModelInfo) -> None:
+        """Bring a sampler to what is served, then let requests go to it; one that hangs is awaited.
+
+        Raises:
+            FiretitanError: CLOSED where it is not wanted any more.
+        """
+        worker_id = worker.spec.worker_id
+        joined = functools.partial(
+            self.update, deployment_id, revise=functools.partial(_joined, model, worker_id)
+        )
+        while True:
+            try:
+                # Free in between: while it hangs, its deployment may be scaled.
+                async with self.weights_lock(deployment_id):
+                    if self._restore_weights is not None:
+                        await self._restore_weights(self._deployments[deployment_id], worker)
+                    await when_there_is_space(f"deployments/{deployment_id}", joined)
+                    self.replica_set(deployment_id).add(worker)
+                    self._watch(deployment_id, worker)
+                    return
+            except FiretitanError as error:
+                if not hangs(error):
+                    raise
+            await asyncio.sleep(_SILENT_PAUSE_S)
 
     async def _not_started(self, deployment_id: str, worker_id: str, error: FiretitanError) -> None:
         """After a while start another instead; a disk that refuses is waited for."""
@@ -319,7 +356,7 @@ class DeploymentWorkers:
 
         def without(former: Deployment) -> Mapping[str, Any]:
             left = tuple(one for one in former.worker_ids if one != worker_id)
-            if left == former.worker_ids:
+            if not _wants(former, worker_id):
                 return {}  # taken away or stopped meanwhile
             if left:
                 return {"worker_ids": left, "error": error}
@@ -401,6 +438,11 @@ class DeploymentWorkers:
         """At start: go on with a sampler of a former daemon, or start another."""
         spec = self._pool.spec(worker_id)
         worker = await self._pool.adopt(spec) if spec is not None else None
+        deployment = self._deployments.get(deployment_id)
+        if deployment is None or not _wants(deployment, worker_id):
+            # It did not answer when it was to end.
+            await self._pool.stop(worker_id)
+            return
         if worker is not None:
             self._provide(deployment_id, worker_id)
             return
@@ -408,12 +450,21 @@ class DeploymentWorkers:
         await self._ended(deployment_id, worker_id, cause, counts=False)
 
     async def _end_all(self, deployment: Deployment) -> None:
-        """End every sampler of a deployment, those that are let go too; under `_lock`."""
+        """End every sampler of a deployment, those that are let go too; under `_lock`.
+
+        One that cannot be ended is told of once the others have ended.
+        """
+        failed: FiretitanError | None = None
         for spec in self._pool.specs():
             if spec.target == deployment.name:
                 self.replica_set(deployment.id).remove(spec.worker_id)
                 await self._cancel(spec.worker_id)
-                await self._pool.stop(spec.worker_id)
+                try:
+                    await self._pool.stop(spec.worker_id)
+                except FiretitanError as error:
+                    failed = error
+        if failed is not None:
+            raise failed
 
     async def _cancel(self, worker_id: str) -> None:
         self._deaths.pop(worker_id, None)
@@ -428,9 +479,18 @@ class DeploymentWorkers:
             await self._cancel(worker_id)
 
 
-def _joined(model: ModelInfo, former: Deployment) -> Mapping[str, Any]:
-    """A sampler serves: the deployment does, and what failed is put right once none is missing."""
+def _wants(deployment: Deployment, worker_id: str) -> bool:
+    """Whether a sampler still is one of a deployment's, and not to end with it."""
+    ends = deployment.state in (ResourceState.STOPPED, ResourceState.DELETING)
+    return worker_id in deployment.worker_ids and not ends
+
+
+def _joined(model: ModelInfo, worker_id: str, former: Deployment) -> Mapping[str, Any]:
+    """A sampler serves: so does the deployment; what failed is put right, but for a hotload."""
+    if not _wants(former, worker_id):
+        raise FiretitanError(Reason.CLOSED, f"{former.name} has no use for {worker_id} any more")
     changes: dict[str, Any] = {"state": ResourceState.ACTIVE, "model": model}
-    if len(former.worker_ids) >= former.replicas:
+    of_hotload = former.error is not None and HOTLOAD in former.error.metadata
+    if len(former.worker_ids) >= former.replicas and not of_hotload:
         changes["error"] = None
     return changes

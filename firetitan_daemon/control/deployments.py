@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -80,7 +80,7 @@ class DeploymentManager(DeploymentWorkers):
         """
         deployment = self.get(name)
         if deployment.state is ResourceState.STOPPED:
-            deployment = await self._apart(deployment.id, deployment.replicas)
+            deployment = await self._apart(deployment.id, None)
         while not self.replica_set(deployment.id).workers:
             tasks = [self._tasks.get(one) for one in self.get(name).worker_ids]
             begun = [task for task in tasks if task is not None and not task.done()]
@@ -171,6 +171,8 @@ class DeploymentManager(DeploymentWorkers):
                 if existing.state is not ResourceState.FAILED:
                     return await self._join(existing, trainer_id, request, operation)
                 await self._end_all(existing)
+            elif self._forget_cleanup is not None:
+                await self._forget_cleanup(name)
             deployment = Deployment(
                 id=request.deployment_id,
                 base_model=request.base_model,
@@ -253,30 +255,49 @@ class DeploymentManager(DeploymentWorkers):
             if len(deployment.worker_ids) < deployment.replicas:
                 await self._grow(deployment, deployment.replicas)
 
-    async def scale(self, name: str, replicas: int) -> Deployment:
-        """Have so many samplers; 0 stops all of them, the record stays.
+    async def scale(
+        self, name: str, replicas: int, still: Callable[[], bool] = lambda: True
+    ) -> Deployment:
+        """Have so many samplers; 0 stops all of them, whatever they do, the record stays.
 
         One that is taken away ends what it has begun; one that is added answers once it serves
         what the others serve.
+
+        Args:
+            name: Of which.
+            replicas: How many.
+            still: Asked in its turn, before all are stopped: where it says no, they go on.
 
         Raises:
             FiretitanError: DEPLOYMENT_NOT_FOUND, INVALID_ARGUMENT where that is too many.
         """
         deployment = self.get(name)
         check_replicas(replicas, self._services.limits)
-        return await self._apart(deployment.id, replicas)
+        return await self._apart(deployment.id, replicas, still)
 
-    async def _apart(self, deployment_id: str, replicas: int) -> Deployment:
-        return await asyncio.shield(asyncio.create_task(self._scale(deployment_id, replicas)))
+    async def _apart(
+        self, deployment_id: str, replicas: int | None, still: Callable[[], bool] = lambda: True
+    ) -> Deployment:
+        scaling = asyncio.create_task(self._scale(deployment_id, replicas, still))
+        return await asyncio.shield(scaling)
 
-    async def _scale(self, deployment_id: str, replicas: int) -> Deployment:
+    async def _scale(
+        self, deployment_id: str, replicas: int | None, still: Callable[[], bool]
+    ) -> Deployment:
+        """None: as many as it had, where it is stopped by then."""
         async with self._lock(deployment_id):
             deployment = self.get(deployment_id)
             stopped = deployment.state is ResourceState.STOPPED
+            if replicas is None:
+                if not stopped:
+                    return deployment
+                replicas = deployment.replicas
             if deployment.state is ResourceState.DELETING or (stopped and not replicas):
                 return deployment
             if not replicas:
                 async with self.weights_lock(deployment_id):
+                    if not still():
+                        return self.get(deployment_id)
                     # First: a record that cannot be written names no sampler that was ended.
                     rests = await self.update(
                         deployment_id, state=ResourceState.STOPPED, worker_ids=()

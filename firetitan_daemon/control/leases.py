@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from firetitan_daemon.control.operations import draining
 from firetitan_daemon.control.services import Services, internal_error
 from firetitan_daemon.core import names
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -77,6 +78,7 @@ class LeaseManager:
         self._retry_at: dict[str, float] = {}
         self._failures: dict[str, FiretitanError] = {}
         """Why clean-ups that wait failed when they were last tried."""
+        self._closed = False
 
     def restore(self, ledger: Ledger) -> None:
         """Take over a former daemon's leases and clean-ups."""
@@ -176,7 +178,8 @@ class LeaseManager:
             everything: It leaves the rest too, as it said it would.
 
         Raises:
-            FiretitanError: INVALID_ARGUMENT, NAME_INVALID.
+            FiretitanError: INVALID_ARGUMENT, NAME_INVALID; DAEMON_DRAINING where it left and the
+                next daemon has to clean up.
         """
         _check_client(client_id)
         _check_uses(uses)
@@ -186,7 +189,9 @@ class LeaseManager:
         self, client_id: str, uses: Mapping[str, Cleanup], everything: bool
     ) -> list[Outcome]:
         async with self._lock:
+            before = {one.name for one in self._table.due()}
             asked = await self._leave(client_id, uses, everything)
+            freed = {one.name for one in self._table.due()} - before
         if everything:
             await self._release_pins(self.alive)
         outcomes = []
@@ -194,7 +199,8 @@ class LeaseManager:
             outcomes.append(replace(await self._run(name), cleanup=cleanup))
         # What others had asked for, and only this client was in the way of.
         for name in self._begin_due():
-            await self._run(name)
+            if name in freed:
+                await self._run(name)
         return outcomes
 
     async def _leave(
@@ -239,6 +245,8 @@ class LeaseManager:
 
     def _begin_due(self) -> list[str]:
         """Begin the clean-ups that nobody is in the way of; returns what is being cleaned up."""
+        if self._closed:
+            return []
         now = self._now()
         due = [one.name for one in self._table.due() if self._retry_at.get(one.name, now) <= now]
         for name in due:
@@ -255,6 +263,8 @@ class LeaseManager:
         return await asyncio.shield(self._task(name))
 
     def _task(self, name: str) -> asyncio.Task[Outcome]:
+        if self._closed:
+            raise draining()
         task = self._running.get(name)
         if task is None:
             task = self._running[name] = asyncio.create_task(self._clean(name))
@@ -265,12 +275,12 @@ class LeaseManager:
         cleanup = self._table.waiting(name)
         if cleanup is None:
             return Outcome(name, Cleanup.KEEP)
-        users = self.users(name)
+        users, wanted = self.users(name), True
 
         async def may_begin() -> bool:
-            nonlocal users
-            users = await self._last_look(cleanup)
-            return not users
+            nonlocal users, wanted
+            users, wanted = await self._last_look(cleanup)
+            return wanted and not users
 
         try:
             if not users:
@@ -278,6 +288,8 @@ class LeaseManager:
                 await self._clean_up(name, cleanup.cleanup, may_begin)
             if users:
                 return self._deferred(cleanup, users)
+            if not wanted:
+                return await self._clean(name)
             await self._finish(cleanup)
             return Outcome(name, cleanup.cleanup)
         except FiretitanError as error:
@@ -291,20 +303,33 @@ class LeaseManager:
         self._failures[name] = failure
         return Outcome(name, cleanup.cleanup, error=failure)
 
-    async def _last_look(self, cleanup: DeferredCleanup) -> list[str]:
+    async def _last_look(self, cleanup: DeferredCleanup) -> tuple[list[str], bool]:
         """Who began to use it while what was accepted ended; if nobody, nobody can any more.
 
+        And whether it still is what is asked for: under that name there may be another by now.
         Under the lock, so that whoever was told that it holds a lease is among them.
         """
         async with self._lock:
             users = self.users(cleanup.name)
-            if not users and cleanup.cleanup is Cleanup.DELETE:
+            wanted = self._table.waiting(cleanup.name) == cleanup
+            if wanted and not users and cleanup.cleanup is Cleanup.DELETE:
                 self._deleting.add(cleanup.name)
-            return users
+            return users, wanted
 
     def _deferred(self, cleanup: DeferredCleanup, users: Sequence[str]) -> Outcome:
         logger.info("clean-up deferred target=%s used_by=%s", cleanup.name, ", ".join(users))
         return Outcome(cleanup.name, cleanup.cleanup, users)
+
+    async def forget(self, name: str) -> None:
+        """A trainer or deployment is about to be made: no clean-up of a former one is for it.
+
+        Raises:
+            FiretitanError: STATE_DISK_FULL, STATE_NOT_WRITABLE.
+        """
+        cleanup = self._table.waiting(name)
+        if cleanup is not None:
+            logger.info("clean-up dropped, what it was for is gone target=%s", name)
+            await self._finish(cleanup)
 
     async def _finish(self, cleanup: DeferredCleanup) -> None:
         """It was carried out; one that was asked for meanwhile goes on waiting."""
@@ -316,7 +341,8 @@ class LeaseManager:
         self._failures.pop(cleanup.name, None)
 
     async def close(self) -> None:
-        """Stop; clean-ups that run are taken up again at the next start."""
+        """Stop, begin no more; clean-ups that wait are taken up again at the next start."""
+        self._closed = True
         tasks = list(self._running.values())
         for task in tasks:
             task.cancel()

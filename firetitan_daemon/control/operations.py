@@ -214,10 +214,17 @@ class OperationRegistry:
         return operation
 
     async def wait(self, operation_id: str, timeout_s: float) -> Operation:
-        """The operation once it is done, or as it stands when the time is over."""
+        """The operation once it is done, or as it stands when the time is over.
+
+        Raises:
+            FiretitanError: OPERATION_NOT_FOUND; DAEMON_DRAINING where this daemon will not see its
+                end. To answer at once would let whoever waits for it in a loop hold up the rest.
+        """
         operation = await self.get(operation_id)
-        if operation_id not in self._open or self._closed:
+        if operation_id not in self._open:
             return operation
+        if self._closed:
+            raise draining()
         ended = self._ended.setdefault(operation_id, asyncio.Event())
         try:
             async with asyncio.timeout(timeout_s):
@@ -284,3 +291,13 @@ class OperationRegistry:
         moved = self._lane_moved.pop((session, client_id), None)
         if moved is not None:
             moved.set()
+
+
+def draining() -> FiretitanError:
+    """The answer to new work while the daemon ends."""
+    return FiretitanError(
+        Reason.DAEMON_DRAINING,
+        "the daemon takes no new work: it is about to end; what was accepted is kept, send the "
+        "request again when a daemon runs",
+        retry_after_s="0.5",
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import uuid
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 
 from firetitan_daemon.control.services import Services
@@ -28,6 +28,9 @@ from firetitan_daemon.core.records import (
 from firetitan_daemon.core.shapes import DTYPES, as_loaded
 
 logger = logging.getLogger("firetitan.shapes")
+
+ForgetCleanup = Callable[[str], Awaitable[None]]
+"""Drops the clean-up that waits for a name, before a new trainer or deployment gets that name."""
 
 
 def check_request(

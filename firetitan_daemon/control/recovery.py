@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from firetitan_daemon.control.holds import discard
-from firetitan_daemon.control.services import Services
+from firetitan_daemon.control.services import DISK_RETRY_S, Services, when_there_is_space
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
 from firetitan_daemon.core.ports import Change
@@ -315,7 +315,7 @@ class SessionRecovery:
         began = clock.monotonic()
         held = await worker.open_session(session)
         if held.applied_commit_seq:
-            plan = await self._plan(session, held.applied_commit_seq)
+            plan = await self._plan_patiently(session, held.applied_commit_seq)
             if plan.missing:
                 raise _impossible(session, _gone(plan))
         else:
@@ -335,22 +335,41 @@ class SessionRecovery:
 
     async def can_rebuild(self, session: Session) -> bool:
         """Whether a new worker could be brought to where the session is."""
-        for start in (session.origin_commit_seq, *(point.commit_seq for point in self._points)):
+        points = [point.commit_seq for point in self._points_of(session)]
+        # From the origin last: that reads all the session ever did, and seldom leads anywhere.
+        for start in (*reversed(points), session.origin_commit_seq):
             if not (await self._plan(session, start)).missing:
                 return True
         return False
 
+    def _points_of(self, session: Session) -> list[RecoveryPoint]:
+        # A daemon that died in a loss leaves points of the weights that were lost.
+        return [one for one in self._points if one.commit_seq > session.origin_commit_seq]
+
     async def _plan(self, session: Session, after: int) -> Plan:
         return plan_replay(await self.services.store.done_operations(session.name, after), after)
+
+    async def _plan_patiently(self, session: Session, after: int) -> Plan:
+        # A ledger that cannot be read for a while is no loss.
+        return await when_there_is_space(
+            f"the replay of {session.name}", lambda: self._plan(session, after)
+        )
+
+    async def _await_place(self, folder: Path) -> None:
+        # Files of a store that is gone are not damaged, only away; the worker waits for the spool.
+        while not await self.services.folders.there(folder):
+            logger.error("%s is gone, waiting for it session=%s", folder.parent, self.session)
+            await asyncio.sleep(DISK_RETRY_S)
 
     async def _load_start(self, worker: Worker, session: Session) -> Plan:
         """Load the newest point that leads to where the session was, or begin at its origin."""
         why = ""
-        for point in reversed(self._points):
-            plan = await self._plan(session, point.commit_seq)
+        for point in reversed(self._points_of(session)):
+            plan = await self._plan_patiently(session, point.commit_seq)
             if plan.missing:
                 why = why or _gone(plan)
                 continue
+            await self._await_place(Path(point.folder))
             try:
                 await worker.load_point(point)
             except FiretitanError as error:
@@ -360,7 +379,7 @@ class SessionRecovery:
                 why = why or error.message
                 continue
             return plan
-        plan = await self._plan(session, session.origin_commit_seq)
+        plan = await self._plan_patiently(session, session.origin_commit_seq)
         if plan.missing:
             raise _impossible(session, why or _gone(plan))
         return plan
@@ -390,6 +409,8 @@ class SessionRecovery:
             keep_graph=keep_graph,
         )
         what = f"{operation.method} {operation.name} (commit_seq {operation.commit_seq})"
+        if source is not None:
+            await self._await_place(Path(source.folder))
         try:
             outcome = await worker.execute(command)
         except FiretitanError as error:

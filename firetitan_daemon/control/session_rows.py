@@ -9,6 +9,7 @@ never written from a state that another write has just changed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -52,6 +53,10 @@ class SessionRows:
     def __init__(self, session: Session, sequencer: SessionSequencer, services: Services) -> None:
         self._suspended = session.state is SessionState.RECOVERING
         self._stored = replace(session, state=SessionState.ACTIVE) if self._suspended else session
+        self._served = asyncio.Event()
+        """Set unless it waits for a worker."""
+        if not self._suspended:
+            self._served.set()
         self._sequencer = sequencer
         self._services = services
         self._lock = asyncio.Lock()
@@ -70,6 +75,7 @@ class SessionRows:
     def suspend(self) -> None:
         """Its worker is away."""
         self._suspended = True
+        self._served.clear()
 
     def resume(self, begun: str | None) -> None:
         """It has a worker.
@@ -78,11 +84,45 @@ class SessionRows:
             begun: The command that may be in it already.
         """
         self._suspended, self._begun = False, begun
+        self._served.set()
+
+    async def wait_served(self, timeout_s: float) -> None:
+        """Wait for its worker; one that is lost or closed waits for none."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._served.wait()
 
     @property
     def current(self) -> Session:
         """The session's record with the highest commit_seq given out."""
         return replace(self.session, commit_seq=self._sequencer.last_commit_seq)
+
+    def check_open(self) -> None:
+        """Refuse a command where the session's state takes none.
+
+        Raises:
+            FiretitanError: RECOVERING, SESSION_LOSS, CLOSED.
+        """
+        name, trainer = self.session.name, f"trainers/{self.session.trainer_id}"
+        if self.session.state is SessionState.RECOVERING:
+            raise FiretitanError(
+                Reason.RECOVERING,
+                f"{name}: its worker is being reached or replaced; send the command again",
+                retry_after_s="0.1",
+            )
+        if self.session.state is SessionState.LOST:
+            raise FiretitanError(
+                Reason.SESSION_LOSS,
+                f"{name} lost its worker; create {trainer} again with the same id, open its "
+                "session and load the last checkpoint",
+                session=name,
+            )
+        if self.session.state is SessionState.CLOSED:
+            raise self.closed()
+
+    def closed(self) -> FiretitanError:
+        """The answer to commands of a session that is, or is being, closed."""
+        return FiretitanError(Reason.CLOSED, f"{self.session.name} is closed")
 
     def attach(self, client_id: str) -> Lane:
         """The lane of a client.
@@ -108,7 +148,7 @@ class SessionRows:
         """
         client_id, seq = operation.client_id, operation.seq
         if self._sequencer.fails_with_preceding(client_id, seq, operation.seen_failure):
-            failed_seq = self._sequencer.attach(client_id).failed_seq
+            failed_seq = self._sequencer.lane(client_id).failed_seq
             raise FiretitanError(
                 Reason.PRECEDING_FAILED,
                 f"{operation.method} (seq {seq}) was not run: seq {failed_seq} before it "
@@ -286,14 +326,20 @@ class SessionRows:
                     len(failed),
                 )
 
+    def wait_anew(self) -> None:
+        """Give missing commands their whole time again: those that came were refused."""
+        self._sequencer.wait_anew(self._services.clock.monotonic())
+
     async def lose(self, cause: str) -> None:
         """The worker is gone: open operations end LOST, a new epoch begins."""
         async with self._lock:
+            if self._stored.state is not SessionState.ACTIVE:
+                return  # closed meanwhile, or lost before: this is a repeat
             # Those without a commit_seq wait for an earlier one of their lane.
             left = sorted(
                 self.open_operations(), key=lambda one: (not one.commit_seq, one.commit_seq)
             )
-            epoch, lanes = self._sequencer.restart()
+            epoch, lanes = self._sequencer.restarted()
             error = await self._loss(cause, left)
             session = replace(
                 chain.reset(self._stored),
@@ -310,7 +356,9 @@ class SessionRows:
                     durable=True,
                 )
             )
+            self._sequencer.restart()
             self._stored = session
+            self._served.set()
         logger.error("session lost session=%s cause=%s", session.name, cause)
 
     async def _loss(self, cause: str, lost: Iterable[Operation]) -> ErrorRecord:
@@ -362,25 +410,27 @@ class SessionRows:
         """
         async with self._lock:
             if self._stored.state is SessionState.CLOSED:
-                raise FiretitanError(Reason.CLOSED, f"{self._stored.name} is closed")
+                raise self.closed()
             session = replace(self._stored, state=SessionState.ACTIVE, step=0)
             await self._services.operations.write(Change(sessions=[session], durable=True))
             self._stored = session
 
-    async def close(self, error: FiretitanError) -> None:
+    async def close(self) -> None:
         """Closed for good; what is still open ends with an error."""
         async with self._lock:
-            record = error_record(error)
+            record = error_record(self.closed())
             left = [
                 self.ended(one, OperationState.FAILED, record) for one in self.open_operations()
             ]
             # Lanes go on behind what was held: whoever watches one waits for no gap.
-            _, lanes = self._sequencer.restart()
+            _, lanes = self._sequencer.restarted()
             session = replace(self._stored, state=SessionState.CLOSED)
             await self._services.operations.write(
                 Change(operations=left, sessions=[session], lanes=lanes, durable=True)
             )
+            self._sequencer.restart()
             self._stored = session
+            self._served.set()
 
     def ended(
         self, operation: Operation, state: OperationState, error: ErrorRecord | None

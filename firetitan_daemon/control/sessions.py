@@ -29,7 +29,7 @@ from firetitan_daemon.core.texts import check_text
 from firetitan_daemon.core.worker_ports import Worker
 
 _ANSWER_S = 20.0
-"""How long the opening of a session waits for a worker before it says that it does."""
+"""How long who opens or closes a session waits for a worker before it is told that it does."""
 
 
 class SessionManager:
@@ -54,7 +54,7 @@ class SessionManager:
         self._used: Callable[[str], None] = lambda trainer_id: None
 
     def connect(self, used: Callable[[str], None]) -> None:
-        """Say whom to tell that somebody uses a trainer, by its id."""
+        """Say whom to tell that somebody uses a trainer, by its id; may raise why it cannot be."""
         self._used = used
 
     async def restore(self, ledger: Ledger) -> None:
@@ -231,19 +231,24 @@ class SessionManager:
             False where they cannot: commands are open, or what the worker holds could not be
             brought back. They go on then.
         """
-        pipelines = [
-            pipeline
-            for pipeline in self._of_trainer(trainer_id)
-            if pipeline.session.state is not SessionState.LOST
-        ]
-        for pipeline in pipelines:
-            if not await pipeline.recovery.can_rebuild(pipeline.session):
+
+        def held() -> list[tuple[Session, CommandPipeline]]:
+            return [
+                (pipeline.session, pipeline)
+                for pipeline in self._of_trainer(trainer_id)
+                if pipeline.session.state is not SessionState.LOST
+            ]
+
+        asked = held()
+        for session, pipeline in asked:
+            if not await pipeline.recovery.can_rebuild(session):
                 return False
-        if self.busy(trainer_id) or not serves():
+        # Another session or another command than were asked about: it is in use.
+        if self.busy(trainer_id) or not serves() or held() != asked:
             return False
         self._left[trainer_id] += 1
-        for pipeline in pipelines:
-            await pipeline.suspend()
+        # All at once: what one would do while another is suspended would go with the worker.
+        await asyncio.gather(*(pipeline.suspend() for _, pipeline in asked))
         return True
 
     def busy(self, trainer_id: str) -> bool:
@@ -321,7 +326,9 @@ class SessionManager:
                 f"{session.name} trains every parameter of its trainer; delete the trainer instead",
             )
         if session.state is not SessionState.CLOSED:
-            await asyncio.shield(asyncio.create_task(pipeline.unload()))
+            # A stopped trainer is started again: what was accepted runs, and is freed, in a worker.
+            self._used(session.trainer_id)
+            await asyncio.shield(asyncio.create_task(pipeline.unload(_ANSWER_S)))
 
     async def close_trainer(self, trainer_id: str) -> None:
         """Finish what a trainer's sessions accepted and close them; one being opened fails."""

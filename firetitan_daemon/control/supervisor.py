@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable
+import functools
+from collections.abc import Awaitable, Callable
 
 from firetitan_daemon.control.checkpoints import CheckpointManager
 from firetitan_daemon.control.cleanup import Cleaner
 from firetitan_daemon.control.deployments import DeploymentManager
 from firetitan_daemon.control.leases import LeaseManager
 from firetitan_daemon.control.models import ModelRegistry
+from firetitan_daemon.control.operations import draining
 from firetitan_daemon.control.removal import SavedRemover
 from firetitan_daemon.control.retention import Retention
 from firetitan_daemon.control.services import Services, internal_error, logger
@@ -24,8 +26,11 @@ from firetitan_daemon.control.weight_sync import WeightSyncer
 from firetitan_daemon.control.workers import WorkerPool
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Ledger
+from firetitan_daemon.core.records import Deployment, ResourceState, Trainer
 
 _TICK_S = 0.25
+_END_RETRY_S = 5.0
+"""Between tries to end a worker that lives and does not answer."""
 
 
 class Supervisor:
@@ -93,14 +98,43 @@ class Supervisor:
         named = {trainer.worker_id for trainer in ledger.trainers}
         named.update(*(deployment.worker_ids for deployment in ledger.deployments))
         for trainer in ledger.trainers:
-            self._spawn(trainer.name, self._trainers.recover(trainer.id))
+            self._spawn(trainer.name, self._recover(self._trainers, trainer))
         for deployment in ledger.deployments:
-            self._spawn(deployment.name, self._deployments.recover(deployment.id))
+            self._spawn(deployment.name, self._recover(self._deployments, deployment))
         for spec in ledger.workers:
             if spec.worker_id not in named:
-                self._spawn(spec.worker_id, self._pool.stop(spec.worker_id))
+                end = functools.partial(self._pool.stop, spec.worker_id)
+                self._spawn(spec.worker_id, self._until_it_answers(spec.worker_id, end))
         self._spawn("hotloads", self._syncer.resume())
         self._spawn("expiry", self._tick())
+
+    async def _recover(
+        self, manager: TrainerManager | DeploymentManager, record: Trainer | Deployment
+    ) -> None:
+        """Reach the workers of one; end them where a former daemon was deleting it."""
+        if record.state is not ResourceState.DELETING:
+            await manager.recover(record.id)
+            return
+
+        async def delete() -> None:
+            # Somebody may have asked for it again since, and made another under that name.
+            found = {one.id: one.state for one in manager.all()}
+            if found.get(record.id) is ResourceState.DELETING:
+                await manager.recover(record.id)
+
+        await self._until_it_answers(record.name, delete)
+
+    async def _until_it_answers(self, what: str, end: Callable[[], Awaitable[None]]) -> None:
+        """End a worker that nobody needs: tried again while it hangs, as nobody else would."""
+        while True:
+            try:
+                await end()
+                return
+            except FiretitanError as error:
+                if error.reason is not Reason.WORKER_UNAVAILABLE:
+                    raise
+                logger.warning("to be ended once it answers target=%s: %s", what, error)
+            await asyncio.sleep(_END_RETRY_S)
 
     async def _tick(self) -> None:
         while True:
@@ -149,8 +183,8 @@ class Supervisor:
         """Let the running commands end, leave the rest for the next start, keep the workers.
 
         Args:
-            timeout_s: How long to wait for running commands; one that runs on is taken over by
-                the next daemon from its worker.
+            timeout_s: How long to wait in all for what is being stopped and for running commands;
+                one that runs on is taken over by the next daemon from its worker.
         """
         self.refuse_new_work()
         for task in list(self._tasks):
@@ -158,20 +192,12 @@ class Supervisor:
         with contextlib.suppress(ValueError):
             await asyncio.wait(list(self._tasks))
         await self._leases.close()
+        began = self._services.clock.monotonic()
         await self._cleaner.close(timeout_s)
-        await self._sessions.pause(timeout_s)
+        left_s = timeout_s - (self._services.clock.monotonic() - began)
+        await self._sessions.pause(max(0.0, left_s))
         await self._syncer.close()
         await self._trainers.close()
         await self._deployments.close()
         await self._pool.close()
         await self._services.operations.close()
-
-
-def draining() -> FiretitanError:
-    """The answer to new work while the daemon ends."""
-    return FiretitanError(
-        Reason.DAEMON_DRAINING,
-        "the daemon takes no new work: it is about to end; what was accepted is kept, send the "
-        "request again when a daemon runs",
-        retry_after_s="0.5",
-    )

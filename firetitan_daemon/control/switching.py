@@ -21,7 +21,7 @@ from typing import TypeVar
 from firetitan_daemon.control.replica_set import ReplicaSet
 from firetitan_daemon.control.services import Services, logger
 from firetitan_daemon.core import chain, names
-from firetitan_daemon.core.errors import Reason
+from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.failpoints import failpoint
 from firetitan_daemon.core.records import Deployment, HotloadTransition, Snapshot
 from firetitan_daemon.core.worker_ports import PREPARE, SnapshotLayer, Worker, WorkerStatus
@@ -50,10 +50,21 @@ class Switcher:
 
         What clients have pinned is loaded first: every adapter, and in a fresh sampler the latest
         whole model, as two live at most. One that is adopted let go of it because a third came.
+
+        Raises:
+            FiretitanError: WORKER_UNAVAILABLE where another has to take its place.
         """
         found = [await self._services.store.snapshot(one) for one in self._pinned(deployment)]
         pinned = sorted(filter(None, found), key=lambda one: one.create_time)
         status = await worker.describe()
+        if status.active_snapshot and not deployment.active_snapshot:
+            # The first hotload ended with its daemon, and no way leads back to the base model.
+            raise FiretitanError(
+                Reason.WORKER_UNAVAILABLE,
+                f"worker {worker.spec.worker_id} serves {status.active_snapshot}, but "
+                f"{deployment.name} serves the base model; another takes its place",
+                worker=worker.spec.worker_id,
+            )
         whole = [one for one in pinned if not _is_adapter(one) and not status.active_snapshot]
         for snapshot in [*filter(_is_adapter, pinned), *whole[-1:]]:
             if snapshot.name not in status.loaded_snapshots:

@@ -10,11 +10,11 @@ import asyncio
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
-from firetitan_daemon.control.provisioning import log_shape, settled
+from firetitan_daemon.control.provisioning import ForgetCleanup, failure, log_shape, settled
 from firetitan_daemon.control.services import (
     Services,
     error_record,
@@ -43,6 +43,8 @@ _REPLACE_PAUSES_S = (0.0, 0.2, 1.0, 3.0)
 _MAX_RESTARTS, _RESTARTS_WITHIN_S = 5, 60.0
 _WAKE_PAUSE_S = 5.0
 """Between tries to start a stopped trainer that could not be started."""
+_LASTING = (Reason.MODEL_NOT_FOUND, Reason.UNSUPPORTED, Reason.DEVICE_OUT_OF_MEMORY)
+"""What another try to start a trainer is not likely to change: somebody has to see to it."""
 
 logger = logging.getLogger("firetitan.trainers")
 
@@ -66,7 +68,12 @@ class TrainerWorkers:
         """When workers of a trainer were replaced, monotonic seconds, of late."""
         self._wake_after: dict[str, float] = {}
         """When a stopped trainer that could not be started may be tried again."""
-        sessions.connect(self.wake)
+        self._forget_cleanup: ForgetCleanup | None = None
+        sessions.connect(self._use)
+
+    def connect(self, forget_cleanup: ForgetCleanup) -> None:
+        """Say how clean-ups of a former trainer are dropped before another gets its name."""
+        self._forget_cleanup = forget_cleanup
 
     def _lock(self, trainer_id: str) -> asyncio.Lock:
         """Held while a trainer is made, stopped or deleted: one that hangs holds up no other."""
@@ -86,7 +93,10 @@ class TrainerWorkers:
     async def _provision(self, trainer_id: str) -> None:
         trainer = self._trainers[trainer_id]
         spec = self._pool.spec(trainer.worker_id)
-        assert spec is not None, "a trainer's row and its worker's are written together"
+        if spec is None:
+            # It was forgotten, and the daemon died before it wrote down what it failed for.
+            await self._failed(trainer_id, _never_told(trainer))
+            return
         try:
             worker, model = await self._pool.start(spec)
         except FiretitanError as error:
@@ -244,15 +254,19 @@ class TrainerWorkers:
         await self._sessions.resume(trainer_id, worker, exact=model.device == "cpu")
         await self._serves(trainer_id, worker, model)
 
-    async def stop(self, trainer_id: str) -> bool:
+    async def stop(self, trainer_id: str, still: Callable[[], bool] = lambda: True) -> bool:
         """Stop the worker of a trainer that nobody uses; the next use starts it where it was.
+
+        Args:
+            trainer_id: Which.
+            still: Asked in its turn: where it says no, the trainer goes on.
 
         Returns:
             False where it goes on: it is in use after all, or what it holds could not be rebuilt.
         """
-        return await asyncio.shield(asyncio.create_task(self._stop(trainer_id)))
+        return await asyncio.shield(asyncio.create_task(self._stop(trainer_id, still)))
 
-    async def _stop(self, trainer_id: str) -> bool:
+    async def _stop(self, trainer_id: str, still: Callable[[], bool]) -> bool:
         async with self._lock(trainer_id):
             trainer = self._trainers.get(trainer_id)
             if trainer is None or trainer.state is not ResourceState.ACTIVE:
@@ -265,7 +279,10 @@ class TrainerWorkers:
                 # Not where it died meanwhile: another is being put in its place, or was.
                 return self._pool.live(trainer.worker_id) is worker
 
-            if not await self._sessions.rest(trainer_id, serves) or not serves():
+            def may_rest() -> bool:
+                return serves() and still()
+
+            if not await self._sessions.rest(trainer_id, may_rest) or not serves():
                 return False
             # Until the row is written, it is a trainer whose worker ended: that is made good.
             await self._pool.stop(trainer.worker_id)
@@ -283,6 +300,37 @@ class TrainerWorkers:
         now = self._services.clock.monotonic()
         if stopped and trainer_id not in self._tasks and self._wake_after.get(trainer_id, 0) <= now:
             self._begin(trainer_id, self._wake(trainer_id))
+
+    def _use(self, trainer_id: str) -> None:
+        """As `wake`, for who needs it now.
+
+        Raises:
+            FiretitanError: As `_check_starts`.
+        """
+        self.wake(trainer_id)
+        trainer = self._trainers.get(trainer_id)
+        if trainer is not None:
+            self._check_starts(trainer)
+
+    def _check_starts(self, trainer: Trainer) -> None:
+        """Tell why a stopped trainer could not be started, where that was just tried.
+
+        Raises:
+            FiretitanError: MODEL_NOT_FOUND, UNSUPPORTED, DEVICE_OUT_OF_MEMORY; RECOVERING for
+                another reason, with its text.
+        """
+        tried = self._services.clock.monotonic() < self._wake_after.get(trainer.id, 0)
+        if trainer.state is not ResourceState.STOPPED or trainer.error is None or not tried:
+            return
+        error = failure(trainer.error)
+        if error.reason in _LASTING:
+            raise error
+        raise FiretitanError(
+            Reason.RECOVERING,
+            f"{trainer.name} is stopped and could not be started, which is tried again: "
+            f"{error.message}",
+            retry_after_s="0.2",
+        )
 
     async def _wake(self, trainer_id: str) -> None:
         trainer = self._trainers[trainer_id]
@@ -333,3 +381,11 @@ class TrainerWorkers:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+
+def _never_told(trainer: Trainer) -> ErrorRecord:
+    return ErrorRecord(
+        str(Reason.WORKER_UNAVAILABLE),
+        f"{trainer.name}: its worker could not be started, and the daemon ended before it could "
+        "tell why; see the daemon's log, then create the trainer again with the same id",
+    )

@@ -80,7 +80,7 @@ class TrainerManager(TrainerWorkers):
 
         Raises:
             FiretitanError: TRAINER_NOT_FOUND, RECOVERING, RESOURCE_FAILED where its worker is gone
-                for good, or what its creation failed for.
+                for good, or what its creation or its start failed for.
         """
         self.wake(self.get(name).id)
         task = self._tasks.get(self.get(name).id)
@@ -92,9 +92,13 @@ class TrainerManager(TrainerWorkers):
             return trainer, worker
         if trainer.state is ResourceState.FAILED and trainer.error is not None:
             raise failure(trainer.error)
+        self._check_starts(trainer)
+        # As far as its record tells, one whose worker has just ended is active.
+        active = trainer.state is ResourceState.ACTIVE
+        state = ResourceState.RECOVERING if active else trainer.state
         raise FiretitanError(
             Reason.RECOVERING,
-            f"{trainer.name} is {trainer.state}; try again",
+            f"{trainer.name} is {state}; try again",
             retry_after_s="0.2",
         )
 
@@ -143,6 +147,8 @@ class TrainerManager(TrainerWorkers):
                 if existing.state is not ResourceState.FAILED:
                     return await self._join(existing, request.inactivity_s, operation)
                 await self._pool.stop(existing.worker_id)
+            elif self._forget_cleanup is not None:
+                await self._forget_cleanup(name)
             spec = self._pool.new_spec(
                 WorkerKind.TRAINER,
                 name,
@@ -199,6 +205,11 @@ class TrainerManager(TrainerWorkers):
             await self._delete(trainer_id, purge=True)
         elif trainer.state is ResourceState.CREATING:
             self._begin(trainer_id, self._provision(trainer_id))
+        elif trainer.state is ResourceState.STOPPED:
+            creations = self._services.operations.open_of(trainer.name, METHOD)
+            if creations or self._sessions.busy(trainer_id):
+                # Somebody had asked for it when the last daemon ended.
+                self.wake(trainer_id)
         elif trainer.state is ResourceState.RECOVERING:
             spec = self._pool.spec(trainer.worker_id)
             worker = await self._pool.adopt(spec) if spec is not None else None

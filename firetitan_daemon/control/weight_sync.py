@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from firetitan_daemon.control.checkpoints import hold_snapshot
 from firetitan_daemon.control.codec import HotloadArguments
+from firetitan_daemon.control.deployment_workers import HOTLOAD
 from firetitan_daemon.control.deployments import DeploymentManager
 from firetitan_daemon.control.pins import Pin
 from firetitan_daemon.control.provisioning import new_operation, settled
@@ -37,7 +38,7 @@ from firetitan_daemon.core.records import (
     Snapshot,
 )
 from firetitan_daemon.core.texts import check_text
-from firetitan_daemon.core.worker_ports import Worker
+from firetitan_daemon.core.worker_ports import Worker, hangs
 
 METHOD = "HotloadSnapshot"
 _MAX_DEATHS = 2
@@ -157,14 +158,16 @@ class WeightSyncer:
         deaths = 0
         try:
             while True:
+                if self._ended(operation):
+                    return
                 try:
                     arguments = arguments or await self._read(operation)
                     await self._move(operation, arguments)
                     return
                 except FiretitanError as error:
                     # A sampler that ended meanwhile is replaced; then the way begins at a base.
-                    # A spool that is away is put back.
-                    deaths += error.reason is Reason.WORKER_UNAVAILABLE
+                    # One that hangs may go on. A spool that is away is put back.
+                    deaths += error.reason is Reason.WORKER_UNAVAILABLE and not hangs(error)
                     if not self._comes_back(operation.target, error) or deaths > _MAX_DEATHS:
                         raise
                     await asyncio.sleep(0.1)
@@ -172,6 +175,10 @@ class WeightSyncer:
             await self._fail(operation, error_record(error))
         except Exception as error:  # a supervisor: the hotload fails, the daemon goes on
             await self._fail(operation, error_record(internal_error(operation.name, error)))
+
+    def _ended(self, operation: Operation) -> bool:
+        """Whether a hotload's deployment was deleted; another may have its id since."""
+        return self._services.operations.current(operation.id) is None
 
     def _comes_back(self, name: str, error: FiretitanError) -> bool:
         if error.reason is Reason.WORKER_UNAVAILABLE:
@@ -182,6 +189,8 @@ class WeightSyncer:
         snapshot_id = arguments.snapshot
         await self._deployments.ready(operation.target)
         async with self._deployments.weights_lock(names.last_segment(operation.target)):
+            if self._ended(operation):
+                return
             deployment, _ = self._deployments.serving(operation.target)
             await self._switcher.switch(
                 deployment,
@@ -226,6 +235,7 @@ class WeightSyncer:
             # Deleted or down: its record tells of that already.
             await self._services.operations.write(Change(operations=[failed]))
         else:
+            error = replace(error, metadata={**error.metadata, HOTLOAD: operation.name})
             await self._deployments.update(deployment.id, operation=failed, error=error)
 
     async def pin(self, name: str, reference: str, holder: str, release: bool) -> None:

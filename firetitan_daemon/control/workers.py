@@ -183,6 +183,8 @@ class WorkerPool:
             await asyncio.sleep(_ADOPT_RETRY_S)
         self._silent.pop(spec.worker_id, None)
         self._unspoken.pop(spec.worker_id, None)
+        if spec.worker_id not in self._specs:
+            return None  # `stop` ended it meanwhile
         if worker is not None:
             logger.info(
                 "worker adopted worker=%s pid=%d seconds=%.4f",

@@ -214,6 +214,9 @@ ADAPTERS = "adapters"
 class Folders(Protocol):
     """Published checkpoint and snapshot folders."""
 
+    async def there(self, folder: Path) -> bool:
+        """Whether the place of a published folder is there; a folder gone from it is damage."""
+
     def staging(self) -> Path:
         """A new empty folder, on the same file system as the published ones."""
 

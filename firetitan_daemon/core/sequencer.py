@@ -296,23 +296,33 @@ class SessionSequencer:
             if _waits(state) and now - state.waiting_since >= gap_timeout_s
         ]
 
+    def wait_anew(self, now: float) -> None:
+        """Give missing commands their whole time again.
+
+        Args:
+            now: Monotonic seconds.
+        """
+        for state in self._lanes.values():
+            state.waiting_since = now
+
     def break_lane(self, client_id: str) -> None:
         """Close a lane for good; its held commands are forgotten."""
         self._update(client_id, broken=True)
 
-    def restart(self) -> tuple[int, list[Lane]]:
-        """Begin a new epoch after a loss: nothing is held any more, lanes go on behind it.
+    def restarted(self) -> tuple[int, list[Lane]]:
+        """The epoch and the lanes' rows behind `restart`: write them, then call it."""
+        return self.epoch + 1, [
+            replace(state.row, next_seq=max(state.row.next_seq, max(state.held, default=0) + 1))
+            for state in self._lanes.values()
+        ]
 
-        Returns:
-            The new epoch and the lanes' rows, to write.
-        """
+    def restart(self) -> None:
+        """Begin a new epoch after a loss: nothing is held any more, lanes go on behind it."""
         self._version += 1
-        self.epoch += 1
-        for state in self._lanes.values():
-            behind = max(state.held, default=0) + 1
-            state.row = replace(state.row, next_seq=max(state.row.next_seq, behind))
+        self.epoch, lanes = self.restarted()
+        for state, row in zip(self._lanes.values(), lanes, strict=True):
+            state.row = row
             state.held.clear()
-        return self.epoch, list(self.lanes())
 
     def _run(self, state: _LaneState, command: Incoming) -> tuple[list[Commit], int]:
         commits: list[Commit] = []

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from firetitan_daemon.core.errors import FiretitanError
 from firetitan_daemon.core.model_records import ModelInfo
 from firetitan_daemon.core.records import (
     ErrorRecord,
@@ -46,6 +47,15 @@ class WorkerSession:
 
 PREPARE = "prepare"
 """Capability of a sampler: it builds a snapshot without serving it."""
+
+
+SILENT = "silent_s"
+"""In the metadata of a failure: for how long a worker that lives was waited for."""
+
+
+def hangs(error: FiretitanError) -> bool:
+    """Whether a call failed only as a worker did not answer in time; it lives, and may go on."""
+    return SILENT in error.metadata
 
 
 @dataclass(frozen=True)
@@ -144,7 +154,7 @@ class Worker(Protocol):
     """A worker process, seen from the daemon.
 
     Every call raises FiretitanError WORKER_UNAVAILABLE once the process is gone, never sooner:
-    a slow worker is waited for.
+    a slow worker is waited for. Only `describe` has a limit; what it raises then `hangs` tells.
     """
 
     @property
@@ -154,6 +164,10 @@ class Worker(Protocol):
     @property
     def pid(self) -> int:
         """Its process id."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process is there."""
 
     async def describe(self) -> WorkerStatus:
         """Who it is and where it stands; within 5 s or WORKER_UNAVAILABLE."""

@@ -23,6 +23,8 @@ from firetitan_daemon.core.errors import FiretitanError, Reason
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _TAIL_BYTES = 64 * 1024
+KEPT_LOGS = 50
+"""Logs of workers that are gone; each start of a worker has a folder of its own."""
 
 
 class BundleError(Exception):
@@ -171,6 +173,19 @@ class Bundle:
             raise BundleError(f"{path}: {error}") from error
         except OSError as error:
             raise BundleUnreadableError(f"{path}: {error}") from error
+
+
+def sweep_logs(workers: Path) -> None:
+    """Remove the folders of workers that are gone, but for the newest `KEPT_LOGS`.
+
+    Raises:
+        OSError: One cannot be looked at or removed.
+    """
+    logged = [folder for folder in workers.iterdir() if (folder / handshake.LOG).is_file()]
+    gone = [folder for folder in logged if not Bundle(workers, folder.name).locked()]
+    gone.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+    for folder in gone[KEPT_LOGS:]:
+        shutil.rmtree(folder)
 
 
 def check_owned(folder: Path) -> None:

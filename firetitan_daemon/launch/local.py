@@ -25,7 +25,12 @@ from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.records import WorkerSpec
 from firetitan_daemon.disk_errors import cannot_write
 from firetitan_daemon.launch import convert, identity
-from firetitan_daemon.launch.bundle import Bundle, BundleError, BundleUnreadableError
+from firetitan_daemon.launch.bundle import (
+    Bundle,
+    BundleError,
+    BundleUnreadableError,
+    sweep_logs,
+)
 from firetitan_daemon.launch.process import OsProcess, adopt_child
 from firetitan_daemon.launch.remote import RemoteWorker
 
@@ -67,9 +72,10 @@ HUB_TOKENS = frozenset({"HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN"})
 PROXIES = frozenset({"http_proxy", "https_proxy", "no_proxy", "all_proxy"})
 
 _OF_THE_DISK = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT}
 )
-"""Errors that last until someone sees to the disk; others are of the moment, such as no memory."""
+"""Errors that last until someone sees to the disk, or puts a folder that is gone back in its place;
+others are of the moment, such as no memory."""
 
 log = logging.getLogger(__name__)
 
@@ -116,9 +122,11 @@ class LocalLauncher:
     async def _launch(self, spec: WorkerSpec, bundle: Bundle) -> RemoteWorker:
         incarnation = uuid.uuid4().hex
         socket = handshake.socket_path(self._run, spec.worker_id, incarnation)
+        # Never what is above them: where the home is away, another would stand in its place.
         with _writing(self._run):
-            self._run.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._run.mkdir(mode=0o700, exist_ok=True)
         with _writing(self._workers):
+            self._workers.mkdir(mode=0o700, exist_ok=True)
             lock = bundle.lock()
         if lock is None:
             raise FiretitanError(
@@ -225,7 +233,7 @@ class LocalLauncher:
         self._lost.pop(incarnation, None)
 
     async def discard(self, spec: WorkerSpec) -> None:
-        """Remove what is left of a dead worker but its log; a live one is left alone.
+        """Remove what is left of a dead worker but its log, and old logs; a live one is left alone.
 
         Raises:
             FiretitanError: STATE_NOT_WRITABLE, WORKER_UNAVAILABLE; some of it may be left.
@@ -235,6 +243,10 @@ class LocalLauncher:
                 self._discard(spec, Bundle(self._workers, spec.worker_id))
         except (BundleUnreadableError, OSError) as error:
             raise _unavailable(spec, "was not removed", error) from error
+        try:
+            sweep_logs(self._workers)
+        except (FiretitanError, OSError) as error:
+            log.warning("event=logs_left folder=%s cause=%r", self._workers, str(error))
 
     def _discard(self, spec: WorkerSpec, bundle: Bundle) -> None:
         if bundle.locked():

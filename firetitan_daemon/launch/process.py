@@ -102,11 +102,18 @@ class OsProcess:
             if code == -signal.SIGKILL:
                 return "killed by SIGKILL, by hand or by the system for lack of memory"
             if code < 0:
-                return f"killed by {signal.Signals(-code).name}"
+                return f"killed by {_signal_name(-code)}"
             return f"exited with code {code}"
         return (
             self._last_word() or "ended without a word, as after SIGKILL, lack of memory or a crash"
         )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have none
+        return f"signal {number}"
 
 
 def adopt_child(child: subprocess.Popen[bytes]) -> None:

@@ -22,6 +22,7 @@ from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.model_records import ModelInfo
 from firetitan_daemon.core.records import HotloadTransition, RecoveryPoint, Session, WorkerSpec
 from firetitan_daemon.core.worker_ports import (
+    SILENT,
     Command,
     Outcome,
     SnapshotLayer,
@@ -104,6 +105,11 @@ class RemoteWorker:
         """Its process id."""
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether its process is there."""
+        return self._process.alive
+
     async def describe(self) -> WorkerStatus:
         """Who it is and where it stands; within 5 s or WORKER_UNAVAILABLE."""
         return convert.status_from_proto(await self.describe_raw())
@@ -119,6 +125,7 @@ class RemoteWorker:
                 f"worker {self._spec.worker_id} (pid {self.pid}) lives but did not answer within "
                 f"{DESCRIBE_TIMEOUT_S:g} s",
                 worker=self._spec.worker_id,
+                **{SILENT: f"{DESCRIBE_TIMEOUT_S:g}"},
             ) from None
         self._protocol = answer.protocol_version
         return answer
@@ -272,6 +279,10 @@ class RemoteWorker:
                         raise self._gone(await end)
                 finally:
                     answer.cancel()
+                if answer.cancelled():
+                    # Whoever ended it has closed the connection; nobody cancelled the caller.
+                    how = await end if end.done() else "its connection was closed"
+                    raise self._gone(how)
                 try:
                     return answer.result()
                 except grpc.aio.AioRpcError as error:

@@ -83,5 +83,6 @@ class TrainerServicer:
         self, request: trainer_service_pb2.DeleteTrainerRequest
     ) -> trainer_service_pb2.DeleteTrainerResponse:
         """Stops the worker, forgets the trainer."""
+        self._supervisor.check_admitting()  # what it accepted would not be finished any more
         await self._trainers.delete(request.name)
         return trainer_service_pb2.DeleteTrainerResponse()

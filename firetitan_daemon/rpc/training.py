@@ -63,6 +63,7 @@ class TrainingServicer:
         self, request: training_service_pb2.CloseSessionRequest
     ) -> training_service_pb2.CloseSessionResponse:
         """Finishes and frees a session."""
+        self._supervisor.check_admitting()  # what it accepted would not be finished any more
         await self._sessions.close(request.name)
         return training_service_pb2.CloseSessionResponse()
 

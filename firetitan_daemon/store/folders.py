@@ -51,6 +51,10 @@ class FileFolders(Folders):
             durable.make_folder(root / name, 0o700)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="firetitan-folders")
 
+    async def there(self, folder: Path) -> bool:
+        """Whether what a published folder is in is in its place."""
+        return await self._run(folder.parent.is_dir)
+
     def staging(self) -> Path:
         """A new empty folder, on the same file system as the published ones."""
         folder = self._root / STAGING / uuid.uuid4().hex

@@ -64,10 +64,10 @@ async def refusal(launcher: LocalLauncher) -> str:
 async def test_a_worker_is_found_wherever_its_socket_is(
     elsewhere: str, ends: list[Worker], tmp_path: Path
 ) -> None:
-    first = LocalLauncher(tmp_path / "home" / "workers", tmp_path / "home" / "run")
-    worker = await first.launch(TRAINER_SPEC)
-    ends.append(worker)
     home, run = tmp_path / "home", tmp_path / "home" / "run"
+    home.mkdir(mode=0o700)
+    worker = await LocalLauncher(home / "workers", run).launch(TRAINER_SPEC)
+    ends.append(worker)
     told = Path(
         json.loads((home / "workers" / "trainer-1" / handshake.SPEC).read_text())["address"]
     )

@@ -63,6 +63,22 @@ async def test_sigterm_ends_it_cleanly(local: LocalLauncher, tmp_path: Path) -> 
     assert word["code"] == 0 and "SIGTERM" in word["cause"]
 
 
+async def test_a_connection_that_is_closed_ends_calls_and_cancels_no_caller(
+    local: LocalLauncher,
+) -> None:
+    worker = await local.launch(TRAINER_SPEC)
+    with stopped(worker.pid):
+        call = asyncio.create_task(worker.load_model())
+        await asyncio.sleep(0.2)
+        await worker.close()
+        with pytest.raises(FiretitanError) as caught:
+            await asyncio.wait_for(call, 5)
+        assert caught.value.reason is Reason.WORKER_UNAVAILABLE
+    found = await local.adopt(TRAINER_SPEC)
+    assert found is not None
+    await found.shutdown()
+
+
 async def test_death_during_a_call_ends_the_call(
     local: LocalLauncher, write: CommandWriter, ends: list[Worker]
 ) -> None:

@@ -17,6 +17,8 @@ import grpc
 import pytest
 from click.testing import CliRunner
 from firetitan.v1 import system_service_pb2
+from firetitan.v1.trainer_service_pb2 import DeleteTrainerRequest
+from firetitan.v1.training_service_pb2 import CloseSessionRequest
 from support.daemon import DaemonProcess
 from support.history_client import message_of
 from support.stubs import LaneClient, Stubs, reason
@@ -42,7 +44,7 @@ def test_sigterm(tmp_path: Path, grace_s: str, signals: int) -> None:
             sent += [lane.forward_backward(), lane.optim_step()]
         stubs.done(sent[0])
         refused: list[str] = []
-        asking = threading.Thread(target=lambda: refused.append(until_refused(late)))
+        asking = threading.Thread(target=lambda: refused.extend(refusals(stubs, late)))
         assert daemon.process is not None
         asking.start()
         for _ in range(signals):
@@ -51,7 +53,7 @@ def test_sigterm(tmp_path: Path, grace_s: str, signals: int) -> None:
         # With little grace the step that runs is left with the trainer.
         assert daemon.wait_exit(60) == 0
         asking.join(60)
-        assert refused == ["DAEMON_DRAINING"]
+        assert refused == ["DAEMON_DRAINING"] * 3
         pids = daemon.worker_pids()
         daemon.start()
         assert daemon.worker_pids() == pids
@@ -158,6 +160,19 @@ def test_a_service_manager_that_does_not_listen_keeps_nobody(tmp_path: Path) -> 
         assert daemon.log.count("the service manager was not told") == 2
     finally:
         daemon.stop()
+
+
+def refusals(stubs: Stubs, lane: LaneClient) -> list[str]:
+    """What a daemon that ends says to a command, and to what would end those that wait."""
+    found = [until_refused(lane)]
+    for ending in (
+        lambda: stubs.training.CloseSession(CloseSessionRequest(name=lane.session)),
+        lambda: stubs.trainers.DeleteTrainer(DeleteTrainerRequest(name="trainers/t")),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            ending()
+        found.append(reason(caught.value))
+    return found
 
 
 def until_refused(lane: LaneClient) -> str:

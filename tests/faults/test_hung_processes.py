@@ -66,7 +66,8 @@ def test_a_trainer_that_hangs_is_shown_and_goes_on(daemon: DaemonProcess, daemon
     stubs.channel.close()
 
 
-def test_a_hotload_waits_for_a_sampler_that_hangs(daemon: DaemonProcess) -> None:
+@pytest.mark.parametrize("longer_s", [0.0, pytest.param(20.0, marks=pytest.mark.slow)])
+def test_a_hotload_waits_for_a_sampler_that_hangs(daemon: DaemonProcess, longer_s: float) -> None:
     stubs = Stubs(daemon.address)
     stubs.create_trainer()
     stubs.create_deployment()
@@ -85,6 +86,7 @@ def test_a_hotload_waits_for_a_sampler_that_hangs(daemon: DaemonProcess) -> None
         until(stubs, "sampler", "unresponsive")
         # Training, and whatever else the daemon does, goes on.
         lane.step()
+        time.sleep(longer_s)
         ask = operation_service_pb2.WaitOperationRequest(name=loading.name)
         ask.timeout.FromMilliseconds(500)
         assert not stubs.operations.WaitOperation(ask).operation.done

@@ -13,7 +13,7 @@ from firetitan.v1 import deployment_pb2, deployment_service_pb2
 from support.daemon import DaemonProcess
 from support.replicas import ACTIVE, begin, deployment, request, scale, snapshots, until_ready
 from support.stopping import stopped
-from support.stubs import LaneClient, Stubs
+from support.stubs import LaneClient, Stubs, status_reason
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -127,6 +127,30 @@ def test_the_next_daemon_finishes_a_hotload_in_all_of_them(home: DaemonProcess, 
     assert until_ready(stubs, 2) == pids
     (answer,) = of_each(stubs, 2)
     assert answer.startswith(second.encode())
+    stubs.channel.close()
+
+
+def test_where_a_first_hotload_cannot_be_finished_all_serve_the_base_model(
+    home: DaemonProcess,
+) -> None:
+    stubs = serve(home, 2)
+    (snapshot,) = trained(stubs, 1)
+    home.kill()
+    home.start({"FIRETITAN_FAILPOINTS": "hotload.switched=kill"})
+    until_ready(stubs, 2)
+    # It may die before it has answered; a future that nobody holds is cancelled.
+    call = stubs.deployments.HotloadSnapshot.future(hotload_request(snapshot))
+    home.wait_exit()
+    call.exception()
+    for payload in (home.home / "spool").rglob("*"):
+        if payload.is_file():
+            payload.unlink()
+    home.start({"FIRETITAN_FAILPOINTS": ""})
+    again = stubs.retry(stubs.deployments.HotloadSnapshot, hotload_request(snapshot)).operation
+    assert status_reason(stubs.wait(again.name).error) == "CHECKSUM_MISMATCH"
+    until_ready(stubs, 2)
+    (answer,) = of_each(stubs, 2)
+    assert answer.startswith(b": "), "it is of the snapshot"
     stubs.channel.close()
 
 

@@ -104,6 +104,29 @@ def test_a_home_that_is_moved_away_and_back(world: World) -> None:
     world.check_done(sent)
 
 
+@pytest.mark.parametrize("dies", ["sampler", "trainer"])
+def test_a_worker_that_dies_while_the_home_is_away_is_replaced_behind_it(
+    world: World, dies: str
+) -> None:
+    world.start()
+    sent = world.send()
+    (dead,) = world.daemon.worker_pids(dies)
+    home = world.daemon.home
+    away = home.with_name("away")
+    home.rename(away)
+    try:
+        os.kill(dead, signal.SIGKILL)
+        log = away / "test-daemon.log"
+        until(lambda: log.read_text().count("cannot write to") > 3)
+        assert not home.exists()  # nothing stands in its place
+    finally:
+        away.rename(home)
+    world.check_done(sent)
+    until(lambda: len(world.daemon.worker_pids()) == 2)
+    assert world.stubs.sample().sequences == world.before
+    assert dead not in world.daemon.worker_pids()
+
+
 @needs_root
 @pytest.mark.parametrize("folder", ["spool", "store"])
 def test_a_folder_that_is_read_only_for_a_while(world: World, tmp_path: Path, folder: str) -> None:

@@ -56,10 +56,11 @@ class Managers:
         self.trainers = TrainerManager(services, self.pool, self.sessions)
         self.deployments = DeploymentManager(services, self.pool)
         self.syncer = WeightSyncer(services, self.deployments)
-        self.deployments.connect(self.syncer.restore)
         self.remover = SavedRemover(services, self.checkpoints, self.sessions, self.deployments)
         cleaner = Cleaner(services, self.sessions, self.trainers, self.deployments)
         self.leases = LeaseManager(services, 60.0, cleaner.clean_up, self.syncer.release_pins)
+        self.trainers.connect(self.leases.forget)
+        self.deployments.connect(self.syncer.restore, self.leases.forget)
         self.supervisor = Supervisor(
             services,
             self.pool,

@@ -7,7 +7,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from support.commands import SESSION, TRAINER_SPEC
 from support.managers import Managers
+from support.pipeline import Bench
+
+from firetitan_daemon.launch.in_process import InProcessLauncher
 
 
 @pytest.fixture
@@ -19,3 +23,18 @@ async def managers(tmp_path: Path) -> AsyncIterator[Managers]:
         await managers.supervisor.stop(1.0)
         for spec in managers.pool.specs():
             await managers.pool.stop(spec.worker_id)
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    # Sockets need a short path.
+    with tempfile.TemporaryDirectory() as run:
+        launcher = InProcessLauncher(Path(run))
+        worker = await launcher.launch(TRAINER_SPEC)
+        await worker.load_model()
+        await worker.open_session(SESSION)
+        bench = Bench(tmp_path, worker, launcher)
+        bench.pipeline.start(worker)
+        yield bench
+        await bench.pipeline.pause(5)
+        await worker.shutdown()

@@ -104,6 +104,26 @@ async def test_a_dead_worker_does_not_start_a_deployment_that_was_stopped(
     assert managers.deployments.get("d").state is ResourceState.STOPPED
 
 
+async def test_who_uses_a_deployment_while_it_is_scaled_changes_no_number(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await managers.deployment()
+    await managers.deployments.scale("d", 0)
+    starts = HeldWrites(
+        managers.store,
+        monkeypatch,
+        lambda change: any(one.state is ResourceState.RECOVERING for one in change.deployments),
+    )
+    scaling = asyncio.create_task(managers.deployments.scale("d", 3))
+    await starts.begun.wait()
+    using = asyncio.create_task(managers.deployments.ready("d"))
+    await asyncio.sleep(0.02)
+    starts.going.set()
+    await asyncio.gather(scaling, using)
+    deployment = managers.deployments.get("d")
+    assert (deployment.replicas, len(deployment.worker_ids)) == (3, 3)
+
+
 @pytest.mark.parametrize("inactivity_s", [None, 60.0])
 async def test_who_asks_for_a_deployment_while_its_row_is_written_is_answered(
     managers: Managers, monkeypatch: pytest.MonkeyPatch, inactivity_s: float | None

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from support.held_writes import HeldWrites
-from support.managers import Managers, forward_backward, until
+from support.managers import TOY, Managers, forward_backward, until
 from support.services import TurnedClock, services_in
 
+from firetitan_daemon.control.deployment_requests import DeploymentRequest
 from firetitan_daemon.control.leases import LeaseManager, MayBegin
 from firetitan_daemon.control.session_settings import Wanted
 from firetitan_daemon.core.errors import FiretitanError, Reason
@@ -186,6 +187,85 @@ async def test_what_is_asked_for_while_a_clean_up_ends_is_not_forgotten(tmp_path
     await first
     (row,) = (await services.store.load()).cleanups
     assert row.cleanup is Cleanup.DELETE and leases.cleanups() == [row]
+
+
+async def test_who_leaves_waits_for_no_clean_up_that_ran_without_it(tmp_path: Path) -> None:
+    deletion = Deletion()
+    deletion.ends.clear()
+    leases = LeaseManager(services_in(tmp_path), 60.0, deletion.clean_up, keep_pins)
+    await leases.hold("b", "b", {DEPLOYMENT: Cleanup.KEEP}, None)
+    first = asyncio.create_task(leases.release("a", {TRAINER: Cleanup.DELETE}, everything=True))
+    await deletion.asked.wait()
+    async with asyncio.timeout(1):
+        assert await leases.release("b", {}, everything=True) == []
+    assert not first.done()
+    deletion.ends.set()
+    await first
+
+
+async def test_who_leaves_waits_for_what_only_it_was_in_the_way_of(tmp_path: Path) -> None:
+    deletion = Deletion()
+    deletion.ends.clear()
+    leases = LeaseManager(services_in(tmp_path), 60.0, deletion.clean_up, keep_pins)
+    await leases.hold("b", "b", {TRAINER: Cleanup.KEEP}, None)
+    await leases.release("a", {TRAINER: Cleanup.DELETE}, everything=True)
+    leaving = asyncio.create_task(leases.release("b", {}, everything=True))
+    await deletion.asked.wait()
+    await asyncio.sleep(0.05)
+    assert not leaving.done()
+    deletion.ends.set()
+    assert await leaving == [] and not leases.cleanups()
+
+
+async def test_a_clean_up_of_a_trainer_that_is_gone_is_not_for_the_next_of_its_name(
+    managers: Managers,
+) -> None:
+    leases = managers.leases
+    await managers.trainer()
+    await leases.hold("a", "a", {TRAINER: Cleanup.DELETE}, None)
+    await leases.hold("b", "b", {TRAINER: Cleanup.KEEP}, None)
+    (deferred,) = await leases.release("a", {TRAINER: Cleanup.DELETE}, everything=True)
+    assert deferred.used_by == ["b"]
+    await managers.trainers.delete("t")
+    await managers.trainer("make-another")
+    assert not leases.cleanups() and not (await managers.store.load()).cleanups
+    await leases.release("b", {}, everything=True)
+    await leases.expire()
+    await asyncio.sleep(0.05)
+    assert managers.trainers.get("t").state is ResourceState.ACTIVE
+
+
+async def test_a_clean_up_of_a_deployment_that_is_gone_is_not_for_the_next_of_its_name(
+    managers: Managers,
+) -> None:
+    leases = managers.leases
+    await managers.deployment()
+    await leases.hold("b", "b", {DEPLOYMENT: Cleanup.KEEP}, None)
+    await leases.release("a", {DEPLOYMENT: Cleanup.DELETE}, everything=True)
+    await managers.deployments.delete("d")
+    another = DeploymentRequest("d", TOY, 0, "", "auto", None, "make-another", "digest")
+    assert (await managers.done(await managers.deployments.create(another))).error is None
+    await leases.release("b", {}, everything=True)
+    await leases.expire()
+    await asyncio.sleep(0.05)
+    assert managers.deployments.get("d").state is ResourceState.ACTIVE
+    assert not leases.cleanups() and not (await managers.store.load()).cleanups
+
+
+async def test_a_clean_up_that_waits_for_commands_leaves_the_next_of_that_name(
+    tmp_path: Path,
+) -> None:
+    deletion = Deletion()
+    deletion.asks.clear()
+    leases = LeaseManager(services_in(tmp_path), 60.0, deletion.clean_up, keep_pins)
+    leaving = asyncio.create_task(leases.release("a", {TRAINER: Cleanup.DELETE}, everything=True))
+    await deletion.reached.wait()
+    await leases.forget(TRAINER)
+    await leases.hold("c", "c", {TRAINER: Cleanup.KEEP}, None)
+    await leases.release("c", {TRAINER: Cleanup.KEEP}, everything=True)
+    deletion.asks.set()
+    (outcome,) = await leaving
+    assert deletion.began == [False] and (outcome.used_by, outcome.error) == ((), None)
 
 
 async def test_leases_have_a_limit_and_those_there_are_go_on(

@@ -49,6 +49,22 @@ def registry(spool: FileSpool) -> OperationRegistry:
     return OperationRegistry(MemoryStore(), spool, limits, TurnedClock())
 
 
+async def test_once_it_is_closed_nobody_waits_for_what_it_will_not_see_end(
+    registry: OperationRegistry,
+) -> None:
+    first, second = operation(1), operation(2)
+    await registry.write(Change(operations=[first, second]))
+    await registry.write(Change(operations=[done(second)]))
+    waiting = asyncio.ensure_future(registry.wait(first.id, 10))
+    await asyncio.sleep(0.01)
+    await registry.close()
+    assert await waiting == first
+    assert (await registry.wait(second.id, 10)).done
+    with pytest.raises(FiretitanError) as caught:
+        await registry.wait(first.id, 10)
+    assert caught.value.reason is Reason.DAEMON_DRAINING
+
+
 async def test_a_watch_keeps_the_order_of_seq(registry: OperationRegistry) -> None:
     first, second, third = operation(1), operation(2), operation(3)
     await registry.write(Change(operations=[first, second, third]))

@@ -5,15 +5,22 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from support.managers import Managers, forward_backward
+from support.managers import TOY, Managers, command, forward_backward, until
+from support.stubs import optim_request
 
+from firetitan_daemon.control.commands import CommandPipeline
 from firetitan_daemon.control.session_settings import Wanted
+from firetitan_daemon.control.trainer_requests import TrainerRequest
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Change
 from firetitan_daemon.core.records import (
     OperationState,
+    ResourceState,
     Session,
+    SessionState,
+    Trainer,
 )
+from firetitan_daemon.core.worker_ports import Worker
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -136,3 +143,110 @@ async def test_a_cancellation_happens_even_if_its_caller_goes_away(managers: Man
     await managers.done(first)
     assert (await managers.done(held)).state is OperationState.CANCELLED
     assert pipeline.attach("a").next_seq == 3
+
+
+async def adapter_session(managers: Managers) -> tuple[Session, Worker]:
+    """One that can be closed while its trainer goes on."""
+    request = TrainerRequest("t", TOY, 8, 0, "auto", "make-t", "digest")
+    await managers.done(await managers.trainers.create(request))
+    trainer, worker = await managers.trainers.ready("t")
+    session, _ = await managers.sessions.create(trainer, worker, Wanted(), "s")
+    return session, worker
+
+
+async def test_a_session_of_a_trainer_that_was_stopped_can_be_closed(managers: Managers) -> None:
+    session, _ = await adapter_session(managers)
+    assert await managers.trainers.stop("t")
+    async with asyncio.timeout(10):
+        await managers.sessions.close(session.name)
+    assert managers.sessions.get(session.name).state is SessionState.CLOSED
+    _, worker = await managers.trainers.ready("t")
+    assert not (await worker.describe()).sessions
+
+
+async def test_closing_a_session_says_that_its_worker_is_being_replaced(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firetitan_daemon.control.sessions._ANSWER_S", 0.05)
+    session, worker = await adapter_session(managers)
+    await managers.sessions.suspend("t")
+    with pytest.raises(FiretitanError) as caught:
+        await managers.sessions.close(session.name)
+    assert caught.value.reason is Reason.RECOVERING
+    await managers.sessions.resume("t", worker, exact=True)
+    await managers.sessions.close(session.name)
+
+
+async def test_a_full_disk_at_a_loss_does_not_make_it_several(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where the loss cannot be written nor where what was kept cannot be dropped."""
+    monkeypatch.setattr("firetitan_daemon.control.services.DISK_RETRY_S", 0.02)
+    trainer, worker = await managers.trainer()
+    session, _ = await managers.sessions.create(trainer, worker, Wanted(), "s")
+    write, refused = managers.store.write, [0, 0]
+
+    async def full(change: Change) -> None:
+        for kind, matters in enumerate((change.sessions, change.released_payloads)):
+            if matters and refused[kind] < 2:
+                refused[kind] += 1
+                raise FiretitanError(Reason.STATE_DISK_FULL, "the disk is full")
+        await write(change)
+
+    monkeypatch.setattr(managers.store, "write", full)
+    await managers.sessions.lose("t", "signal 9")
+    assert refused == [2, 2]
+    assert managers.sessions.get(session.name).epoch == 2
+
+
+async def dies() -> None:
+    """What a daemon that is killed has done of a step: nothing."""
+
+
+async def lost_with_point(
+    managers: Managers, patch: pytest.MonkeyPatch
+) -> tuple[Trainer, Worker, CommandPipeline]:
+    """A session whose daemon died in its loss: what its weights were rebuilt from is there.
+
+    Its trainer was made again.
+    """
+    trainer, worker = await managers.trainer()
+    session, _ = await managers.sessions.create(trainer, worker, Wanted(), "s")
+    pipeline = managers.sessions._pipelines[session.name]
+    pipeline.recovery._policy.want()
+    await managers.sessions.submit(*forward_backward(session, seq=1))
+    await managers.sessions.submit(*command(session, optim_request(), seq=2))
+    await until(lambda: pipeline.recovery.stats.points == 1)
+    with patch.context() as dying:
+        dying.setattr("firetitan_daemon.control.trainer_workers._MAX_RESTARTS", 0)
+        dying.setattr(pipeline.recovery, "drop", dies)
+        worker._process.kill()
+        await until(lambda: managers.trainers.get("t").state is ResourceState.FAILED)
+    assert pipeline.recovery._points and pipeline.recovery._kept
+    return *await managers.trainer("again"), pipeline
+
+
+async def test_what_a_daemon_that_died_in_a_loss_kept_goes_as_the_session_is_reopened(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, worker, _ = await lost_with_point(managers, monkeypatch)
+    await managers.sessions.create(trainer, worker, Wanted(), "again")
+    ledger = await managers.store.load()
+    assert not ledger.recovery_points and not ledger.kept_operations
+
+
+async def test_a_point_of_lost_weights_is_not_loaded(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that knew no better reopened the session beside it."""
+    trainer, worker, pipeline = await lost_with_point(managers, monkeypatch)
+    monkeypatch.setattr(pipeline.recovery, "drop", dies)
+    session, _ = await managers.sessions.create(trainer, worker, Wanted(), "again")
+    first = await managers.sessions.submit(*forward_backward(session, seq=3))
+    assert (await managers.done(first)).state is OperationState.DONE
+    assert pipeline.recovery._points
+    assert await managers.trainers.stop("t")
+    await managers.trainers.ready("t")
+    second = await managers.sessions.submit(*forward_backward(session, seq=4))
+    assert (await managers.done(second)).state is OperationState.DONE
+    assert managers.sessions.get(session.name).epoch == 2

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from support.commands import SESSION
@@ -16,7 +17,7 @@ from firetitan_daemon.control.switching import Switch, Switcher
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Change
 from firetitan_daemon.core.records import Deployment, ResourceState, Snapshot
-from firetitan_daemon.core.worker_ports import PREPARE, SnapshotLayer, WorkerStatus
+from firetitan_daemon.core.worker_ports import PREPARE, SnapshotLayer, Worker, WorkerStatus
 from firetitan_daemon.store.memory import MemoryStore
 
 pytestmark = pytest.mark.timeout(30)
@@ -135,6 +136,18 @@ async def test_no_request_begins_while_some_have_switched_and_others_have_not() 
     slow.hold.set()
     await switch
     assert await asked == {NEW}
+
+
+async def test_one_that_switched_though_the_base_model_is_served_is_not_taken_over() -> None:
+    """As the first hotload of several leaves some of them where its daemon dies."""
+    switched, not_yet = Sampler("a"), Sampler("b")
+    not_yet.active = ""
+    switcher, _ = await switching()
+    base = replace(DEPLOYMENT, active_snapshot="")
+    with pytest.raises(FiretitanError, match="another takes its place") as caught:
+        await switcher.restore(base, cast(Worker, switched))
+    assert caught.value.reason is Reason.WORKER_UNAVAILABLE
+    await switcher.restore(base, cast(Worker, not_yet))
 
 
 async def test_a_sampler_of_the_release_before_switches_first() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from firetitan.v1 import deployment_service_pb2
-from support.managers import TOY, Managers
+from support.managers import TOY, Managers, until
 
 from firetitan_daemon.control.deployment_requests import DeploymentRequest
 from firetitan_daemon.control.provisioning import new_operation
@@ -82,6 +82,47 @@ async def test_a_hotload_whose_payload_is_damaged_fails_and_the_others_go_on(
         assert (await managers.done(operation)).error is None
     assert sorted(switched) == [("d", NEW), ("e", NEW)]
     assert managers.deployments.get("d").active_snapshot == NEW
+
+
+async def test_a_hotload_of_a_deleted_deployment_is_none_of_the_next_of_its_name(
+    managers: Managers, switched: list[tuple[str, str]]
+) -> None:
+    await managers.deployment()
+    await managers.snapshots(NEW)
+    await managers.deployments.update("d", state=ResourceState.RECOVERING)
+    operation = await managers.hotload(NEW)
+    await asyncio.sleep(0.05)
+    await managers.deployments.delete("d")
+    request = DeploymentRequest("d", TOY, 0, "", "auto", None, "make-another", "digest")
+    await managers.done(await managers.deployments.create(request))
+    await asyncio.sleep(0.3)
+    assert switched == [] and managers.deployments.get("d").active_snapshot == ""
+    ended = await managers.done(operation)
+    assert ended.error is not None and ended.error.reason == Reason.CLOSED
+
+
+async def test_why_a_hotload_failed_outlives_the_sampler(
+    managers: Managers, switched: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await managers.deployment()
+    await managers.snapshots(OLD, NEW)
+    (worker,) = managers.deployments.replica_set("d").workers
+
+    async def damaged(*_: object) -> None:
+        raise FiretitanError(Reason.CHECKSUM_MISMATCH, "weights: damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(managers.syncer._switcher, "switch", damaged)
+        operation = await managers.done(await managers.hotload(OLD))
+    assert operation.error is not None and operation.error.reason == Reason.CHECKSUM_MISMATCH
+    worker._process.kill()
+    replicas = managers.deployments.replica_set("d")
+    await until(lambda: replicas.workers not in ([], [worker]))
+    error = managers.deployments.get("d").error
+    assert error is not None and error.reason == Reason.CHECKSUM_MISMATCH
+    assert error.metadata["operation"] == operation.name
+    await managers.done(await managers.hotload(NEW))
+    assert managers.deployments.get("d").error is None
 
 
 async def test_a_hotload_waits_for_a_spool_that_is_away(

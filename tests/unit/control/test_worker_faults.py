@@ -11,12 +11,16 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
-from support.managers import TOY, Managers, forward_backward
+from firetitan.v1 import checkpoint_service_pb2
+from support.managers import TOY, Managers, command, forward_backward
+from support.stubs import optim_request
 
 from firetitan_daemon import durable
 from firetitan_daemon.control.deployment_requests import DeploymentRequest
+from firetitan_daemon.control.recovery import SessionRecovery
 from firetitan_daemon.control.session_settings import Wanted
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.ports import Change
@@ -115,6 +119,74 @@ async def until(holds: Callable[[], bool]) -> None:
 
 def kill(worker: Worker) -> None:
     worker._process.kill()
+
+
+def gone_on(managers: Managers, session: Session, former: Worker) -> bool:
+    """Whether a session goes on in another worker."""
+    active = managers.sessions.get(session.name).state is SessionState.ACTIVE
+    return active and managers.trainers.get("t").worker_id != former.spec.worker_id
+
+
+async def test_a_ledger_that_cannot_be_read_for_a_while_delays_a_replay(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, worker = await session_of(managers)
+    read, refused = managers.store.done_operations, 0
+
+    async def broken(name: str, after: int) -> Any:
+        nonlocal refused
+        refused += 1
+        if refused < 3:
+            raise FiretitanError(Reason.STATE_NOT_WRITABLE, "disk I/O error")
+        return await read(name, after)
+
+    monkeypatch.setattr(managers.store, "done_operations", broken)
+    kill(worker)
+    await until(lambda: gone_on(managers, session, worker))
+    assert refused == 3
+    await done(managers, session, seq=2)
+
+
+async def test_recovery_points_that_are_away_for_a_while_are_not_called_damaged(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(f"{_WORKERS}.recovery.DISK_RETRY_S", 0.02)
+    session, worker = await session_of(managers)
+    recovery = managers.sessions._pipelines[session.name].recovery
+    for seq in (2, 4):  # behind two of them there is no way from the origin any more
+        recovery._policy.want()
+        step = await managers.sessions.submit(*command(session, optim_request(), seq=seq))
+        assert (await managers.done(step)).state is OperationState.DONE
+        await done(managers, session, seq=seq + 1)
+        await until(lambda points=seq // 2: recovery.stats.points == points)
+    points = managers.services.folders._root / "points"
+    points.rename(points.with_name("away"))
+    kill(worker)
+    await until(lambda: "points is gone, waiting for it" in caplog.text)
+    points.with_name("away").rename(points)
+    await until(lambda: gone_on(managers, session, worker))
+    assert recovery.stats.replayed == 1
+    await done(managers, session, seq=6)
+
+
+async def test_a_checkpoint_that_is_away_for_a_while_delays_the_replay_of_its_load(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(f"{_WORKERS}.recovery.DISK_RETRY_S", 0.02)
+    monkeypatch.setattr(SessionRecovery, "make_point", AsyncMock())
+    session, worker = await session_of(managers)
+    save = checkpoint_service_pb2.SaveStateRequest(checkpoint_id="c")
+    load = checkpoint_service_pb2.LoadStateRequest(checkpoint="c", with_optimizer=True)
+    for seq, message in ((2, save), (3, load)):
+        sent = await managers.sessions.submit(*command(session, message, seq=seq))
+        assert (await managers.done(sent)).state is OperationState.DONE
+    checkpoints = managers.services.folders._root / "checkpoints"
+    checkpoints.rename(checkpoints.with_name("away"))
+    kill(worker)
+    await until(lambda: "checkpoints is gone, waiting for it" in caplog.text)
+    checkpoints.with_name("away").rename(checkpoints)
+    await until(lambda: gone_on(managers, session, worker))
+    await done(managers, session, seq=4)
 
 
 def served_by_another(managers: Managers, former: Worker) -> bool:

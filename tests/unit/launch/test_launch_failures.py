@@ -86,6 +86,19 @@ async def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None
     assert str(tmp_path / "workers") not in caught.value.message
 
 
+@pytest.mark.parametrize("away", ["workers", "run"])
+async def test_a_home_that_is_away_is_waited_for_and_not_made_anew(
+    tmp_path: Path, away: str
+) -> None:
+    home, there = tmp_path / "home", tmp_path / "there"
+    there.mkdir(mode=0o700)
+    places = {"workers": there / "workers", "run": there / "run", away: home / away}
+    with pytest.raises(FiretitanError) as caught:
+        await LocalLauncher(places["workers"], places["run"]).launch(TRAINER_SPEC)
+    assert caught.value.reason is Reason.STATE_NOT_WRITABLE
+    assert str(home) in caught.value.message and not home.exists()
+
+
 async def test_what_cannot_be_removed_is_told(
     local: LocalLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

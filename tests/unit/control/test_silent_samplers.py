@@ -1,0 +1,182 @@
+"""Samplers that live and do not answer: waited for, and of no use to what was stopped since."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+from support.managers import Managers, until
+from support.stopping import stopped
+
+from firetitan_daemon.core.errors import FiretitanError, Reason
+from firetitan_daemon.core.model_records import ModelInfo
+from firetitan_daemon.core.records import ResourceState, WorkerSpec
+from firetitan_daemon.core.worker_ports import SnapshotLayer, Worker
+from firetitan_daemon.launch import remote
+from firetitan_daemon.launch.local import LocalLauncher
+
+pytestmark = pytest.mark.timeout(60)
+NEW = "new-01234567"
+
+
+@pytest.fixture
+async def processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Managers]:
+    """Managers whose workers are processes that are asked who they are for a moment only."""
+    monkeypatch.setattr(remote, "DESCRIBE_TIMEOUT_S", 0.1)
+    (tmp_path / "workers").mkdir(mode=0o700)
+    with tempfile.TemporaryDirectory() as run:
+        launcher = LocalLauncher(tmp_path / "workers", Path(run))
+        managers = Managers(tmp_path, Path(run), launcher)
+        yield managers
+        await managers.supervisor.stop(1.0)
+        for spec in managers.pool.specs():
+            await managers.pool.stop(spec.worker_id)
+
+
+def sampler_of(managers: Managers) -> Worker:
+    (worker,) = managers.deployments.replica_set("d").workers
+    return worker
+
+
+async def test_a_hotload_waits_for_one_that_hangs(
+    processes: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await processes.deployment()
+    await processes.snapshots(NEW)
+    worker, applied = sampler_of(processes), list[str]()
+
+    async def apply(layers: Sequence[SnapshotLayer], *_: object, **__: object) -> Sequence[str]:
+        applied.append(layers[-1].name)
+        return ()
+
+    monkeypatch.setattr(worker, "apply", apply)
+    with stopped(worker.pid):
+        operation = await processes.hotload(NEW)
+        # It is asked again and again; a dead one would have been given up long ago.
+        await asyncio.sleep(1.5)
+        assert processes.services.operations.current(operation.id) is not None
+    assert (await processes.done(operation)).error is None
+    assert applied == [f"snapshots/{NEW}"] and sampler_of(processes) is worker
+
+
+async def test_one_that_hangs_before_it_serves_is_waited_for_and_may_be_stopped(
+    processes: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, hung = processes.pool.start, list[Worker]()
+
+    async def hangs(spec: WorkerSpec) -> tuple[Worker, ModelInfo]:
+        worker, model = await start(spec)
+        os.kill(worker.pid, signal.SIGSTOP)
+        hung.append(worker)
+        return worker, model
+
+    monkeypatch.setattr(processes.pool, "start", hangs)
+    creating = asyncio.create_task(processes.deployment())
+    await until(lambda: bool(hung))
+    await asyncio.sleep(0.5)
+    assert not creating.done()
+    # Others have their turn with the weights meanwhile.
+    async with asyncio.timeout(5), processes.deployments.weights_lock("d"):
+        pass
+    os.kill(hung[0].pid, signal.SIGCONT)
+    await creating
+    assert hung == [sampler_of(processes)], "it was not to be ended"
+    await processes.deployments.scale("d", 0)
+    using = asyncio.create_task(processes.deployments.ready("d"))
+    await until(lambda: len(hung) == 2)
+    async with asyncio.timeout(30):
+        assert (await processes.deployments.scale("d", 0)).state is ResourceState.STOPPED
+    assert not processes.pool.specs()
+    with pytest.raises(FiretitanError):
+        await using
+
+
+async def left_behind(managers: Managers) -> Worker:
+    """The sampler of a deployment, to be reached as by the next daemon."""
+    await managers.deployment()
+    worker = sampler_of(managers)
+    await managers.pool.close()
+    managers.pool._live.clear()
+    managers.deployments.replica_set("d").remove(worker.spec.worker_id)
+    await managers.deployments.update("d", state=ResourceState.RECOVERING)
+    return worker
+
+
+@pytest.mark.parametrize("end", ["stopped", "deleted"])
+async def test_one_that_answers_again_brings_back_nothing_that_was_ended(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr("firetitan_daemon.control.workers._ADOPT_RETRY_S", 0.02)
+    worker = await left_behind(managers)
+
+    async def silent(spec: WorkerSpec) -> Worker | None:
+        raise FiretitanError(Reason.WORKER_UNAVAILABLE, f"{spec.worker_id} does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(managers.services.launcher, "adopt", silent)
+        reaching = asyncio.create_task(managers.deployments.recover("d"))
+        await asyncio.sleep(0.05)
+        with pytest.raises(FiretitanError) as caught:
+            if end == "stopped":
+                await managers.deployments.scale("d", 0)
+            else:
+                await managers.deployments.delete("d")
+        assert caught.value.reason is Reason.WORKER_UNAVAILABLE
+    async with asyncio.timeout(20):
+        await reaching
+        await worker.exited()
+    await until(lambda: not managers.pool.specs())
+    state = ResourceState.STOPPED if end == "stopped" else ResourceState.DELETING
+    assert managers.deployments.get("d").state is state
+    assert not managers.deployments.replica_set("d").workers and not managers.pool._live
+
+
+async def test_one_that_is_stopped_as_it_is_reached_is_forgotten(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await left_behind(managers)
+    adopt, found, going = managers.services.launcher.adopt, asyncio.Event(), asyncio.Event()
+
+    async def slow(spec: WorkerSpec) -> Worker | None:
+        worker = await adopt(spec)
+        if not found.is_set():
+            found.set()
+            await going.wait()
+        return worker
+
+    monkeypatch.setattr(managers.services.launcher, "adopt", slow)
+    reaching = asyncio.create_task(managers.deployments.recover("d"))
+    await found.wait()
+    await managers.deployments.scale("d", 0)
+    going.set()
+    await reaching
+    await asyncio.sleep(0.1)
+    assert managers.deployments.get("d").state is ResourceState.STOPPED
+    assert not managers.pool._live and not managers.pool.specs()
+    assert "internal error" not in caplog.text
+
+
+async def test_where_one_cannot_be_stopped_the_others_are(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await managers.deployment()
+    await managers.deployments.scale("d", 3)
+    await until(lambda: len(managers.deployments.replica_set("d").workers) == 3)
+    silent, *others = managers.deployments.get("d").worker_ids
+    stop = managers.pool.stop
+
+    async def refuses(worker_id: str | None) -> None:
+        if worker_id == silent:
+            raise FiretitanError(Reason.WORKER_UNAVAILABLE, f"{worker_id} does not answer")
+        await stop(worker_id)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(managers.pool, "stop", refuses)
+        with pytest.raises(FiretitanError, match="does not answer"):
+            await managers.deployments.scale("d", 0)
+    assert [one.worker_id for one in managers.pool.specs()] == [silent] and len(others) == 2
