@@ -13,6 +13,7 @@ Source: the algorithm of tinker's `forward_backward_custom`, without its second 
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -296,7 +297,7 @@ def _precomputed(output: Any, space: Logprobs | Embeddings) -> _Forward:
 
 
 def _apart(work: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
-    """Work in a thread of its own."""
+    """Work in a thread of its own, in the caller's context."""
 
     def run() -> None:
         try:
@@ -304,7 +305,14 @@ def _apart(work: Callable[[], None], failed: Callable[[BaseException], None]) ->
         except BaseException as error:  # the user's loss may raise anything; its future says so
             failed(error)
 
-    threading.Thread(target=run, name="firetitan-custom-loss", daemon=True).start()
+    context = contextvars.copy_context()
+    thread = threading.Thread(
+        target=context.run, args=(run,), name="firetitan-custom-loss", daemon=True
+    )
+    try:
+        thread.start()
+    except RuntimeError as error:  # no further thread can be had
+        failed(error)
 
 
 def _torch() -> Any:

@@ -125,7 +125,8 @@ class Lane:
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._queue: deque[Command | Hold] = deque()
-        self._seqs: weakref.WeakKeyDictionary[APIFuture[Any], int] = weakref.WeakKeyDictionary()
+        self._places: weakref.WeakKeyDictionary[APIFuture[Any], tuple[Attachment, int]]
+        self._places = weakref.WeakKeyDictionary()
         self._failures: list[Failure] = []
         self._seen_failure = 0
         self._forgiven = 0
@@ -223,7 +224,7 @@ class Lane:
 
     def report(self, label: str, error: BaseException, cause: APIFuture[Any] | None) -> Failure:
         """Note a failure that the next call raises unless it is seen before."""
-        failure = Failure(label, error, self._attachment, self.seq_of(cause) if cause else 0)
+        failure = Failure(label, error, *self._place_of(cause))
         with self._lock:
             self._failures.append(failure)
         return failure
@@ -233,7 +234,7 @@ class Lane:
         with self._lock:
             if failure in self._failures:
                 self._failures.remove(failure)
-            if failure.attachment is self._attachment:
+            if failure.attachment is not None and failure.attachment is self._attachment:
                 self._seen_failure = max(self._seen_failure, failure.seq)
 
     def mark_seen(self, future: APIFuture[Any]) -> None:
@@ -241,7 +242,7 @@ class Lane:
         if _failed_itself(future):
             error = future.exception(0)
             assert error is not None
-            self.see(Failure("", error, self._attachment, self.seq_of(future)))
+            self.see(Failure("", error, *self._place_of(future)))
 
     def forgive(self, future: APIFuture[Any]) -> None:
         """Count a failed command as seen for whatever is sent from now on, called before or not.
@@ -249,12 +250,14 @@ class Lane:
         Only for commands whose failure is another command's beginning: nobody is to hear of it.
         """
         if _failed_itself(future):
+            attachment, seq = self._place_of(future)
             with self._lock:
-                self._forgiven = max(self._forgiven, self.seq_of(future))
+                if attachment is not None and attachment is self._attachment:
+                    self._forgiven = max(self._forgiven, seq)
 
-    def seq_of(self, future: APIFuture[Any]) -> int:
-        """Place in the lane of a sent command, by its future; 0 where it was not sent."""
-        return self._seqs.get(future, 0)
+    def _place_of(self, future: APIFuture[Any] | None) -> tuple[Attachment | None, int]:
+        """Where a command was sent, by its future; seq 0 where it was not."""
+        return self._places.get(future, (None, 0)) if future is not None else (None, 0)
 
     def wait_accepted(self, timeout_s: float | None = None) -> bool:
         """Wait until the daemon has accepted everything queued."""
@@ -312,7 +315,7 @@ class Lane:
                     break
                 command.seen_failure = max(command.seen_failure, self._forgiven)
                 attachment.send(command)
-                self._seqs[command.future] = command.seq
+                self._places[command.future] = (attachment, command.seq)
         attachments = [*self._former, *([self._attachment] if self._attachment else [])]
         with self._lock:
             if not self._queue:
@@ -400,14 +403,16 @@ class Lane:
     def _refused(self, attachment: Attachment, command: Command, error: BaseException) -> None:
         """A command was not accepted, so nothing behind it will run: go on under a new id."""
         behind = attachment.drop_behind(command.seq)
-        _tell_what_may_run(error, attachment)
+        _tell_what_may_run(error, error, attachment)
         deliver(self._fail, command, error, attachment)
         for other in behind:
-            deliver(self._fail, other, _preceding(f"{command.label} was not accepted"), attachment)
+            preceding = _preceding(f"{command.label} was not accepted")
+            _tell_what_may_run(preceding, error, attachment)
+            deliver(self._fail, other, preceding, attachment)
         self._leave(attachment, f"{command.label} was not accepted")
 
     def _lost(self, attachment: Attachment, commands: list[Command], error: BaseException) -> None:
-        _tell_what_may_run(error, attachment)
+        _tell_what_may_run(error, error, attachment)
         for command in commands:
             deliver(self._fail, command, error, attachment)
         self._leave(attachment, "the session was lost")
@@ -463,9 +468,9 @@ def _failed_itself(future: APIFuture[Any]) -> bool:
     return error is not None and not isinstance(error, PrecedingFailed)
 
 
-def _tell_what_may_run(error: BaseException, attachment: Attachment) -> None:
-    """Nobody answered: what was sent may have arrived all the same."""
-    if isinstance(error, Unavailable):
+def _tell_what_may_run(error: BaseException, cause: BaseException, attachment: Attachment) -> None:
+    """Where nobody answered, what was sent may have arrived all the same."""
+    if isinstance(cause, Unavailable):
         error.add_note(
             f"what was sent to {attachment.place.session} may have been accepted, and then runs: "
             "look at the session's step before you call it again"

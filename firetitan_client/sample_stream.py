@@ -156,6 +156,7 @@ class SampleStream:
             await asyncio.wait((self._reading,))
         await self._answers.aclose()
         self._arrived.clear()
+        self._coming = None
 
     async def _left_behind(self) -> AsyncGenerator[list[SampleChunk], None]:
         if self._pid != os.getpid():

@@ -41,8 +41,12 @@ PATIENCE_S = float(os.environ.get("FIRETITAN_PATIENCE_S", "300"))
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 0.25
 _CONNECTED_S = 15.0
 """A try that lasted longer had somebody at its other end: connecting takes less, in vain too."""
+_LONG_ANSWERS = 3
+"""How often a daemon may say, after so long, that its worker is gone: the work may be to blame."""
 _SILENCE_S = 2.0
 """How long a daemon may be away before the user is told; a restart takes less."""
+_BROKEN = ("UNAVAILABLE", "CANCELLED")
+"""What gRPC says of a connection that broke, or of a daemon that ended; no answer of a daemon."""
 _MISTRUST = "CERTIFICATE_VERIFY_FAILED"
 """What TLS says in gRPC's words where it does not trust the other side."""
 _OPTIONS = [
@@ -303,6 +307,7 @@ class Transport:
                 late += 1
                 if late >= counted:
                     raise from_rpc_error(error) from None
+                self.served = True
                 patience.renew()
             else:
                 self.served, self.told_away = True, False
@@ -383,7 +388,11 @@ class Patience:
         self.renew()
 
     def renew(self) -> None:
-        """Begin anew: the daemon was there just now."""
+        """Begin anew: there was an answer, or time went by without any sign of trouble."""
+        self.long_answers = 0
+        self._begin()
+
+    def _begin(self) -> None:
         self.began = self.tried = loop().time()
         self.deadline = self.began + self.patience_s
         self.pause_s = _FIRST_PAUSE_S
@@ -413,7 +422,9 @@ class Patience:
             raise error from None
         late = code is grpc.StatusCode.DEADLINE_EXCEEDED
         if not late and loop().time() - self.tried > _CONNECTED_S:
-            self.renew()
+            self.long_answers += error.reason not in _BROKEN
+            if self.long_answers <= _LONG_ANSWERS:
+                self._begin()
         unreachable = error.reason == "UNAVAILABLE"
         if unreachable:
             self.transport.distrust()

@@ -60,9 +60,13 @@ def interrupted_after(seconds: float) -> Iterator[None]:
     timer.join()
 
 
+PATIENCE_S = 10.0
+"""A busy machine starts a daemon within it."""
+
+
 def be_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fraction of a second for what takes minutes outside a test."""
-    monkeypatch.setattr(transport, "PATIENCE_S", 3.0)
+    """Seconds for what takes minutes outside a test."""
+    monkeypatch.setattr(transport, "PATIENCE_S", PATIENCE_S)
     monkeypatch.setattr(transport, "_CONNECTED_S", 1.0)
     monkeypatch.setattr(attachment, "SLICE_S", 0.5)
 
@@ -73,7 +77,7 @@ def test_a_daemon_may_restart_behind_a_command_that_lasts_longer_than_patience(
     be_impatient(monkeypatch)
     with stopped(worker_of(policy)):
         passing = policy.forward_backward([datum()], "cross_entropy")
-        time.sleep(4)
+        time.sleep(PATIENCE_S + 1)
         daemon.kill()
         daemon.start()
     assert passing.result(60).metrics["loss:sum"] > 0
@@ -91,7 +95,7 @@ def test_a_daemon_may_restart_behind_samples_that_last_longer_than_patience(
     (pid,) = daemon.worker_pids("sampler")
     with stopped(pid):
         sampling = sampler.sample([1, 2], 1, params)
-        time.sleep(4)
+        time.sleep(PATIENCE_S + 1)
         daemon.kill()
         daemon.start()
     assert sampling.result(60).sequences[0].tokens == before.sequences[0].tokens
@@ -264,4 +268,4 @@ def test_an_awaited_creation_lets_a_notebooks_loop_go_on(
 
     began = time.monotonic()
     assert asyncio.run(create()).session_name
-    assert longest < (time.monotonic() - began) / 2
+    assert longest < 0.8 * (time.monotonic() - began)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,32 +96,59 @@ def test_a_large_command_may_take_as_long_as_the_network_needs() -> None:
     assert told.daemon.limits == [transport.SLICE_S, None]
 
 
-def never_opened() -> tuple[Lane, list[str]]:
-    """A lane whose session never answers, and the client ids it asked under."""
-    asked: list[str] = []
+@pytest.fixture
+def asked() -> list[str]:
+    """The client ids under which a lane asked to be opened."""
+    return []
+
+
+@pytest.fixture
+def lane(asked: list[str]) -> Iterator[Lane]:
+    """A lane whose session never answers."""
 
     async def attach(client_id: str) -> Place:
         asked.append(client_id)
         await asyncio.Event().wait()
         raise AssertionError("never")
 
-    return Lane(None, attach), asked  # type: ignore[arg-type]  # nothing is sent
+    lane = Lane(None, attach)  # type: ignore[arg-type]  # nothing is sent
+    yield lane
+    lane._reset()
 
 
-def test_what_was_seen_in_a_lane_that_was_left_excuses_nothing_in_the_next() -> None:
-    lane, _ = never_opened()
+def leave(lane: Lane) -> Any:
+    """Have a lane leave an attachment; returns that."""
     left: Any = SimpleNamespace(num_sending=0, num_open=0)
     lane._attachment = left
     lane._seen_failure = 7
     lane._leave(left, "the session lost work")
+    return left
+
+
+def test_what_was_seen_in_a_lane_that_was_left_excuses_nothing_in_the_next(lane: Lane) -> None:
+    leave(lane)
     lane.submit(*STEP, result_of)
     (command,) = lane._queue
     assert command.seen_failure == 0
     assert lane.hold().seen_failure == 0
 
 
-def test_a_new_lane_is_opened_behind_what_is_still_on_its_way_in_the_former() -> None:
-    lane, asked = never_opened()
+@pytest.mark.parametrize("look", ["mark_seen", "forgive"])
+def test_what_is_seen_after_its_lane_was_left_excuses_nothing_in_the_next(
+    lane: Lane, look: str
+) -> None:
+    failed: APIFuture[Any] = APIFuture("forward")
+    failed.finish(error=ValueError("token 99"))
+    lane._places[failed] = (leave(lane), 7)
+    getattr(lane, look)(failed)
+    lane.submit(*STEP, result_of)
+    (command,) = lane._queue
+    assert (command.seen_failure, lane._forgiven) == (0, 0)
+
+
+def test_a_new_lane_is_opened_behind_what_is_still_on_its_way_in_the_former(
+    lane: Lane, asked: list[str]
+) -> None:
     former: Any = SimpleNamespace(num_sending=1, num_open=1)
     lane._former = [former]
     lane.submit(*STEP, result_of)
@@ -131,9 +159,7 @@ def test_a_new_lane_is_opened_behind_what_is_still_on_its_way_in_the_former() ->
     wait_until(lambda: len(asked) == 1)
 
 
-def test_a_result_that_cannot_be_converted_ends_the_future() -> None:
-    lane, _ = never_opened()
-
+def test_a_result_that_cannot_be_converted_ends_the_future(lane: Lane) -> None:
     def convert(_: operation_pb2.Operation) -> Any:
         raise ImportError("a tinker that does not fit")
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import grpc
 import pytest
 from firetitan.v1 import operation_pb2
+from google.rpc import status_pb2
 
 from firetitan_client import address as addresses
 from firetitan_client import transport
-from firetitan_client.errors import DaemonNotRunning, FiretitanError
+from firetitan_client.errors import DaemonNotRunning, FiretitanError, from_status
 from firetitan_client.transport import Patience, Transport, run
 
 
@@ -61,9 +62,31 @@ def test_patience_begins_when_the_daemon_goes_away(monkeypatch: pytest.MonkeyPat
         return Patience(daemon, patience_s=0.1)
 
     run(gone_after(run(patience()).result(5), 0.4)).result(5)
+    monkeypatch.setattr(transport, "_CONNECTED_S", 60)
     short = run(patience()).result(5)
     with pytest.raises(DaemonNotRunning):  # it was away all the time
         run(gone_after(short, 0.15)).result(5)
+
+
+def test_work_that_ends_its_worker_again_and_again_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However long each of its tries takes."""
+    monkeypatch.setattr(transport, "_CONNECTED_S", 0.0)
+    answered = from_status(status_pb2.Status(code=14, message="its worker ended"))
+    answered.reason = "WORKER_UNAVAILABLE"
+    monkeypatch.setattr(transport, "from_rpc_error", lambda _: answered)
+
+    async def tries() -> int:
+        patience = Patience(Transport("unix:/nobody/listens.sock"), patience_s=0.1)
+        for number in range(100):
+            try:
+                await gone_after(patience, 0.15)
+            except FiretitanError:
+                return number
+        return 100
+
+    assert run(tries()).result(20) == 3
 
 
 def test_late_tries_are_counted_however_long_they_take(tmp_path: Path) -> None:
