@@ -20,7 +20,7 @@ from firetitan.v1 import command_pb2, operation_pb2, operation_service_pb2
 
 from firetitan_client import forking
 from firetitan_client import transport as transports
-from firetitan_client.errors import NotFound
+from firetitan_client.errors import NotFound, Unavailable
 from firetitan_client.futures import APIFuture
 from firetitan_client.transport import SLICE_S, Patience, Transport, iterate
 
@@ -156,6 +156,14 @@ class Attachment:
         behind = [self._open.pop(number) for number in sorted(self._open) if number > seq]
         _send_no_more(behind)
         return behind
+
+    def tell_what_may_run(self, error: BaseException, cause: BaseException) -> None:
+        """Note in an error that, as nobody answered, what was sent may have arrived."""
+        if isinstance(cause, Unavailable):
+            error.add_note(
+                f"what was sent to {self.place.session} may have been accepted, and then runs: "
+                "look at the session's step before you call it again"
+            )
 
     async def _send(self, command: Command, payload: bytes) -> None:
         timeout_s = SLICE_S if len(payload) <= _LARGE_BYTES else None

@@ -33,7 +33,6 @@ from firetitan_client.errors import (
     OperationCancelled,
     PrecedingFailed,
     SessionLost,
-    Unavailable,
     from_status,
 )
 from firetitan_client.futures import APIFuture
@@ -71,6 +70,7 @@ class Hold:
     commands: deque[Command] = field(default_factory=deque)
     released: bool = False
     barred: FiretitanError | None = None
+    """Why nothing is sent from this place any more; it is in no queue then."""
 
     def submit(
         self, method: str, body: bytes, response: type[Any], convert: Convert
@@ -82,7 +82,7 @@ class Hold:
         command = self.lane.make(method, body, response, convert)
         command.surfaces = False
         command.seen_failure = self.seen_failure
-        self.lane.enqueue(self.commands, command)
+        self.lane.enqueue(command, self)
         return command.future
 
     def forgive(self, future: APIFuture[Any]) -> None:
@@ -161,7 +161,7 @@ class Lane:
         self.raise_unseen()
         self._check_open()
         command = self.make(method, body, response, convert)
-        self.enqueue(self._queue, command)
+        self.enqueue(command)
         return command.future
 
     def hold(self) -> Hold:
@@ -173,7 +173,7 @@ class Lane:
         self.raise_unseen()
         self._check_open()
         hold = Hold(self)
-        self.enqueue(self._queue, hold)
+        self.enqueue(hold)
         return hold
 
     def raise_unseen(self) -> None:
@@ -202,14 +202,21 @@ class Lane:
         future._canceller = lambda: self._cancel(command)
         return command
 
-    def enqueue(self, queue: deque[Any], item: Command | Hold) -> None:
-        """Append in call order and wake the loop."""
+    def enqueue(self, item: Command | Hold, hold: Hold | None = None) -> None:
+        """Append in call order, to the queue or to a place in it, and wake the loop."""
         with self._lock:
-            if queue is self._queue:
+            if hold is None:
                 item.seen_failure = self._seen_failure
-            queue.append(item)
-            self._accepted.clear()
-            self._finished.clear()
+                self._queue.append(item)
+            elif isinstance(item, Command):
+                hold.commands.append(item)
+            barred = hold is not None and hold.barred is not None
+            if not barred:
+                self._accepted.clear()
+                self._finished.clear()
+        if hold is not None and barred:
+            self._end_barred(hold)
+            return
         transports.loop().call_soon_threadsafe(self._pump)
 
     def fail_behind(self, hold: Hold, failure: BaseException) -> None:
@@ -333,14 +340,10 @@ class Lane:
                     self._queue.popleft()
                     return head
                 if head.commands:
-                    command = head.commands.popleft()
-                    if head.barred is None:
-                        return command
-                    deliver(command.future.finish, None, head.barred)
-                elif head.released:
-                    self._queue.popleft()
-                else:
+                    return head.commands.popleft()
+                if not head.released:
                     return None
+                self._queue.popleft()
             return None
 
     def _open(self) -> None:
@@ -403,16 +406,16 @@ class Lane:
     def _refused(self, attachment: Attachment, command: Command, error: BaseException) -> None:
         """A command was not accepted, so nothing behind it will run: go on under a new id."""
         behind = attachment.drop_behind(command.seq)
-        _tell_what_may_run(error, error, attachment)
+        attachment.tell_what_may_run(error, error)
         deliver(self._fail, command, error, attachment)
         for other in behind:
             preceding = _preceding(f"{command.label} was not accepted")
-            _tell_what_may_run(preceding, error, attachment)
+            attachment.tell_what_may_run(preceding, error)
             deliver(self._fail, other, preceding, attachment)
         self._leave(attachment, f"{command.label} was not accepted")
 
     def _lost(self, attachment: Attachment, commands: list[Command], error: BaseException) -> None:
-        _tell_what_may_run(error, error, attachment)
+        attachment.tell_what_may_run(error, error)
         for command in commands:
             deliver(self._fail, command, error, attachment)
         self._leave(attachment, "the session was lost")
@@ -436,15 +439,23 @@ class Lane:
             if after is not None:
                 waiting = waiting[waiting.index(after) + 1 :] if after in waiting else []
             for item in waiting:
+                self._queue.remove(item)
                 if isinstance(item, Hold):
                     item.barred = _preceding(why) if error is None else _as_error(error)
-                else:
-                    self._queue.remove(item)
         first = error is not None
         for item in waiting:
             if isinstance(item, Command):
                 deliver(self._fail, item, error if first and error else _preceding(why), None)
                 first = False
+            else:
+                self._end_barred(item)
+
+    def _end_barred(self, hold: Hold) -> None:
+        """End what was to be sent from a place that is left."""
+        with self._lock:
+            commands, hold.commands = hold.commands, deque()
+        for command in commands:
+            deliver(command.future.finish, None, hold.barred)
 
 
 def _error_of(operation: operation_pb2.Operation) -> FiretitanError | None:
@@ -466,15 +477,6 @@ def _failed_itself(future: APIFuture[Any]) -> bool:
         return False
     error = future.exception(0)
     return error is not None and not isinstance(error, PrecedingFailed)
-
-
-def _tell_what_may_run(error: BaseException, cause: BaseException, attachment: Attachment) -> None:
-    """Where nobody answered, what was sent may have arrived all the same."""
-    if isinstance(cause, Unavailable):
-        error.add_note(
-            f"what was sent to {attachment.place.session} may have been accepted, and then runs: "
-            "look at the session's step before you call it again"
-        )
 
 
 def _preceding(why: str) -> PrecedingFailed:

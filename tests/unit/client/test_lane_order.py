@@ -14,6 +14,7 @@ from firetitan.v1 import operation_pb2, training_service_pb2
 
 from firetitan_client import transport
 from firetitan_client.attachment import Attachment, Command, Place
+from firetitan_client.errors import NotFound
 from firetitan_client.futures import APIFuture
 from firetitan_client.lane import Lane
 
@@ -104,16 +105,18 @@ def asked() -> list[str]:
 
 @pytest.fixture
 def lane(asked: list[str]) -> Iterator[Lane]:
-    """A lane whose session never answers."""
+    """A lane whose session does not answer during the test."""
+    over = asyncio.Event()
 
     async def attach(client_id: str) -> Place:
         asked.append(client_id)
-        await asyncio.Event().wait()
-        raise AssertionError("never")
+        await over.wait()
+        raise NotFound("the test is over")
 
     lane = Lane(None, attach)  # type: ignore[arg-type]  # nothing is sent
     yield lane
-    lane._reset()
+    transport.loop().call_soon_threadsafe(over.set)
+    assert lane.wait_accepted(10)
 
 
 def leave(lane: Lane) -> Any:
@@ -130,7 +133,9 @@ def test_what_was_seen_in_a_lane_that_was_left_excuses_nothing_in_the_next(lane:
     lane.submit(*STEP, result_of)
     (command,) = lane._queue
     assert command.seen_failure == 0
-    assert lane.hold().seen_failure == 0
+    hold = lane.hold()
+    assert hold.seen_failure == 0
+    hold.release()
 
 
 @pytest.mark.parametrize("look", ["mark_seen", "forgive"])
@@ -169,3 +174,22 @@ def test_a_result_that_cannot_be_converted_ends_the_future(lane: Lane) -> None:
     lane._finish(command, operation, None)  # type: ignore[arg-type]  # of no attachment
     with pytest.raises(ImportError, match="does not fit"):
         command.future.result(0)
+
+
+def test_a_place_in_a_lane_that_cannot_be_opened_ends_what_is_sent_from_it(
+    asked: list[str],
+) -> None:
+    async def attach(client_id: str) -> Place:
+        asked.append(client_id)
+        raise NotFound("no such session")
+
+    lane = Lane(None, attach)  # type: ignore[arg-type]  # nothing is sent
+    hold = lane.hold()
+    first = hold.submit(*STEP, result_of)
+    with pytest.raises(NotFound, match="no such session"):
+        first.result(10)
+    with pytest.raises(NotFound, match="no such session"):
+        hold.submit(*STEP, result_of).result(10)
+    hold.release()
+    assert lane.wait_accepted(10)
+    assert len(asked) == 1
