@@ -33,6 +33,8 @@ EXIT_FAILED, EXIT_USAGE, EXIT_OWNED, EXIT_NOT_RUNNING, EXIT_SILENT = 1, 2, 3, 4,
 _STOP_MARGIN_S = 15.0
 _ANSWER_S = 5.0
 _LINGER_S = 5.0
+_DETAILS = "grpc-status-details-bin"
+"""What only an answer of the daemon has."""
 _T = TypeVar("_T")
 
 _home_option = click.option(
@@ -280,7 +282,8 @@ def _asked(address: str, ask: Callable[[Any], _T]) -> _T:
 
 def _refused(error: Any) -> NoReturn:
     """End the program after a call that failed."""
-    if error.code().name in ("DEADLINE_EXCEEDED", "UNAVAILABLE"):
+    answered = any(key == _DETAILS for key, _ in error.trailing_metadata() or ())
+    if not answered and error.code().name in ("DEADLINE_EXCEEDED", "UNAVAILABLE"):
         _fail(
             f"the daemon does not answer ({error.code().name}); why: firetitand doctor", EXIT_SILENT
         )

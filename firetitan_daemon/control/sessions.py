@@ -255,6 +255,11 @@ class SessionManager:
         """Whether commands of a trainer's sessions are being accepted, wait or run."""
         return any(pipeline.busy for pipeline in self._of_trainer(trainer_id))
 
+    def broken(self, name: str) -> bool:
+        """Whether a session runs nothing any more: what is open ends when it is closed."""
+        pipeline = self._pipelines.get(name)
+        return pipeline is not None and pipeline.broken
+
     async def resume(self, trainer_id: str, worker: Worker, *, exact: bool) -> None:
         """Go on with a trainer's sessions on its adopted worker, or on a new one.
 
@@ -325,9 +330,10 @@ class SessionManager:
                 Reason.UNSUPPORTED,
                 f"{session.name} trains every parameter of its trainer; delete the trainer instead",
             )
-        if session.state is not SessionState.CLOSED:
+        if session.state is SessionState.RECOVERING:
             # A stopped trainer is started again: what was accepted runs, and is freed, in a worker.
             self._used(session.trainer_id)
+        if session.state is not SessionState.CLOSED:
             await asyncio.shield(asyncio.create_task(pipeline.unload(_ANSWER_S)))
 
     async def close_trainer(self, trainer_id: str) -> None:

@@ -353,6 +353,12 @@ class TrainerWorkers:
             trainer_id, state=ResourceState.STOPPED, error=error_record(problem), worker_id=None
         )
 
+    async def expire(self) -> None:
+        """Start again what accepted commands wait for: whoever sent them asks for nothing more."""
+        for trainer in list(self._trainers.values()):
+            if trainer.state is ResourceState.STOPPED and self._sessions.busy(trainer.id):
+                self.wake(trainer.id)
+
     async def _lost(self, trainer_id: str, cause: str) -> None:
         # The sessions first: a daemon that dies between them finds the rest to do; and without
         # the lock, which a deletion holds while it waits for them.

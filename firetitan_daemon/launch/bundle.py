@@ -182,8 +182,9 @@ def sweep_logs(workers: Path) -> None:
         OSError: One cannot be looked at or removed.
     """
     logged = [folder for folder in workers.iterdir() if (folder / handshake.LOG).is_file()]
-    gone = [folder for folder in logged if not Bundle(workers, folder.name).locked()]
-    gone.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+    cleared = [folder for folder in logged if not (folder / handshake.SPEC).exists()]
+    gone = [folder for folder in cleared if not Bundle(workers, folder.name).locked()]
+    gone.sort(key=lambda folder: (folder / handshake.LOG).stat().st_mtime, reverse=True)
     for folder in gone[KEPT_LOGS:]:
         shutil.rmtree(folder)
 

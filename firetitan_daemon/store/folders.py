@@ -53,7 +53,7 @@ class FileFolders(Folders):
 
     async def there(self, folder: Path) -> bool:
         """Whether what a published folder is in is in its place."""
-        return await self._run(folder.parent.is_dir)
+        return await self._run(_is_folder, folder.parent)
 
     def staging(self) -> Path:
         """A new empty folder, on the same file system as the published ones."""
@@ -166,6 +166,14 @@ class FileFolders(Folders):
 
     def _failure(self, error: OSError) -> FiretitanError:
         return cannot_write(self._root, error)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it can be seen to be one: a disk that fails is away, too."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _removed(folder: Path) -> bool:

@@ -250,3 +250,18 @@ async def test_a_point_of_lost_weights_is_not_loaded(
     second = await managers.sessions.submit(*forward_backward(session, seq=4))
     assert (await managers.done(second)).state is OperationState.DONE
     assert managers.sessions.get(session.name).epoch == 2
+
+
+async def test_a_lost_session_is_closed_though_its_trainer_cannot_be_started(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, _ = await adapter_session(managers)
+    assert await managers.trainers.stop("t")
+    await managers.sessions.lose("t", "signal 9")
+
+    def used(trainer_id: str) -> None:
+        raise FiretitanError(Reason.MODEL_NOT_FOUND, f"the model of {trainer_id} is gone")
+
+    monkeypatch.setattr(managers.sessions, "_used", used)
+    await managers.sessions.close(session.name)
+    assert managers.sessions.get(session.name).state is SessionState.CLOSED

@@ -121,3 +121,27 @@ async def test_a_trainer_whose_worker_has_just_ended_is_not_called_active(
     managers.pool._live.pop(trainer.worker_id or "")
     with pytest.raises(FiretitanError, match="trainers/t is recovering; try again"):
         await managers.trainers.ready("t")
+
+
+async def test_a_start_is_tried_again_for_as_long_as_commands_wait_for_it(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firetitan_daemon.control.trainer_workers._WAKE_PAUSE_S", 0.05)
+    session, worker = await session_of(managers)
+    await managers.sessions.pause(1.0)
+    command = await managers.sessions.submit(*forward_backward(session, seq=1))
+    await managers.pool.stop(worker.spec.worker_id)
+    stopped = replace(managers.trainers.get("t"), state=ResourceState.STOPPED, worker_id=None)
+    await managers.store.write(Change(trainers=[stopped]))
+    start, refusals = managers.pool.start, [1, 2]
+
+    async def late(spec: WorkerSpec) -> tuple[Worker, ModelInfo]:
+        if refusals:
+            refusals.pop()
+            raise FiretitanError(Reason.DEVICE_OUT_OF_MEMORY, "another process has it")
+        return await start(spec)
+
+    monkeypatch.setattr(managers.pool, "start", late)
+    await restart(managers)
+    assert (await managers.done(command)).state is OperationState.DONE
+    assert not refusals

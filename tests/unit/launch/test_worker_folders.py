@@ -36,12 +36,14 @@ async def test_the_newest_logs_stay_and_no_worker_that_lives_loses_its_folder(
         assert lock is not None
         locks.append(lock)
         found.log.write_text("it worked")
-        os.utime(found.folder, (number, number))
+        os.utime(found.log, (number, number))
+    (tmp_path / "trainer-1" / handshake.SPEC).write_text("{}")  # not cleared away yet
     for lock in locks[1:]:  # the first lives
         os.close(lock)
+    os.utime(tmp_path / "trainer-3" / handshake.LOG, (9, 9))
     await launcher.discard(replace(TRAINER_SPEC, worker_id="trainer-3"))
     os.close(locks[0])
-    assert names_in(tmp_path) == {"notes", "trainer-0", "trainer-3", "trainer-5"}
+    assert names_in(tmp_path) == {"notes", "trainer-0", "trainer-1", "trainer-3", "trainer-5"}
     assert names_in(tmp_path / "trainer-3") == {handshake.LOG}
 
 

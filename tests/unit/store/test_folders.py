@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,17 @@ async def test_sweeping_keeps_rows_and_open_saves(folders: FileFolders) -> None:
     assert open_staging.exists()
     assert final.exists()
     assert await folders.sweep([]) == 3
+
+
+async def test_a_folder_that_cannot_be_looked_at_is_not_in_its_place(
+    folders: FileFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = await folders.publish(sealed(folders), "points", "p")
+    assert await folders.there(point)
+
+    def broken(_: Path) -> bool:
+        raise OSError(errno.EIO, "the disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_dir", broken)
+        assert not await folders.there(point)
