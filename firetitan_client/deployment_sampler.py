@@ -350,11 +350,6 @@ class DeploymentSampler(SelfFuture[Target]):
         """Refuse further calls."""
         self._closed = True
 
-    @property
-    def closed(self) -> bool:
-        """Whether it takes no more calls."""
-        return self._closed
-
     def __repr__(self) -> str:
         if not self._ready.done() or self._ready.exception(0) is not None:
             return "<DeploymentSampler not ready>"

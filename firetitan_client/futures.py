@@ -189,6 +189,8 @@ class SelfFuture(Generic[T]):
     """
 
     _ready: APIFuture[T]
+    _give_up: Callable[[], None] = staticmethod(lambda: None)
+    """Lets the call that makes it be repeated, while its work goes on."""
 
     def result(self, timeout: float | None = None) -> Self:
         """Wait until it is ready; returns the client.
@@ -249,7 +251,11 @@ async def made(make: Callable[..., Client], *args: Any, **kwargs: Any) -> Client
         client = make(*args, **kwargs)
     finally:
         _in_coroutine.reset(before)
-    return await client
+    try:
+        return await client
+    except BaseException:  # cancelled too, or Ctrl-C
+        client._give_up()
+        raise
 
 
 def in_event_loop() -> bool:

@@ -312,7 +312,7 @@ class FiretitanSamplingClient(SelfFuture[Target]):
     @property
     def deployment_sampler(self) -> DeploymentSampler:
         """The same deployment in FireTitan's own shape; one object, with this client's window."""
-        if self._deployment_sampler is None or self._deployment_sampler.closed:
+        if self._deployment_sampler is None or self._deployment_sampler._closed:
             self._deployment_sampler = DeploymentSampler(
                 ready=self._ready,
                 tokenizer=self._given_tokenizer,

@@ -103,10 +103,19 @@ class ServiceCore:
         wait: bool = True,
     ) -> None:
         """Block until a client is ready, unless that would block an event loop."""
+        given_up = False
+
+        def give_up() -> None:
+            nonlocal given_up
+            if not given_up:
+                given_up = True
+                failed()
 
         def check(ready: Any) -> None:
             if ready.cancelled() or ready.exception() is not None:
-                failed()
+                give_up()
+
+        client._give_up = give_up
 
         self._being_made.add(client._ready)
         client._ready.add_done_callback(self._being_made.discard)
@@ -122,7 +131,7 @@ class ServiceCore:
                 logger.warning("%s at %s: still waiting", what, self._transport.address)
                 client.result()
         except BaseException:  # Ctrl-C too: the work goes on, and the call can be repeated
-            failed()
+            give_up()
             raise
 
     def _wait_until_made(self) -> None:

@@ -6,6 +6,7 @@ Knows: trainers, deployments, what runs on them, when they were last used. Must 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Coroutine
@@ -20,9 +21,12 @@ from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.records import Cleanup, Deployment, ResourceState, Trainer
 
 logger = logging.getLogger("firetitan.cleanup")
-_WAIT_S = 3600.0
+_LOOK_S = 1.0
+"""Between two looks whether what was accepted can end at all."""
 _AGAIN_S = 0.2
 """Before a trainer whose worker is being made or replaced is stopped, if it can be by then."""
+_COMES_BACK_S = 20.0
+"""How long that is tried; a worker that hangs may be replaced never."""
 
 
 class Cleaner:
@@ -51,15 +55,22 @@ class Cleaner:
                 take long, and somebody may have begun to use it.
 
         Raises:
-            FiretitanError: STATE_DISK_FULL.
+            FiretitanError: STATE_DISK_FULL; RECOVERING where a worker is not there for long.
         """
         if name.startswith("deployments/"):
             await self._finish(name)
-            await self._services.activity.ended(name)
+            await self._requests_end(name)
             if not await may_begin():
                 return
             if cleanup is Cleanup.DELETE:
                 await self._deployments.delete(name)
+            elif self._services.operations.open_of(name):
+                # Where a sampler hangs in it; it would be started again for it, too.
+                raise FiretitanError(
+                    Reason.RECOVERING,
+                    f"{name}: a sampler hangs in what was accepted; it is stopped once that ends",
+                    retry_after_s="5",
+                )
             else:
                 await self._stop_deployment(name)
             return
@@ -70,10 +81,19 @@ class Cleaner:
         if cleanup is Cleanup.DELETE:
             await self._trainers.delete(name)
             return
+        clock = self._services.clock
+        until = clock.monotonic() + _COMES_BACK_S
         while not await self._trainers.stop(trainer_id):
             if not self._comes_back(trainer_id):
                 logger.warning("goes on: it is used, or could not be brought back trainer=%s", name)
                 return
+            if clock.monotonic() >= until:
+                raise FiretitanError(
+                    Reason.RECOVERING,
+                    f"{name}: its worker has not been there for {_COMES_BACK_S:g} s; it is stopped "
+                    "once it is",
+                    retry_after_s="5",
+                )
             await asyncio.sleep(_AGAIN_S)
             if not await may_begin():
                 return
@@ -144,11 +164,25 @@ class Cleaner:
                 raise
 
     async def _finish(self, *targets: str) -> None:
-        """Wait for the operations that were accepted for some targets."""
+        """Wait for the operations that were accepted for some targets, if they can end."""
         operations = self._services.operations
         for target in targets:
-            while open_ones := operations.open_of(target):
-                await operations.wait(open_ones[0].id, _WAIT_S)
+            while (open_ones := operations.open_of(target)) and not self._in_vain(target):
+                await operations.wait(open_ones[0].id, _LOOK_S)
+
+    async def _requests_end(self, name: str) -> None:
+        """Wait for the requests that a deployment answers, if they can end."""
+        while not self._in_vain(name):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S):
+                    await self._services.activity.ended(name)
+                    return
+
+    def _in_vain(self, target: str) -> bool:
+        """Whether what was accepted may never end: a sampler hangs, or a session runs no more."""
+        if target.startswith("deployments/"):
+            return self._deployments.stuck(target)
+        return self._sessions.broken(target)
 
     async def close(self, timeout_s: float) -> None:
         """Let what is being stopped end, up to a time: what then runs the next start sees to."""

@@ -81,8 +81,8 @@ class CommandPipeline:
         """The command that the worker was running when it ended."""
         self._task: asyncio.Task[None] | None = None
         self._refusal: FiretitanError | None = None
-        self._closing = False
-        self._pausing = False
+        self._closing, self._pausing = False, False
+        self.broken = False  # its task died of what nobody foresaw
         self._admissions: set[asyncio.Task[Operation]] = set()
 
     @property
@@ -170,7 +170,7 @@ class CommandPipeline:
 
     def start(self, worker: Worker) -> None:
         """Begin to run commands on a worker; those not settled are sent again, in order."""
-        self._worker, self._pausing = worker, False
+        self._worker, self._pausing, self.broken = worker, False, False
         waiting = sorted(
             (one for one in self._rows.open_operations() if one.commit_seq),
             key=lambda one: one.commit_seq,
@@ -190,6 +190,7 @@ class CommandPipeline:
         if error is not None:
             # Better no more commands than commands out of order.
             self._refusal = internal_error(f"{self.session.name} stopped", error)
+            self.broken = True
             self._idle.set()  # it can be closed
 
     async def _run(self) -> None:
@@ -219,9 +220,8 @@ class CommandPipeline:
                 # Its payload is not damaged, only away.
                 logger.error("the spool is gone, waiting for it op=%s", operation.id)
                 await asyncio.sleep(_DISK_RETRY_S)
-            payload = b""
-            if operation.method in _READS_PAYLOAD:
-                payload = await self._services.spool.read(operation.payload)
+            reads = operation.method in _READS_PAYLOAD
+            payload = await self._services.spool.read(operation.payload) if reads else b""
             prepared = await self._checkpoints.prepare(self.session, operation, payload)
             operation = await self._dispatch(operation, prepared)
             started = self._services.clock.monotonic()

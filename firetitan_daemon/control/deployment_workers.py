@@ -313,10 +313,11 @@ class DeploymentWorkers:
             log_shape(deployment.name, deployment.shape, model)
 
     async def _let_in(self, deployment_id: str, worker: Worker, model: ModelInfo) -> None:
-        """Bring a sampler to what is served, then let requests go to it; one that hangs is awaited.
+        """Bring a sampler to what is served, then let requests go to it.
 
         Raises:
-            FiretitanError: CLOSED where it is not wanted any more.
+            FiretitanError: CLOSED where it is not wanted any more, WORKER_UNAVAILABLE. One that
+                hangs is waited for where it is adopted: it holds something, a fresh one nothing.
         """
         worker_id = worker.spec.worker_id
         joined = functools.partial(
@@ -333,8 +334,9 @@ class DeploymentWorkers:
                     self._watch(deployment_id, worker)
                     return
             except FiretitanError as error:
-                if not hangs(error):
+                if not hangs(error) or not self._pool.adopted(worker_id):
                     raise
+                self._pool.hangs(worker_id)
             await asyncio.sleep(_SILENT_PAUSE_S)
 
     async def _not_started(self, deployment_id: str, worker_id: str, error: FiretitanError) -> None:

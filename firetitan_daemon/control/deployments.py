@@ -69,6 +69,15 @@ class DeploymentManager(DeploymentWorkers):
         """Why one of its workers, which lives, is left alone."""
         return next(filter(None, map(self._pool.problem, deployment.worker_ids)), None)
 
+    def stuck(self, name: str) -> bool:
+        """Whether what was accepted may never end: a sampler hangs, is left alone or ended."""
+        found = self._deployments.get(names.parse_deployment(name))
+        return found is not None and (
+            found.state is ResourceState.DELETING
+            or self.problem(found) is not None
+            or not all(map(self._pool.answers, found.worker_ids))
+        )
+
     async def ready(self, name: str) -> Deployment:
         """A deployment that can answer; one being created or restarted is waited for.
 

@@ -260,7 +260,13 @@ class LeaseManager:
             return Outcome(name, Cleanup.KEEP)
         if users := self.users(name):
             return self._deferred(cleanup, users)
-        return await asyncio.shield(self._task(name))
+        task = self._task(name)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if self._closed and task.cancelled():
+                raise draining() from None  # who asked is there, and has to be told
+            raise
 
     def _task(self, name: str) -> asyncio.Task[Outcome]:
         if self._closed:

@@ -142,6 +142,7 @@ class Supervisor:
             for keeper in (
                 self._cleaner,
                 self._sessions,
+                self._trainers,
                 self._leases,
                 self._remover,
                 self._retention,
@@ -192,10 +193,8 @@ class Supervisor:
         with contextlib.suppress(ValueError):
             await asyncio.wait(list(self._tasks))
         await self._leases.close()
-        began = self._services.clock.monotonic()
-        await self._cleaner.close(timeout_s)
-        left_s = timeout_s - (self._services.clock.monotonic() - began)
-        await self._sessions.pause(max(0.0, left_s))
+        # At once: one that takes all the time leaves the other some.
+        await asyncio.gather(self._cleaner.close(timeout_s), self._sessions.pause(timeout_s))
         await self._syncer.close()
         await self._trainers.close()
         await self._deployments.close()

@@ -48,8 +48,8 @@ class Switcher:
     async def restore(self, deployment: Deployment, worker: Worker) -> None:
         """Make a fresh or adopted sampler serve what its deployment is recorded to serve.
 
-        What clients have pinned is loaded first: every adapter, and in a fresh sampler the latest
-        whole model, as two live at most. One that is adopted let go of it because a third came.
+        What clients have pinned is loaded first: every adapter, and the latest whole model where
+        none is loaded, as two live at most. One that holds others let go of it as a third came.
 
         Raises:
             FiretitanError: WORKER_UNAVAILABLE where another has to take its place.
@@ -65,7 +65,14 @@ class Switcher:
                 f"{deployment.name} serves the base model; another takes its place",
                 worker=worker.spec.worker_id,
             )
-        whole = [one for one in pinned if not _is_adapter(one) and not status.active_snapshot]
+        loaded = [
+            await self._services.store.snapshot(names.last_segment(one))
+            for one in status.loaded_snapshots
+            if one  # the base model has no name
+        ]
+        # Not whether one is active: an adapter may be, of a try that went no further.
+        room = all(one is not None and _is_adapter(one) for one in loaded)
+        whole = [one for one in pinned if room and not _is_adapter(one)]
         for snapshot in [*filter(_is_adapter, pinned), *whole[-1:]]:
             if snapshot.name not in status.loaded_snapshots:
                 await self._bring(deployment, worker, Switch(snapshot.id))

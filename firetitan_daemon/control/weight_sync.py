@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from firetitan_daemon.control.checkpoints import hold_snapshot
 from firetitan_daemon.control.codec import HotloadArguments
@@ -202,9 +203,17 @@ class WeightSyncer:
                 ),
             )
             failpoint("hotload.applied")
+
+            def unless_ended(_: Deployment) -> Mapping[str, Any]:
+                # Where the disk refuses, this is tried again: its deployment may be another's name.
+                if self._ended(operation):
+                    raise FiretitanError(Reason.CLOSED, f"{operation.target} was deleted")
+                return {}
+
             served = functools.partial(
                 self._deployments.update,
                 deployment.id,
+                revise=unless_ended,
                 operation=settled(operation, self._services.clock.now()),
                 active_snapshot=snapshot_id,
                 requires_sync=False,

@@ -57,6 +57,7 @@ class WorkerPool:
         """Workers that live and did not answer when they were last asked, and since when."""
         self._unspoken: dict[str, FiretitanError] = {}
         """Workers that live and speak a protocol this daemon does not, with what that means."""
+        self._adopted: set[str] = set()
         self.ends: deque[WorkerEnd] = deque(maxlen=_ENDS_KEPT)
         self._gone: set[str] = set()
         """Workers that ended by themselves and are not forgotten yet."""
@@ -94,6 +95,10 @@ class WorkerPool:
     def problem(self, worker_id: str | None) -> FiretitanError | None:
         """Why a worker that lives is left alone."""
         return self._unspoken.get(worker_id or "")
+
+    def adopted(self, worker_id: str) -> bool:
+        """Whether a former daemon started it, so that it may hold something."""
+        return worker_id in self._adopted
 
     def ended(self, worker_id: str) -> bool:
         """Whether a worker ended by itself and nothing was done about it yet."""
@@ -169,7 +174,7 @@ class WorkerPool:
                     worker = await self._services.launcher.adopt(spec)
                 break
             except TimeoutError:
-                self._hangs(spec.worker_id)
+                self.hangs(spec.worker_id)
             except FiretitanError as error:
                 if error.reason is Reason.UNSUPPORTED:
                     if spec.worker_id not in self._unspoken:
@@ -193,6 +198,7 @@ class WorkerPool:
                 clock.monotonic() - began,
             )
             self._live[spec.worker_id] = worker
+            self._adopted.add(spec.worker_id)
         return worker
 
     def watch(self, worker: Worker, exited: Exited) -> None:
@@ -222,14 +228,15 @@ class WorkerPool:
             try:
                 await worker.describe()
             except FiretitanError:
-                self._hangs(worker_id)
+                self.hangs(worker_id)
             else:
                 if worker_id in self._silent:
                     del self._silent[worker_id]
                     logger.info("worker answers again worker=%s", worker_id)
             await asyncio.sleep(_PULSE_S)
 
-    def _hangs(self, worker_id: str) -> None:
+    def hangs(self, worker_id: str) -> None:
+        """A worker lives and did not answer; shown until it does, told once."""
         if worker_id not in self._silent:
             self._silent[worker_id] = self._services.clock.monotonic()
             logger.warning("worker does not answer worker=%s", worker_id)
@@ -283,6 +290,7 @@ class WorkerPool:
                 await self._services.store.write(Change(deleted_workers=[spec.worker_id]))
             self._specs.pop(spec.worker_id, None)
         self._gone.discard(worker_id or "")
+        self._adopted.discard(worker_id or "")
 
     async def close(self) -> None:
         """Let go of every worker; the processes stay."""

@@ -245,6 +245,19 @@ def test_another_thread_may_close_a_stream_that_is_waited_for(
         assert list(stream) == []
 
 
+def test_a_creation_whose_waiting_is_cancelled_can_be_asked_for_again(
+    service: FiretitanServiceClient, daemon: DaemonProcess
+) -> None:
+    async def leave() -> None:
+        await asyncio.wait_for(service.create_training_client_async(), 0.3)
+
+    assert daemon.process is not None
+    with stopped(daemon.process.pid), pytest.raises(TimeoutError):
+        asyncio.run(leave())
+    policy = service.create_training_client()
+    assert policy.forward([datum()], "cross_entropy").result(20).metrics["loss:sum"] > 0
+
+
 def test_an_awaited_creation_lets_a_notebooks_loop_go_on(
     service: FiretitanServiceClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

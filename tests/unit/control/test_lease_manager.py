@@ -304,3 +304,16 @@ async def test_what_one_keeper_stumbles_over_keeps_no_other_from_its_work(
     await until(lambda: looked.count("looked") > 1)
     assert not ticking.done()
     ticking.cancel()
+
+
+async def test_who_waits_for_a_clean_up_as_the_daemon_ends_is_told(tmp_path: Path) -> None:
+    deletion = Deletion()
+    deletion.ends.clear()
+    leases = LeaseManager(services_in(tmp_path), 60.0, deletion.clean_up, keep_pins)
+    leaving = asyncio.create_task(leases.release("a", {TRAINER: Cleanup.DELETE}, everything=True))
+    await deletion.asked.wait()
+    await leases.close()
+    with pytest.raises(FiretitanError) as caught:
+        await leaving
+    assert caught.value.reason is Reason.DAEMON_DRAINING
+    assert [one.name for one in leases.cleanups()] == [TRAINER]

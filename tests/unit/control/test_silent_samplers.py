@@ -25,9 +25,8 @@ NEW = "new-01234567"
 
 
 @pytest.fixture
-async def processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Managers]:
-    """Managers whose workers are processes that are asked who they are for a moment only."""
-    monkeypatch.setattr(remote, "DESCRIBE_TIMEOUT_S", 0.1)
+async def processes(tmp_path: Path) -> AsyncIterator[Managers]:
+    """Managers whose workers are processes."""
     (tmp_path / "workers").mkdir(mode=0o700)
     with tempfile.TemporaryDirectory() as run:
         launcher = LocalLauncher(tmp_path / "workers", Path(run))
@@ -49,6 +48,7 @@ async def test_a_hotload_waits_for_one_that_hangs(
     await processes.deployment()
     await processes.snapshots(NEW)
     worker, applied = sampler_of(processes), list[str]()
+    monkeypatch.setattr(remote, "DESCRIBE_TIMEOUT_S", 0.1)
 
     async def apply(layers: Sequence[SnapshotLayer], *_: object, **__: object) -> Sequence[str]:
         applied.append(layers[-1].name)
@@ -64,38 +64,6 @@ async def test_a_hotload_waits_for_one_that_hangs(
     assert applied == [f"snapshots/{NEW}"] and sampler_of(processes) is worker
 
 
-async def test_one_that_hangs_before_it_serves_is_waited_for_and_may_be_stopped(
-    processes: Managers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start, hung = processes.pool.start, list[Worker]()
-
-    async def hangs(spec: WorkerSpec) -> tuple[Worker, ModelInfo]:
-        worker, model = await start(spec)
-        os.kill(worker.pid, signal.SIGSTOP)
-        hung.append(worker)
-        return worker, model
-
-    monkeypatch.setattr(processes.pool, "start", hangs)
-    creating = asyncio.create_task(processes.deployment())
-    await until(lambda: bool(hung))
-    await asyncio.sleep(0.5)
-    assert not creating.done()
-    # Others have their turn with the weights meanwhile.
-    async with asyncio.timeout(5), processes.deployments.weights_lock("d"):
-        pass
-    os.kill(hung[0].pid, signal.SIGCONT)
-    await creating
-    assert hung == [sampler_of(processes)], "it was not to be ended"
-    await processes.deployments.scale("d", 0)
-    using = asyncio.create_task(processes.deployments.ready("d"))
-    await until(lambda: len(hung) == 2)
-    async with asyncio.timeout(30):
-        assert (await processes.deployments.scale("d", 0)).state is ResourceState.STOPPED
-    assert not processes.pool.specs()
-    with pytest.raises(FiretitanError):
-        await using
-
-
 async def left_behind(managers: Managers) -> Worker:
     """The sampler of a deployment, to be reached as by the next daemon."""
     await managers.deployment()
@@ -105,6 +73,64 @@ async def left_behind(managers: Managers) -> Worker:
     managers.deployments.replica_set("d").remove(worker.spec.worker_id)
     await managers.deployments.update("d", state=ResourceState.RECOVERING)
     return worker
+
+
+def hanging(managers: Managers, patch: pytest.MonkeyPatch, limit_s: float) -> list[Worker]:
+    """The next sampler hangs as soon as it has its model; those that were begun, in order."""
+    patch.setattr(remote, "DESCRIBE_TIMEOUT_S", limit_s)
+    start, begun = managers.pool.start, list[Worker]()
+
+    async def hangs(spec: WorkerSpec) -> tuple[Worker, ModelInfo]:
+        worker, model = await start(spec)
+        if not begun:
+            os.kill(worker.pid, signal.SIGSTOP)
+        begun.append(worker)
+        return worker, model
+
+    patch.setattr(managers.pool, "start", hangs)
+    return begun
+
+
+@pytest.mark.parametrize("end", ["answers", "stopped"])
+async def test_an_adopted_one_that_hangs_before_it_serves_is_shown_and_waited_for(
+    processes: Managers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, end: str
+) -> None:
+    await left_behind(processes)
+    begun = hanging(processes, monkeypatch, 0.1)
+    await processes.deployments.recover("d")
+    await until(lambda: bool(begun))
+    using = asyncio.create_task(processes.deployments.ready("d"))
+    await asyncio.sleep(0.8)
+    assert not using.done()
+    (shown,) = processes.deployments.replicas(processes.deployments.get("d"))
+    assert shown.unresponsive and shown.state is ResourceState.RECOVERING
+    assert caplog.text.count("worker does not answer") == 1
+    # Others have their turn with the weights meanwhile.
+    async with asyncio.timeout(5), processes.deployments.weights_lock("d"):
+        pass
+    if end == "stopped":
+        async with asyncio.timeout(30):
+            stopped = await processes.deployments.scale("d", 0)
+        assert stopped.state is ResourceState.STOPPED and not processes.pool.specs()
+        with pytest.raises(FiretitanError):
+            await using
+        return
+    os.kill(begun[0].pid, signal.SIGCONT)
+    await using
+    assert begun == [sampler_of(processes)], "it was not to be ended"
+    await until(lambda: processes.pool.answers(begun[0].spec.worker_id))
+
+
+async def test_a_fresh_one_that_hangs_before_it_serves_is_replaced(
+    processes: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await processes.deployment()
+    begun = hanging(processes, monkeypatch, 1.0)
+    os.kill(sampler_of(processes).pid, signal.SIGKILL)
+    await until(lambda: not processes.deployments.replica_set("d").workers)
+    async with asyncio.timeout(40):
+        await processes.deployments.ready("d")
+    assert sampler_of(processes) is begun[1] and not begun[0].alive
 
 
 @pytest.mark.parametrize("end", ["stopped", "deleted"])

@@ -97,6 +97,25 @@ async def test_it_ends_in_the_time_it_was_given_whatever_it_waits_for(
     assert caught.value.reason is Reason.DAEMON_DRAINING
 
 
+async def test_a_stop_that_hangs_lets_the_running_command_end_and_no_other_begin(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, worker = await managers.trainer()
+    session, _ = await managers.sessions.create(trainer, worker, Wanted(), "s")
+    settles = HeldWrites(
+        managers.store, monkeypatch, lambda change: any(one.done for one in change.operations)
+    )
+    running = await managers.sessions.submit(*forward_backward(session, seq=1))
+    queued = await managers.sessions.submit(*forward_backward(session, seq=2))
+    await settles.begun.wait()
+    managers.supervisor._cleaner._begin("deployments/d", asyncio.sleep(1.5))
+    asyncio.get_running_loop().call_later(0.2, settles.going.set)
+    await managers.supervisor.stop(1.0)
+    assert managers.services.operations.current(running.id) is None
+    # Or the last to begin would be cut off.
+    assert managers.services.operations.current(queued.id) is not None
+
+
 def silent(times: int, then: Callable[[WorkerSpec], Awaitable[Worker | None]]) -> object:
     """A launcher's `adopt`: the worker lives and does not answer so many times."""
     left = times

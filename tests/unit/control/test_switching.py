@@ -32,6 +32,7 @@ class Sampler:
     def __init__(self, name: str, *, fails: str = "", reason: Reason = Reason.INTERNAL) -> None:
         self.spec = SimpleNamespace(worker_id=name)
         self.active, self.prepared = OLD, ""
+        self.loaded: list[str] = []
         self.capabilities: Sequence[str] = (PREPARE,)
         self.fails, self.reason = fails, reason
         self.ended = False
@@ -44,8 +45,10 @@ class Sampler:
             raise FiretitanError(self.reason, f"{self.spec.worker_id}: {what}")
 
     async def describe(self) -> WorkerStatus:
+        self._may("describe")
+        loaded = self.loaded or (self.active,)
         return WorkerStatus(
-            self.spec.worker_id, "", 1, None, (), (self.active,), self.active, self.capabilities
+            self.spec.worker_id, "", 1, None, (), loaded, self.active, self.capabilities
         )
 
     async def prepare(self, layers: Sequence[SnapshotLayer]) -> None:
@@ -148,6 +151,41 @@ async def test_one_that_switched_though_the_base_model_is_served_is_not_taken_ov
         await switcher.restore(base, cast(Worker, switched))
     assert caught.value.reason is Reason.WORKER_UNAVAILABLE
     await switcher.restore(base, cast(Worker, not_yet))
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_a_pinned_whole_model_is_loaded_though_a_try_ended_behind_an_adapter(
+    hangs: bool,
+) -> None:
+    """As where it hangs in between; what was pinned and let go of since stays so."""
+    sampler = Sampler("a")
+    switcher, _ = await switching()
+    store, pins = switcher._services.store, switcher._pins
+    old = await store.snapshot(OLD)
+    assert old is not None
+    adapter = replace(old, id="ada-01234567", lora_rank=4, kind="adapter")
+    third = replace(old, id="third-01234567")
+    await store.write(Change(snapshots=[adapter, third]))
+    await pins.add(("d", NEW, "c"))
+    await pins.add(("d", adapter.id, "c"))
+
+    async def apply(layers: Sequence[SnapshotLayer], *_: object, **__: object) -> None:
+        sampler.active = layers[-1].name
+        sampler.loaded.append(sampler.active)
+        sampler.fails = "describe" if hangs and sampler.active == adapter.name else ""
+
+    sampler.apply = apply  # type: ignore[method-assign]
+    sampler.active = ""
+    sampler.capabilities = ()
+    if hangs:
+        with pytest.raises(FiretitanError, match="describe"):
+            await switcher.restore(DEPLOYMENT, cast(Worker, sampler))
+        sampler.fails = ""
+    await switcher.restore(DEPLOYMENT, cast(Worker, sampler))
+    assert sampler.loaded == [adapter.name, f"snapshots/{NEW}", f"snapshots/{OLD}"]
+    sampler.loaded = [adapter.name, old.name, third.name]
+    await switcher.restore(DEPLOYMENT, cast(Worker, sampler))
+    assert f"snapshots/{NEW}" not in sampler.loaded, "two whole models live"
 
 
 async def test_a_sampler_of_the_release_before_switches_first() -> None:

@@ -101,6 +101,33 @@ async def test_a_hotload_of_a_deleted_deployment_is_none_of_the_next_of_its_name
     assert ended.error is not None and ended.error.reason == Reason.CLOSED
 
 
+async def test_a_hotload_that_waits_for_the_disk_is_not_written_onto_the_next_of_its_name(
+    managers: Managers, switched: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firetitan_daemon.control.services.DISK_RETRY_S", 2.0)
+    await managers.deployment()
+    await managers.snapshots(NEW)
+    write, refused = managers.store.write, asyncio.Event()
+
+    async def refusing(change: Change) -> None:
+        if not refused.is_set() and any(one.done for one in change.operations):
+            refused.set()
+            raise FiretitanError(Reason.STATE_DISK_FULL, "the ledger cannot be written")
+        await write(change)
+
+    monkeypatch.setattr(managers.store, "write", refusing)
+    operation = await managers.hotload(NEW)
+    await refused.wait()
+    await managers.deployments.delete("d")
+    request = DeploymentRequest("d", TOY, 0, "", "auto", None, "make-another", "digest")
+    await managers.deployments.create(request)
+    assert managers.syncer._tasks
+    await until(lambda: not managers.syncer._tasks)
+    assert switched == [("d", NEW)] and managers.deployments.get("d").active_snapshot == ""
+    ended = await managers.done(operation)
+    assert ended.error is not None and ended.error.reason == Reason.CLOSED
+
+
 async def test_why_a_hotload_failed_outlives_the_sampler(
     managers: Managers, switched: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
