@@ -45,8 +45,6 @@ _LONG_ANSWERS = 3
 """How often a daemon may say, after so long, that its worker is gone: the work may be to blame."""
 _SILENCE_S = 2.0
 """How long a daemon may be away before the user is told; a restart takes less."""
-_BROKEN = ("UNAVAILABLE", "CANCELLED")
-"""What gRPC says of a connection that broke, or of a daemon that ended; no answer of a daemon."""
 _MISTRUST = "CERTIFICATE_VERIFY_FAILED"
 """What TLS says in gRPC's words where it does not trust the other side."""
 _OPTIONS = [
@@ -411,6 +409,7 @@ class Patience:
         code, error = rpc_error.code(), from_rpc_error(rpc_error)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_after_s is not None:
             await asyncio.sleep(error.retry_after_s * random.uniform(1.0, 1.2))
+            self.renew()
             return
         # CANCELLED is what a daemon that ends leaves of a call it was in the middle of.
         tries = (
@@ -422,8 +421,9 @@ class Patience:
             raise error from None
         late = code is grpc.StatusCode.DEADLINE_EXCEEDED
         if not late and loop().time() - self.tried > _CONNECTED_S:
-            self.long_answers += error.reason not in _BROKEN
-            if self.long_answers <= _LONG_ANSWERS:
+            ended = error.reason == "WORKER_UNAVAILABLE"
+            self.long_answers += ended
+            if not ended or self.long_answers <= _LONG_ANSWERS:
                 self._begin()
         unreachable = error.reason == "UNAVAILABLE"
         if unreachable:

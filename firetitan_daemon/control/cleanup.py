@@ -60,11 +60,12 @@ class Cleaner:
         if name.startswith("deployments/"):
             await self._finish(name)
             await self._requests_end(name)
+            await self._finish(name)  # a hotload may have been accepted meanwhile
             if not await may_begin():
                 return
             if cleanup is Cleanup.DELETE:
                 await self._deployments.delete(name)
-            elif self._services.operations.open_of(name):
+            elif self._services.operations.open_of(name) or self._deployments.stuck(name):
                 # Where a sampler hangs in it; it would be started again for it, too.
                 raise FiretitanError(
                     Reason.RECOVERING,

@@ -300,8 +300,8 @@ class DeploymentWorkers:
             await self._pool.stop(worker_id)
             if error.reason is Reason.CLOSED:
                 return  # taken away, stopped or being deleted
-            created = deployment.state is not ResourceState.CREATING
-            if created and error.reason in (Reason.WORKER_UNAVAILABLE, *DISK_TROUBLE):
+            may_do = hangs(error) or deployment.state is not ResourceState.CREATING
+            if may_do and error.reason in (Reason.WORKER_UNAVAILABLE, *DISK_TROUBLE):
                 await self._not_started(deployment_id, worker_id, error)
             else:
                 await self._do_without(deployment_id, worker_id, error_record(error))

@@ -44,6 +44,9 @@ from firetitan_daemon.core.shapes import DEPLOYMENT, Wish
 from firetitan_daemon.core.texts import check_text
 from firetitan_daemon.core.worker_ports import Worker
 
+_STUCK_S = 30.0
+"""How long a sampler may be silent before who leaves waits for it no more."""
+
 
 class DeploymentManager(DeploymentWorkers):
     """Every deployment by id."""
@@ -70,12 +73,12 @@ class DeploymentManager(DeploymentWorkers):
         return next(filter(None, map(self._pool.problem, deployment.worker_ids)), None)
 
     def stuck(self, name: str) -> bool:
-        """Whether what was accepted may never end: a sampler hangs, is left alone or ended."""
+        """Whether what was accepted may never end: a sampler hangs for long, or is left alone."""
         found = self._deployments.get(names.parse_deployment(name))
         return found is not None and (
             found.state is ResourceState.DELETING
             or self.problem(found) is not None
-            or not all(map(self._pool.answers, found.worker_ids))
+            or any((self._pool.silent_s(one) or 0.0) >= _STUCK_S for one in found.worker_ids)
         )
 
     async def ready(self, name: str) -> Deployment:

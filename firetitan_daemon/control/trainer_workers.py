@@ -43,6 +43,8 @@ _REPLACE_PAUSES_S = (0.0, 0.2, 1.0, 3.0)
 _MAX_RESTARTS, _RESTARTS_WITHIN_S = 5, 60.0
 _WAKE_PAUSE_S = 5.0
 """Between tries to start a stopped trainer that could not be started."""
+_BUSY_PAUSE_S = 25.0
+"""As much longer where only commands that were accepted wait for it."""
 _LASTING = (Reason.MODEL_NOT_FOUND, Reason.UNSUPPORTED, Reason.DEVICE_OUT_OF_MEMORY)
 """What another try to start a trainer is not likely to change: somebody has to see to it."""
 
@@ -355,8 +357,11 @@ class TrainerWorkers:
 
     async def expire(self) -> None:
         """Start again what accepted commands wait for: whoever sent them asks for nothing more."""
+        now = self._services.clock.monotonic()
         for trainer in list(self._trainers.values()):
-            if trainer.state is ResourceState.STOPPED and self._sessions.busy(trainer.id):
+            rests = trainer.state is ResourceState.STOPPED
+            again = self._wake_after.get(trainer.id, -_BUSY_PAUSE_S) + _BUSY_PAUSE_S
+            if rests and again <= now and self._sessions.busy(trainer.id):
                 self.wake(trainer.id)
 
     async def _lost(self, trainer_id: str, cause: str) -> None:

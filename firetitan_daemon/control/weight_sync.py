@@ -44,6 +44,8 @@ from firetitan_daemon.core.worker_ports import Worker, hangs
 METHOD = "HotloadSnapshot"
 _MAX_DEATHS = 2
 """Of samplers that ended while they loaded a snapshot; then it is the snapshot."""
+_RETAIN_S = 30.0
+"""For dropping what nobody keeps: no more than tidying."""
 
 
 class WeightSyncer:
@@ -297,9 +299,10 @@ class WeightSyncer:
         try:
             async with self._deployments.weights_lock(deployment_id):
                 _, workers = self._deployments.serving(deployment_id)
-                for worker in workers:
-                    await worker.retain(self._pins.names(deployment_id))
-        except FiretitanError as error:
+                async with asyncio.timeout(_RETAIN_S):  # whoever wants these weights waits
+                    for worker in workers:
+                        await worker.retain(self._pins.names(deployment_id))
+        except (FiretitanError, TimeoutError) as error:
             # Stopped or gone: what it loads next is loaded without them.
             logger.info("snapshots not dropped deployment=%s: %s", deployment_id, error)
 

@@ -76,6 +76,7 @@ async def test_who_leaves_a_sampler_that_hangs_does_not_wait_for_what_it_was_to_
     managers: Managers, monkeypatch: pytest.MonkeyPatch, what: Cleanup
 ) -> None:
     monkeypatch.setattr(cleanup, "_LOOK_S", 0.05)
+    monkeypatch.setattr("firetitan_daemon.control.deployments._STUCK_S", 0.5)
     deployment = await managers.deployment()
     await managers.snapshots("new-01234567")
 
@@ -92,6 +93,8 @@ async def test_who_leaves_a_sampler_that_hangs_does_not_wait_for_what_it_was_to_
         # As far as is known it only takes its time.
         assert not leaving.done()
         managers.pool.hangs(deployment.worker_ids[0])
+        await asyncio.sleep(0.2)
+        assert not leaving.done(), "one that misses a question may be busy"
         async with asyncio.timeout(10):
             (outcome,) = await leaving
     if what is Cleanup.STOP:

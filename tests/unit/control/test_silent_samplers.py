@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
-from support.managers import Managers, until
+from support.managers import TOY, Managers, until
 from support.stopping import stopped
 
+from firetitan_daemon.control.deployment_requests import DeploymentRequest
 from firetitan_daemon.core.errors import FiretitanError, Reason
 from firetitan_daemon.core.model_records import ModelInfo
 from firetitan_daemon.core.records import ResourceState, WorkerSpec
@@ -130,6 +131,17 @@ async def test_a_fresh_one_that_hangs_before_it_serves_is_replaced(
     await until(lambda: not processes.deployments.replica_set("d").workers)
     async with asyncio.timeout(40):
         await processes.deployments.ready("d")
+    assert sampler_of(processes) is begun[1] and not begun[0].alive
+
+
+async def test_one_that_hangs_as_its_deployment_is_made_is_replaced(
+    processes: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = hanging(processes, monkeypatch, 1.0)
+    request = DeploymentRequest("d", TOY, 0, "", "auto", None, "make-d", "digest")
+    making = await processes.deployments.create(request)
+    made = await processes.services.operations.wait(making.id, 40)
+    assert made.done and made.error is None
     assert sampler_of(processes) is begun[1] and not begun[0].alive
 
 

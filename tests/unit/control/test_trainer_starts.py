@@ -126,7 +126,8 @@ async def test_a_trainer_whose_worker_has_just_ended_is_not_called_active(
 async def test_a_start_is_tried_again_for_as_long_as_commands_wait_for_it(
     managers: Managers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("firetitan_daemon.control.trainer_workers._WAKE_PAUSE_S", 0.05)
+    for pause in ("_WAKE_PAUSE_S", "_BUSY_PAUSE_S"):
+        monkeypatch.setattr(f"firetitan_daemon.control.trainer_workers.{pause}", 0.05)
     session, worker = await session_of(managers)
     await managers.sessions.pause(1.0)
     command = await managers.sessions.submit(*forward_backward(session, seq=1))
