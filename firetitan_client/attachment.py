@@ -22,7 +22,8 @@ from firetitan_client import forking
 from firetitan_client import transport as transports
 from firetitan_client.errors import NotFound, Unavailable
 from firetitan_client.futures import APIFuture
-from firetitan_client.transport import SLICE_S, Patience, Transport, iterate
+from firetitan_client.patience import Patience
+from firetitan_client.transport import SLICE_S, Transport, iterate
 
 logger = logging.getLogger("firetitan")
 

@@ -22,8 +22,9 @@ from firetitan.v1 import sampling_service_pb2
 from firetitan_client import forking, routing
 from firetitan_client.errors import SnapshotNotActive
 from firetitan_client.futures import APIFuture
+from firetitan_client.patience import Patience
 from firetitan_client.sample_requests import Target, follow, stop_reason
-from firetitan_client.transport import Patience, iterate, run
+from firetitan_client.transport import iterate, run
 
 
 @dataclass(frozen=True)

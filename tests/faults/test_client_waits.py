@@ -19,7 +19,7 @@ from support.daemon import DaemonProcess
 from support.stopping import stopped, worker_of
 from support.toy_training import make_service
 
-from firetitan_client import FiretitanServiceClient, FiretitanTrainingClient, attachment, transport
+from firetitan_client import FiretitanServiceClient, FiretitanTrainingClient, attachment, patience
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -66,8 +66,8 @@ PATIENCE_S = 10.0
 
 def be_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds for what takes minutes outside a test."""
-    monkeypatch.setattr(transport, "PATIENCE_S", PATIENCE_S)
-    monkeypatch.setattr(transport, "_CONNECTED_S", 1.0)
+    monkeypatch.setattr(patience, "PATIENCE_S", PATIENCE_S)
+    monkeypatch.setattr(patience, "_CONNECTED_S", 1.0)
     monkeypatch.setattr(attachment, "SLICE_S", 0.5)
 
 

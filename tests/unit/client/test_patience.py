@@ -13,9 +13,10 @@ from firetitan.v1 import operation_pb2
 from google.rpc import status_pb2
 
 from firetitan_client import address as addresses
-from firetitan_client import transport
+from firetitan_client import patience as patience_module
 from firetitan_client.errors import DaemonNotRunning, FiretitanError, from_status
-from firetitan_client.transport import Patience, Transport, run
+from firetitan_client.patience import Patience
+from firetitan_client.transport import Transport, run
 
 
 class Ended(grpc.RpcError):
@@ -54,7 +55,7 @@ async def gone_after(patience: Patience, worked_s: float) -> None:
 
 def test_patience_begins_when_the_daemon_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not when the work began, which may take longer than that."""
-    monkeypatch.setattr(transport, "_CONNECTED_S", 0.2)
+    monkeypatch.setattr(patience_module, "_CONNECTED_S", 0.2)
     daemon = Transport("unix:/nobody/listens.sock")
     daemon.served = True
 
@@ -62,7 +63,7 @@ def test_patience_begins_when_the_daemon_goes_away(monkeypatch: pytest.MonkeyPat
         return Patience(daemon, patience_s=0.1)
 
     run(gone_after(run(patience()).result(5), 0.4)).result(5)
-    monkeypatch.setattr(transport, "_CONNECTED_S", 60)
+    monkeypatch.setattr(patience_module, "_CONNECTED_S", 60)
     short = run(patience()).result(5)
     with pytest.raises(DaemonNotRunning):  # it was away all the time
         run(gone_after(short, 0.15)).result(5)
@@ -72,10 +73,10 @@ def test_work_that_ends_its_worker_again_and_again_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """However long each of its tries takes."""
-    monkeypatch.setattr(transport, "_CONNECTED_S", 0.0)
+    monkeypatch.setattr(patience_module, "_CONNECTED_S", 0.0)
     answered = from_status(status_pb2.Status(code=14, message="its worker ended"))
     answered.reason = "WORKER_UNAVAILABLE"
-    monkeypatch.setattr(transport, "from_rpc_error", lambda _: answered)
+    monkeypatch.setattr(patience_module, "from_rpc_error", lambda _: answered)
 
     async def tries() -> int:
         patience = Patience(Transport("unix:/nobody/listens.sock"), patience_s=0.1)
