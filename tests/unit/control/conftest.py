@@ -12,6 +12,7 @@ from support.managers import Managers
 from support.pipeline import Bench
 
 from firetitan_daemon.launch.in_process import InProcessLauncher
+from firetitan_daemon.launch.local import LocalLauncher
 
 
 @pytest.fixture
@@ -20,9 +21,24 @@ async def managers(tmp_path: Path) -> AsyncIterator[Managers]:
     with tempfile.TemporaryDirectory() as run:
         managers = Managers(tmp_path, Path(run))
         yield managers
-        await managers.supervisor.stop(1.0)
-        for spec in managers.pool.specs():
-            await managers.pool.stop(spec.worker_id)
+        await end(managers)
+
+
+@pytest.fixture
+async def processes(tmp_path: Path) -> AsyncIterator[Managers]:
+    """Managers whose workers are processes."""
+    (tmp_path / "workers").mkdir(mode=0o700)
+    with tempfile.TemporaryDirectory() as run:
+        launcher = LocalLauncher(tmp_path / "workers", Path(run))
+        managers = Managers(tmp_path, Path(run), launcher)
+        yield managers
+        await end(managers)
+
+
+async def end(managers: Managers) -> None:
+    await managers.supervisor.stop(1.0)
+    for spec in managers.pool.specs():
+        await managers.pool.stop(spec.worker_id)
 
 
 @pytest.fixture

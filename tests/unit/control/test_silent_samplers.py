@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import tempfile
-from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import pytest
 from support.managers import TOY, Managers, until
@@ -19,23 +17,9 @@ from firetitan_daemon.core.model_records import ModelInfo
 from firetitan_daemon.core.records import ResourceState, WorkerSpec
 from firetitan_daemon.core.worker_ports import SnapshotLayer, Worker
 from firetitan_daemon.launch import remote
-from firetitan_daemon.launch.local import LocalLauncher
 
 pytestmark = pytest.mark.timeout(60)
 NEW = "new-01234567"
-
-
-@pytest.fixture
-async def processes(tmp_path: Path) -> AsyncIterator[Managers]:
-    """Managers whose workers are processes."""
-    (tmp_path / "workers").mkdir(mode=0o700)
-    with tempfile.TemporaryDirectory() as run:
-        launcher = LocalLauncher(tmp_path / "workers", Path(run))
-        managers = Managers(tmp_path, Path(run), launcher)
-        yield managers
-        await managers.supervisor.stop(1.0)
-        for spec in managers.pool.specs():
-            await managers.pool.stop(spec.worker_id)
 
 
 def sampler_of(managers: Managers) -> Worker:

@@ -65,14 +65,20 @@ async def test_a_stopped_trainer_that_was_asked_for_is_started(managers: Manager
 
 
 async def test_a_stopped_trainer_that_has_commands_is_started(managers: Managers) -> None:
+    command = await command_of_a_stopped_trainer(managers)
+    await restart(managers)
+    assert (await managers.done(command)).state is OperationState.DONE
+
+
+async def command_of_a_stopped_trainer(managers: Managers) -> Operation:
+    """Rows of a trainer that is stopped although a command was accepted for it."""
     session, worker = await session_of(managers)
     await managers.sessions.pause(1.0)
     command = await managers.sessions.submit(*forward_backward(session, seq=1))
     await managers.pool.stop(worker.spec.worker_id)
     stopped = replace(managers.trainers.get("t"), state=ResourceState.STOPPED, worker_id=None)
     await managers.store.write(Change(trainers=[stopped]))
-    await restart(managers)
-    assert (await managers.done(command)).state is OperationState.DONE
+    return command
 
 
 async def session_of(managers: Managers) -> tuple[Session, Worker]:
@@ -128,12 +134,7 @@ async def test_a_start_is_tried_again_for_as_long_as_commands_wait_for_it(
 ) -> None:
     for pause in ("_WAKE_PAUSE_S", "_BUSY_PAUSE_S"):
         monkeypatch.setattr(f"firetitan_daemon.control.trainer_workers.{pause}", 0.05)
-    session, worker = await session_of(managers)
-    await managers.sessions.pause(1.0)
-    command = await managers.sessions.submit(*forward_backward(session, seq=1))
-    await managers.pool.stop(worker.spec.worker_id)
-    stopped = replace(managers.trainers.get("t"), state=ResourceState.STOPPED, worker_id=None)
-    await managers.store.write(Change(trainers=[stopped]))
+    command = await command_of_a_stopped_trainer(managers)
     start, refusals = managers.pool.start, [1, 2]
 
     async def late(spec: WorkerSpec) -> tuple[Worker, ModelInfo]:

@@ -6,8 +6,7 @@ import asyncio
 import errno
 import os
 import subprocess
-import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from firetitan_daemon.core.records import (
     WorkerSpec,
 )
 from firetitan_daemon.core.worker_ports import Worker
-from firetitan_daemon.launch.local import LocalLauncher
 
 pytestmark = pytest.mark.timeout(60)
 _WORKERS = "firetitan_daemon.control"
@@ -42,19 +40,6 @@ _WORKERS = "firetitan_daemon.control"
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     for where in ("services.DISK_RETRY_S", "deployment_workers.DISK_RETRY_S"):
         monkeypatch.setattr(f"{_WORKERS}.{where}", 0.02)
-
-
-@pytest.fixture
-async def processes(tmp_path: Path) -> AsyncIterator[Managers]:
-    """Managers whose workers are processes."""
-    (tmp_path / "workers").mkdir(mode=0o700)
-    with tempfile.TemporaryDirectory() as run:
-        launcher = LocalLauncher(tmp_path / "workers", Path(run))
-        managers = Managers(tmp_path, Path(run), launcher)
-        yield managers
-        await managers.supervisor.stop(1.0)
-        for spec in managers.pool.specs():
-            await managers.pool.stop(spec.worker_id)
 
 
 class Refusals:
@@ -159,11 +144,7 @@ async def test_recovery_points_that_are_away_for_a_while_are_not_called_damaged(
         assert (await managers.done(step)).state is OperationState.DONE
         await done(managers, session, seq=seq + 1)
         await until(lambda points=seq // 2: recovery.stats.points == points)
-    points = managers.services.folders._root / "points"
-    points.rename(points.with_name("away"))
-    kill(worker)
-    await until(lambda: "points is gone, waiting for it" in caplog.text)
-    points.with_name("away").rename(points)
+    await die_while_away(managers, worker, "points", caplog)
     await until(lambda: gone_on(managers, session, worker))
     assert recovery.stats.replayed == 1
     await done(managers, session, seq=6)
@@ -180,13 +161,20 @@ async def test_a_checkpoint_that_is_away_for_a_while_delays_the_replay_of_its_lo
     for seq, message in ((2, save), (3, load)):
         sent = await managers.sessions.submit(*command(session, message, seq=seq))
         assert (await managers.done(sent)).state is OperationState.DONE
-    checkpoints = managers.services.folders._root / "checkpoints"
-    checkpoints.rename(checkpoints.with_name("away"))
-    kill(worker)
-    await until(lambda: "checkpoints is gone, waiting for it" in caplog.text)
-    checkpoints.with_name("away").rename(checkpoints)
+    await die_while_away(managers, worker, "checkpoints", caplog)
     await until(lambda: gone_on(managers, session, worker))
     await done(managers, session, seq=4)
+
+
+async def die_while_away(
+    managers: Managers, worker: Worker, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """End a worker, and bring what its replay reads back once that is waited for."""
+    folder = managers.services.folders._root / kind
+    folder.rename(folder.with_name("away"))
+    kill(worker)
+    await until(lambda: f"{kind} is gone, waiting for it" in caplog.text)
+    folder.with_name("away").rename(folder)
 
 
 def served_by_another(managers: Managers, former: Worker) -> bool:
