@@ -18,6 +18,7 @@ from firetitan_client import (
     errors,
     limited_requests,
 )
+from firetitan_client.futures import APIFuture
 from firetitan_client.server_metrics import ServerMetrics
 
 ADDRESS = "unix:/nobody/listens.sock"
@@ -92,3 +93,11 @@ def test_a_sampling_mask_is_refused() -> None:
     client = FiretitanSamplingClient.create(ADDRESS, "d")
     with pytest.raises(NotImplementedError, match="sampling_mask"):
         client.sample([1], 1, FiretitanSamplingParams(max_tokens=1, sampling_mask=[1]))
+
+
+def test_a_sampling_client_makes_another_sampler_in_the_place_of_a_closed_one() -> None:
+    client = FiretitanSamplingClient(APIFuture("ready"))
+    first = client.deployment_sampler
+    assert client.deployment_sampler is first
+    first.close()
+    assert client.deployment_sampler is not first

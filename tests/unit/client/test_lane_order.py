@@ -193,3 +193,14 @@ def test_a_place_in_a_lane_that_cannot_be_opened_ends_what_is_sent_from_it(
     hold.release()
     assert lane.wait_accepted(10)
     assert len(asked) == 1
+
+
+def test_a_large_result_that_is_gone_takes_no_other_command_with_it() -> None:
+    told = Told()
+
+    async def gone(*_: Any, **__: Any) -> Any:
+        raise NotFound("no such operation")
+
+    told.daemon.call = gone  # type: ignore[method-assign]
+    operation = operation_pb2.Operation(name="operations/o", done=True, result_omitted=True)
+    assert transport.run(told.attach()._whole(operation)).result(10) is operation

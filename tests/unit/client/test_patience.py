@@ -14,7 +14,7 @@ from google.rpc import status_pb2
 
 from firetitan_client import address as addresses
 from firetitan_client import patience as patience_module
-from firetitan_client.errors import DaemonNotRunning, FiretitanError, from_status
+from firetitan_client.errors import Busy, DaemonNotRunning, FiretitanError, from_status
 from firetitan_client.patience import Patience
 from firetitan_client.transport import Transport, run
 
@@ -116,3 +116,20 @@ def test_no_daemon_is_started_for_an_address_elsewhere(monkeypatch: pytest.Monke
     with pytest.raises(DaemonNotRunning, match="nobody/listens"):
         run(elsewhere.call("SystemService/GetStatus", b"", operation_pb2.Operation)).result(10)
     assert not elsewhere.served
+
+
+def test_who_is_refused_for_now_has_heard_of_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it is refused: a restart behind that is waited for."""
+    daemon = Transport("unix:/nobody/listens.sock")
+    daemon.served = True
+
+    async def refused_then_gone() -> None:
+        patience = Patience(daemon, patience_s=0.2)
+        await asyncio.sleep(0.3)
+        with monkeypatch.context() as patch:
+            full = Busy("the queue is full", retry_after_s=0.01)
+            patch.setattr(patience_module, "from_rpc_error", lambda _: full)
+            await patience.after(Ended(grpc.StatusCode.RESOURCE_EXHAUSTED))
+        await patience.after(Ended(grpc.StatusCode.UNAVAILABLE))
+
+    run(refused_then_gone()).result(5)

@@ -202,3 +202,18 @@ async def test_where_one_cannot_be_stopped_the_others_are(
         with pytest.raises(FiretitanError, match="does not answer"):
             await managers.deployments.scale("d", 0)
     assert [one.worker_id for one in managers.pool.specs()] == [silent] and len(others) == 2
+
+
+async def test_who_lets_snapshots_go_does_not_keep_others_from_a_sampler_that_hangs(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firetitan_daemon.control.weight_sync._RETAIN_S", 0.05)
+    await managers.deployment()
+
+    async def hanging(_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(sampler_of(managers), "retain", hanging)
+    async with asyncio.timeout(5):
+        await managers.syncer._retain("d")
+    assert not managers.deployments.weights_lock("d").locked()
