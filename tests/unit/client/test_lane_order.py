@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import threading
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 from firetitan.v1 import operation_pb2, training_service_pb2
 
+from firetitan_client import lane as lanes
 from firetitan_client import transport
 from firetitan_client.attachment import Attachment, Command, Place
-from firetitan_client.errors import NotFound
+from firetitan_client.errors import InvalidArgument, NotFound, Unavailable
 from firetitan_client.futures import APIFuture
 from firetitan_client.lane import Lane
 
@@ -204,3 +206,43 @@ def test_a_large_result_that_is_gone_takes_no_other_command_with_it() -> None:
     told.daemon.call = gone  # type: ignore[method-assign]
     operation = operation_pb2.Operation(name="operations/o", done=True, result_omitted=True)
     assert transport.run(told.attach()._whole(operation)).result(10) is operation
+
+
+def test_a_message_leaves_room_for_its_header(lane: Lane) -> None:
+    with pytest.raises(InvalidArgument, match="one call may take 64 MiB"):
+        lane.make(STEP[0], bytes(lanes.MAX_MESSAGE_BYTES - 100), STEP[2], result_of)
+
+
+def test_where_nobody_answered_it_is_said_that_what_was_sent_may_run() -> None:
+    attachment, gone, refused = Told().attach(), Unavailable("gone"), NotFound("no session")
+    attachment.tell_what_may_run(gone, gone)
+    attachment.tell_what_may_run(refused, refused)
+    assert "may have been accepted" in gone.__notes__[0]
+    assert not hasattr(refused, "__notes__")
+
+
+def test_the_end_of_a_process_waits_once_for_all_its_lanes(
+    lane: Lane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "_EXIT_FLUSH_S", 0.3)
+    others = [Lane(None, lane._attach) for _ in range(5)]  # type: ignore[arg-type]
+    monkeypatch.setattr(lanes, "_lanes", [lane, *others])
+    for one in (lane, *others):
+        one.submit(*STEP, result_of)
+    began = time.monotonic()
+    lanes._flush_at_exit()
+    assert 0.2 < time.monotonic() - began < 1.2
+
+
+def test_a_finalizer_may_send_something_wherever_it_runs() -> None:
+    """The collector runs it in the thread that holds the lock."""
+    found: list[object] = []
+
+    def collected() -> None:
+        with transport._lock:
+            found.append(transport.loop())
+
+    thread = threading.Thread(target=collected, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert found == [transport.loop()] if found else pytest.fail("it waits for itself")

@@ -95,7 +95,8 @@ def test_late_tries_are_counted_however_long_they_take(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:  # takes connections and says nothing
         listener.bind(str(path))
         listener.listen()
-        call = Transport(f"unix:{path}").call(
+        daemon = Transport(f"unix:{path}")
+        call = daemon.call(
             "SystemService/GetStatus",
             b"",
             operation_pb2.Operation,
@@ -108,6 +109,7 @@ def test_late_tries_are_counted_however_long_they_take(tmp_path: Path) -> None:
             run(call).result(20)
     assert caught.value.reason == "DEADLINE_EXCEEDED"
     assert time.monotonic() - began > 0.55
+    assert daemon.served, "somebody is there, late"
 
 
 def test_no_daemon_is_started_for_an_address_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
